@@ -1,0 +1,1 @@
+"""Census, AnnData or synthetic cells -> pair rows in Arrow."""

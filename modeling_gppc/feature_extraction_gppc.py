@@ -1,0 +1,411 @@
+"""GppcFeatureExtractor: gene vocabulary, normalisation and masks, saved with the checkpoint."""
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import torch
+from transformers import BatchFeature, FeatureExtractionMixin
+
+NORMALIZATIONS = ("log1p", "log_tpm", "none")
+
+
+def close_matches(name: str, options: Iterable[str], n: int = 3) -> str:
+    """Returns `"; did you mean `a` or `b`?"`-like text for error messages, or the first options when none is close."""
+    options = [str(option) for option in options]
+    folded: dict[str, str] = {}
+    for option in options:
+        folded.setdefault(option.casefold(), option)
+    near = [folded[match] for match in difflib.get_close_matches(name.casefold(), folded, n=n, cutoff=0.6)]
+    if near:
+        return "; did you mean " + " or ".join(f"`{match}`" for match in near) + "?"
+    shown = ", ".join(f"`{option}`" for option in options[:8]) + (", ..." if len(options) > 8 else "")
+    return f"; there are {len(options)}: {shown}" if options else ""
+
+
+def normalize_counts(
+    counts: np.ndarray,
+    library_size: np.ndarray | float,
+    *,
+    normalization: str = "log1p",
+    target_sum: float = 10_000.0,
+    gene_lengths: np.ndarray | float | None = None,
+) -> np.ndarray:
+    """Normalises raw counts; the only place where this is done, in training and in prediction.
+
+    `log1p`: log(1 + target_sum x counts / library_size), library_size = counts summed over *all* genes of the cell.
+    `log_tpm`: log(1 + target_sum x rate / library_size), rate = counts / (length in kilobases), library_size = the
+    rates summed over all genes (with target_sum 1e6 this is log(TPM + 1); full-length assays only).
+    `none`: the values are log values already and are returned unchanged.
+
+    Args:
+        counts (`np.ndarray`): Counts, of any shape; the other arguments broadcast against it.
+        library_size (`np.ndarray` or `float`): See above; must be positive where counts are not zero.
+        normalization (`str`, *optional*, defaults to `"log1p"`): One of `log1p`, `log_tpm`, `none`.
+        target_sum (`float`, *optional*, defaults to 10,000): What a cell's values sum to before the logarithm.
+        gene_lengths (`np.ndarray`, *optional*): Bases; `log_tpm` only.
+
+    Returns:
+        `np.ndarray` of float32, shaped like `counts`.
+    """
+    if normalization == "none":
+        return np.asarray(counts, dtype=np.float32)
+    if normalization not in NORMALIZATIONS:
+        raise ValueError(f"`normalization` is {normalization!r}; wanted one of {', '.join(NORMALIZATIONS)}.")
+    rate = np.asarray(counts, dtype=np.float64)
+    if normalization == "log_tpm":
+        if gene_lengths is None:
+            raise ValueError("`gene_lengths` is missing; `normalization='log_tpm'` divides counts by gene length.")
+        rate = rate / (np.asarray(gene_lengths, dtype=np.float64) / 1_000.0)
+    library = np.asarray(library_size, dtype=np.float64)
+    # A cell without counts has nothing to scale: all its values are zero.
+    scale = np.divide(target_sum, library, out=np.zeros_like(library), where=library > 0)
+    return np.log1p(rate * scale).astype(np.float32)
+
+
+def check_raw_counts(values: np.ndarray, name: str = "counts") -> None:
+    """Refuses values that cannot be raw counts.
+
+    Args:
+        values (`np.ndarray`): Any shape; for a sparse matrix its stored values.
+        name (`str`, *optional*): What the message calls them.
+
+    Raises:
+        ValueError: For NaN or infinite, negative or non-integer (most often log-transformed) values.
+    """
+    values = np.asarray(values)
+    if values.size == 0 or values.dtype.kind in "ub":
+        return
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise ValueError(f"`{name}` holds NaN or infinite values; raw counts are wanted: remove or repair those cells.")
+    if values.min() < 0:
+        raise ValueError(
+            f"`{name}` holds negative values (smallest {values.min():g}); raw counts are wanted, "
+            "these look scaled: use the layer that holds the counts."
+        )
+    if values.dtype.kind == "f" and (values != np.rint(values)).any():
+        example = values[values != np.rint(values)].flat[0]
+        raise ValueError(
+            f"`{name}` holds non-integer values (e.g. {example:g}, largest {values.max():g}); raw counts are wanted, "
+            "these look normalised or log-transformed: use the layer that holds the counts."
+        )
+
+
+class GppcFeatureExtractor(FeatureExtractionMixin):
+    r"""
+    Turns counts of cells and wished-for changes into the inputs of a GPPC model.
+
+    Args:
+        gene_ids (`list[str]`): The vocabulary in id order: Ensembl ids where known, else symbols.
+        gene_symbols (`list[str]`, *optional*): Names for people, same order; defaults to `gene_ids`.
+        normalization (`str`, *optional*, defaults to `"log1p"`): See [`normalize_counts`].
+        target_sum (`float`, *optional*, defaults to 10,000): See [`normalize_counts`].
+        gene_lengths (`list[float]`, *optional*): Bases, same order; needed for `log_tpm`.
+        organism (`str`, *optional*, defaults to `"homo_sapiens"`): Census name of the species.
+    """
+
+    model_input_names = ["input_ids", "expression_values", "attention_mask", "measured_mask"]
+
+    def __init__(
+        self,
+        gene_ids: Sequence[str] = (),
+        gene_symbols: Sequence[str] | None = None,
+        normalization: str = "log1p",
+        target_sum: float = 10_000.0,
+        gene_lengths: Sequence[float] | None = None,
+        organism: str = "homo_sapiens",
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        if normalization not in NORMALIZATIONS:
+            raise ValueError(f"`normalization` is {normalization!r}; wanted one of {', '.join(NORMALIZATIONS)}.")
+        self.gene_ids = list(gene_ids)
+        self.gene_symbols = list(gene_symbols) if gene_symbols is not None else list(gene_ids)
+        if len(self.gene_symbols) != len(self.gene_ids):
+            raise ValueError(
+                f"`gene_symbols` has {len(self.gene_symbols)} entries; wanted {len(self.gene_ids)}, one per gene id."
+            )
+        if len(set(self.gene_ids)) != len(self.gene_ids):
+            raise ValueError("`gene_ids` holds duplicates; every gene of the vocabulary needs one id.")
+        self.normalization = normalization
+        self.target_sum = float(target_sum)
+        self.gene_lengths = list(gene_lengths) if gene_lengths is not None else None
+        self.organism = organism
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of genes the model knows."""
+        return len(self.gene_ids)
+
+    def _index(self) -> tuple[dict[str, int], dict[str, int], set[str]]:
+        """Vocabulary look-up by id and by symbol, and the symbols that several genes share; built on first use."""
+        if "_lookup" not in self.__dict__:
+            by_symbol: dict[str, int] = {}
+            ambiguous = set()
+            for index, symbol in enumerate(self.gene_symbols):
+                if symbol in by_symbol:
+                    ambiguous.add(symbol)
+                by_symbol[symbol] = index
+            self._lookup = ({gene: index for index, gene in enumerate(self.gene_ids)}, by_symbol, ambiguous)
+        return self._lookup
+
+    def to_dict(self) -> dict:
+        """The JSON form; the look-up tables are rebuilt on loading."""
+        output = super().to_dict()
+        output.pop("_lookup", None)
+        return output
+
+    def find_genes(self, names: Sequence[str]) -> np.ndarray:
+        """Vocabulary ids of genes given by Ensembl id (a version suffix is ignored) or symbol; -1 where unknown.
+
+        Returns:
+            `np.ndarray` of int64, shape `(len(names),)`.
+
+        Raises:
+            ValueError: If a symbol stands for several genes of the vocabulary.
+        """
+        by_id, by_symbol, ambiguous = self._index()
+        found = np.full(len(names), -1, dtype=np.int64)
+        for position, name in enumerate(map(str, names)):
+            index = by_id.get(name)
+            if index is None and re.fullmatch(r"ENS[A-Z]*G\d+\.\d+", name):
+                index = by_id.get(name.split(".")[0])
+            if index is None and name in by_symbol:
+                if name in ambiguous:
+                    ids = [gene for gene, symbol in zip(self.gene_ids, self.gene_symbols) if symbol == name]
+                    raise ValueError(f"`{name}` stands for several genes of the model: {', '.join(ids)}; give the id.")
+                index = by_symbol[name]
+            if index is not None:
+                found[position] = index
+        return found
+
+    def gene_index(self, names: Sequence[str]) -> np.ndarray:
+        """Like [`find_genes`], but every gene must be known.
+
+        Raises:
+            ValueError: Naming the unknown genes and their close matches.
+        """
+        found = self.find_genes(names)
+        unknown = [str(name) for name, index in zip(names, found) if index < 0]
+        if unknown:
+            hint = close_matches(unknown[0], [*self.gene_symbols, *self.gene_ids])
+            more = f" (and {len(unknown) - 1} more unknown genes)" if len(unknown) > 1 else ""
+            raise ValueError(f"gene `{unknown[0]}` is not among the {self.vocab_size} genes of the model{more}{hint}")
+        return found
+
+    def __call__(
+        self,
+        counts,
+        gene_ids: Sequence[str] | None = None,
+        library_size: np.ndarray | None = None,
+        measured: np.ndarray | None = None,
+        return_tensors: str | None = "pt",
+    ) -> BatchFeature:
+        """Builds model inputs from cells.
+
+        Args:
+            counts (array or scipy sparse matrix): Raw counts (log values if `normalization` is `"none"`), shape
+                `(n_obs, n_vars)`.
+            gene_ids (`Sequence[str]`, *optional*): Id or symbol of each column; defaults to the vocabulary in order.
+                Columns of unknown genes count towards the library size and are otherwise ignored.
+            library_size (`np.ndarray`, *optional*): Counts over *all* genes of each cell, shape `(n_obs,)`; defaults
+                to the sum of what is given.
+            measured (`np.ndarray` of bool, *optional*): Which entries were measured, shape `(n_vars,)` or
+                `(n_obs, n_vars)`; defaults to all that are given.
+            return_tensors (`str`, *optional*, defaults to `"pt"`): `"pt"` or `"np"`.
+
+        Returns:
+            `BatchFeature` with `input_ids` `(n_obs, N)` (expressed genes only), `expression_values` `(n_obs, N)`,
+            `attention_mask` `(n_obs, N)` and `measured_mask` `(n_obs, vocab_size)` of bool.
+
+        Raises:
+            ValueError: For shapes that disagree, values that are not raw counts, or no known gene at all.
+        """
+        dense = counts.toarray() if hasattr(counts, "toarray") else np.asarray(counts)
+        if dense.ndim != 2:
+            raise ValueError(f"`counts` has {dense.ndim} dimensions; wanted 2: (n_obs, n_vars).")
+        names = self.gene_ids if gene_ids is None else list(gene_ids)
+        if len(names) != dense.shape[1]:
+            raise ValueError(f"`gene_ids` has {len(names)} names; wanted {dense.shape[1]}, one per column of `counts`.")
+        columns = self.find_genes(names)
+        known = columns >= 0
+        if not known.any():
+            raise ValueError(
+                f"`gene_ids`: none of the {len(names)} genes (e.g. `{names[0] if names else ''}`) is among the "
+                f"{self.vocab_size} genes of the model (e.g. `{self.gene_ids[0]}`, `{self.gene_symbols[0]}`); "
+                "give Ensembl ids or symbols of the same species."
+            )
+        kept = columns[known]
+        if len(np.unique(kept)) != len(kept):
+            ids, times = np.unique(kept, return_counts=True)
+            raise ValueError(f"`gene_ids` names `{self.gene_ids[ids[times > 1][0]]}` more than once; sum or drop one.")
+        mask = np.ones(dense.shape, dtype=bool) if measured is None else np.broadcast_to(measured, dense.shape)
+        dense = np.where(mask, dense, 0)
+        values = self.normalize(dense, names, library_size)
+        state = np.zeros((dense.shape[0], self.vocab_size), dtype=np.float32)
+        state[:, kept] = values[:, known]
+        measured_mask = np.zeros(state.shape, dtype=bool)
+        measured_mask[:, kept] = mask[:, known]
+        return self.from_values(state, measured_mask, return_tensors)
+
+    def normalize(self, counts: np.ndarray, names: Sequence[str], library_size: np.ndarray | None) -> np.ndarray:
+        """Checks and normalises dense counts `(n_obs, n_vars)` of the named genes; see [`normalize_counts`]."""
+        if self.normalization == "none":
+            if not np.isfinite(counts).all():
+                raise ValueError("`counts` holds NaN or infinite values.")
+            return np.asarray(counts, dtype=np.float32)
+        check_raw_counts(counts)
+        lengths = None
+        rates = counts
+        if self.normalization == "log_tpm":
+            index = self.find_genes(names)
+            lengths = np.where(index >= 0, np.asarray(self.gene_lengths, dtype=np.float64)[index], np.nan)
+            rates = np.nan_to_num(counts / (lengths / 1_000.0))
+        if library_size is None:
+            library_size = rates.sum(axis=1)
+        library_size = np.asarray(library_size, dtype=np.float64)
+        if library_size.shape != (counts.shape[0],):
+            raise ValueError(f"`library_size` has shape {library_size.shape}; wanted ({counts.shape[0]},), one a cell.")
+        short = rates.sum(axis=1) > library_size * (1 + 1e-6) + 1e-6
+        if self.normalization == "log1p" and short.any():
+            row = int(np.flatnonzero(short)[0])
+            raise ValueError(
+                f"`library_size` of cell {row} is {library_size[row]:g}, less than the {rates[row].sum():g} counts "
+                "given for it; it is the sum of counts over all genes."
+            )
+        return normalize_counts(
+            counts,
+            library_size[:, None],
+            normalization=self.normalization,
+            target_sum=self.target_sum,
+            gene_lengths=lengths,
+        )
+
+    def from_values(
+        self, values: np.ndarray, measured_mask: np.ndarray, return_tensors: str | None = "pt"
+    ) -> BatchFeature:
+        """Builds model inputs from normalised values `(n_obs, vocab_size)` and the mask of measured genes."""
+        expressed = (values != 0) & measured_mask
+        width = max(int(expressed.sum(axis=1).max(initial=0)), 1)
+        # A stable sort brings the expressed genes to the front in ascending id order.
+        order = np.argsort(~expressed, axis=1, kind="stable")[:, :width]
+        attention = np.take_along_axis(expressed, order, axis=1)
+        features = {
+            "input_ids": np.where(attention, order, 0),
+            "expression_values": np.where(attention, np.take_along_axis(values, order, axis=1), 0).astype(np.float32),
+            "attention_mask": attention.astype(np.int64),
+            "measured_mask": np.asarray(measured_mask, dtype=bool),
+        }
+        if return_tensors == "pt":
+            features = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in features.items()}
+        return BatchFeature(features)
+
+    def parse_perturbation(self, spec: str | Mapping[str, str | float]) -> list[tuple[int, str, float]]:
+        """Reads a perturbation such as `"STAT1=ko"`, `"STAT1=kd:0.8+IRF1=x3"` or `{"STAT1": -1.3}`.
+
+        Actions: `ko` (to zero), `kd:SHARE` (SHARE of the expression removed, 0 to 1), `xFACTOR` (expression times
+        FACTOR), `level:VALUE` (to that log value), `delta:CHANGE` or a plain number (change of the log value).
+        `control`, or an empty text, is the empty perturbation.
+
+        Returns:
+            `list` of (vocabulary id, action, amount) with action one of `factor`, `level`, `delta`.
+
+        Raises:
+            ValueError: For a malformed text, an amount out of range, an unknown gene or one named twice.
+        """
+        if isinstance(spec, Mapping):
+            parts = [(str(gene), str(action)) for gene, action in spec.items()]
+        else:
+            text = spec.strip()
+            # A plus sign joins genes only where a `GENE=` follows: `A=+1.2+B=ko`.
+            pieces = [] if text in ("", "control") else re.split(r"\+(?=[^+=]+=)", text)
+            parts = []
+            for piece in pieces:
+                gene, equals, action = piece.partition("=")
+                if not equals or not gene.strip() or not action.strip():
+                    raise ValueError(
+                        f"`perturbation` {piece!r} is not `GENE=ACTION`; actions are ko, kd:0.8, x3, level:2.0, "
+                        "delta:-1.3; join genes with `+`."
+                    )
+                parts.append((gene.strip(), action.strip()))
+        index = self.gene_index([gene for gene, _ in parts])
+        if len(set(index.tolist())) != len(index):
+            raise ValueError(f"`perturbation` {spec!r} names a gene twice; give each gene one action.")
+        return [(int(gene), *_parse_action(name, action)) for gene, (name, action) in zip(index, parts)]
+
+    def perturbation_features(
+        self,
+        specs: str | Sequence[str],
+        values: np.ndarray,
+        return_tensors: str | None = "pt",
+    ) -> BatchFeature:
+        """Perturbation inputs for cells: the change of log value that each action means for each cell.
+
+        Args:
+            specs (`str` or `Sequence[str]`): One text for all cells, or one a cell; see [`parse_perturbation`].
+            values (`np.ndarray`): Normalised values of the cells, shape `(n_obs, vocab_size)`.
+            return_tensors (`str`, *optional*, defaults to `"pt"`): `"pt"` or `"np"`.
+
+        Returns:
+            `BatchFeature` with `perturbation_ids`, `perturbation_values` and `perturbation_mask`, each `(n_obs, K)`.
+        """
+        values = np.asarray(values)
+        specs = [specs] * len(values) if isinstance(specs, (str, Mapping)) else list(specs)
+        if len(specs) != len(values):
+            raise ValueError(f"`specs` has {len(specs)} entries; wanted one text, or {len(values)}, one a cell.")
+        parsed_by_spec = {}
+        width = 1
+        for spec in specs:
+            key = repr(spec)
+            if key not in parsed_by_spec:
+                parsed_by_spec[key] = self.parse_perturbation(spec)
+                width = max(width, len(parsed_by_spec[key]))
+        ids = np.zeros((len(values), width), dtype=np.int64)
+        changes = np.zeros((len(values), width), dtype=np.float32)
+        mask = np.zeros((len(values), width), dtype=np.int64)
+        for row, spec in enumerate(specs):
+            for column, (gene, action, amount) in enumerate(parsed_by_spec[repr(spec)]):
+                ids[row, column] = gene
+                mask[row, column] = 1
+                changes[row, column] = change_of_log_value(values[row, gene], action, amount)
+        features = {"perturbation_ids": ids, "perturbation_values": changes, "perturbation_mask": mask}
+        if return_tensors == "pt":
+            features = {name: torch.from_numpy(array) for name, array in features.items()}
+        return BatchFeature(features)
+
+
+def change_of_log_value(value: float, action: str, amount: float) -> float:
+    """Change that an action means for a gene at log value `value`: `factor` scales expm1(value), `level` sets it."""
+    if action == "delta":
+        return float(amount)
+    if action == "level":
+        return float(amount - value)
+    return float(np.log1p(amount * np.expm1(np.float64(value))) - value)
+
+
+def _parse_action(gene: str, action: str) -> tuple[str, float]:
+    lowered = action.casefold()
+    if lowered == "ko":
+        return "factor", 0.0
+    name, _, amount_text = lowered.partition(":") if ":" in lowered else ("", "", lowered)
+    if not name and re.fullmatch(r"x[\d.].*|[\d.].*x", lowered):
+        name, amount_text = "x", lowered.strip("x")
+    try:
+        amount = float(amount_text)
+    except ValueError:
+        amount = float("nan")
+    if name not in ("", "kd", "x", "level", "delta") or not np.isfinite(amount):
+        raise ValueError(
+            f"`perturbation` of `{gene}` is {action!r}; wanted ko, kd:SHARE, xFACTOR, level:VALUE, delta:CHANGE "
+            "or a number (change of the log value)."
+        )
+    if name == "kd":
+        if not 0 <= amount <= 1:
+            raise ValueError(f"`perturbation` of `{gene}` is {action!r}; the share removed lies between 0 and 1.")
+        return "factor", 1.0 - amount
+    if name == "x":
+        if amount < 0:
+            raise ValueError(f"`perturbation` of `{gene}` is {action!r}; a factor is not negative.")
+        return "factor", amount
+    return ("level", amount) if name == "level" else ("delta", amount)
