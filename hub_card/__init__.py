@@ -1,0 +1,1 @@
+"""Cards and Spaces: render and push."""

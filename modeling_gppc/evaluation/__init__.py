@@ -1,0 +1,1 @@
+"""Metrics, baselines, splits, leak guards and reports."""

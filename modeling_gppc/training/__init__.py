@@ -1,0 +1,1 @@
+"""Training: arguments, data, collator, Trainer."""
