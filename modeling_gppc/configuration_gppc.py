@@ -1,0 +1,90 @@
+"""Configuration of a GPPC model."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+ARCHITECTURES = ("latents", "origin")
+
+
+@strict
+class GppcConfig(PreTrainedConfig):
+    r"""
+    Args:
+        vocab_size (`int`, *optional*, defaults to 1000): Number of genes the model knows.
+        architecture (`str`, *optional*, defaults to `"latents"`): `"latents"`, or `"origin"`: the form GPPC grew out
+            of (gene embedding x value tokens, no gene identity where nothing is perturbed), kept for the record.
+        hidden_size (`int`, *optional*, defaults to 128): Width of the latents and of the perturbation tokens.
+        pool_size (`int`, *optional*, defaults to 256): Width of the gene embedding that pools the state of a cell.
+        num_latents (`int`, *optional*, defaults to 8): Latent vectors that hold the encoded state.
+        readout_size (`int`, *optional*, defaults to 256): Width of the bilinear read-out of the queried genes.
+        encoder_layers (`int`, *optional*, defaults to 1): Blocks over the latents, independent of the perturbation.
+        decoder_layers (`int`, *optional*, defaults to 2): Blocks over latents and perturbation tokens.
+        num_attention_heads (`int`, *optional*, defaults to 4): Heads of every attention.
+        intermediate_size (`int`, *optional*, defaults to 256): Width of the feed-forward layers.
+        hidden_act (`str`, *optional*, defaults to `"gelu"`): Activation of the feed-forward layers.
+        hidden_dropout_prob (`float`, *optional*, defaults to 0.1): Dropout on residual branches and on the read-out.
+        attention_probs_dropout_prob (`float`, *optional*, defaults to 0.0): Dropout on attention weights; anything
+            above zero disables the fused kernels on CPU.
+        num_factors (`int`, *optional*, defaults to 32): Shared factors of the linear response.
+        use_linear_response (`bool`, *optional*, defaults to `True`): Predict linear response + learned departure;
+            otherwise gene mean + learned departure.
+        use_departure (`bool`, *optional*, defaults to `True`): Learn a departure from the linear response at all.
+        pairings (`list[str]`, *optional*): Names of the contexts that the two cells of a training pair may share.
+        default_pairing (`str`, *optional*, defaults to `"same_type"`): The context assumed when none is given.
+        variance_loss_weight (`float`, *optional*, defaults to 0.1): Weight of the variance's likelihood in the loss.
+        initializer_range (`float`, *optional*, defaults to 0.02): Standard deviation of initial weights.
+        layer_norm_eps (`float`, *optional*, defaults to 1e-5): Epsilon of the layer norms.
+    """
+
+    model_type = "gppc"
+    keys_to_ignore_at_inference = [
+        "encoder_last_hidden_state",
+        "decoder_last_hidden_state",
+        "linear_response",
+        "hidden_states",
+        "attentions",
+    ]
+
+    vocab_size: int = 1000
+    architecture: str = "latents"
+    hidden_size: int = 128
+    pool_size: int = 256
+    num_latents: int = 8
+    readout_size: int = 256
+    encoder_layers: int = 1
+    decoder_layers: int = 2
+    num_attention_heads: int = 4
+    intermediate_size: int = 256
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float | int = 0.1
+    attention_probs_dropout_prob: float | int = 0.0
+    num_factors: int = 32
+    use_linear_response: bool = True
+    use_departure: bool = True
+    pairings: list[str] | None = None
+    default_pairing: str = "same_type"
+    variance_loss_weight: float | int = 0.1
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-5
+
+    def __post_init__(self, **kwargs):
+        self.pairings = list(self.pairings) if self.pairings else [self.default_pairing]
+        if self.default_pairing not in self.pairings:
+            self.default_pairing = self.pairings[0]
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Checks that sizes fit each other; called by `@strict` after construction."""
+        if self.architecture not in ARCHITECTURES:
+            raise ValueError(f"`architecture` is {self.architecture!r}; wanted one of {', '.join(ARCHITECTURES)}.")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"`hidden_size` is {self.hidden_size}; wanted a multiple of `num_attention_heads` "
+                f"({self.num_attention_heads})."
+            )
+        for name in ("vocab_size", "hidden_size", "pool_size", "num_latents", "readout_size", "num_factors"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; wanted at least 1.")
+
+
+__all__ = ["GppcConfig"]

@@ -1,0 +1,726 @@
+"""PyTorch GPPC model: state encoder, perturbation decoder, linear response and read-outs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import ModelOutput
+
+from .configuration_gppc import GppcConfig
+
+# The learned log variance stays within this distance of the linear response's.
+MAX_LOG_VARIANCE_CHANGE = 4.0
+IGNORED_LABEL = -100.0
+
+
+@dataclass
+class GppcEncoderOutput(ModelOutput):
+    """
+    An encoded cell state; give it to `decode` for as many perturbations as wanted.
+
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(B, L, hidden_size)`): Latents.
+        values (`torch.FloatTensor` of shape `(B, vocab_size)`): Log values, zero where not measured.
+        measured (`torch.BoolTensor` of shape `(B, vocab_size)`): Which genes were measured.
+        factor_mean (`torch.FloatTensor` of shape `(B, num_factors)`): Posterior mean of the cell's factors.
+        factor_covariance (`torch.FloatTensor` of shape `(B, num_factors, num_factors)`): Posterior covariance.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    values: torch.FloatTensor | None = None
+    measured: torch.BoolTensor | None = None
+    factor_mean: torch.FloatTensor | None = None
+    factor_covariance: torch.FloatTensor | None = None
+
+    def select(self, index: torch.Tensor) -> "GppcEncoderOutput":
+        """Rows of the encoded states, repeated or reordered as `index` of shape `(N,)` says."""
+        return GppcEncoderOutput(**{name: tensor[index] for name, tensor in self.items()})
+
+
+@dataclass
+class GppcModelOutput(ModelOutput):
+    """
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(B, L, hidden_size)`): Latents after the perturbation.
+        encoder_last_hidden_state (`torch.FloatTensor` of shape `(B, L, hidden_size)`): Latents before it.
+        factor_mean (`torch.FloatTensor` of shape `(B, num_factors)`): Factors expected after the perturbation.
+        factor_covariance (`torch.FloatTensor` of shape `(B, num_factors, num_factors)`): Their covariance.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    encoder_last_hidden_state: torch.FloatTensor | None = None
+    factor_mean: torch.FloatTensor | None = None
+    factor_covariance: torch.FloatTensor | None = None
+
+
+@dataclass
+class GppcOutput(ModelOutput):
+    """
+    Args:
+        loss (`torch.FloatTensor` of shape `(1,)`, *optional*): Squared error per scored gene plus the variance term.
+        logits (`torch.FloatTensor` of shape `(B, Q)`): Expected log value of every queried gene.
+        logvar (`torch.FloatTensor` of shape `(B, Q)`): Log of the predicted variance.
+        linear_response (`torch.FloatTensor` of shape `(B, Q)`): The closed-form part of `logits`; the difference is
+            how far the prediction departed from linear.
+        encoder_last_hidden_state, decoder_last_hidden_state (`torch.FloatTensor` of shape `(B, L, hidden_size)`).
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    logvar: torch.FloatTensor | None = None
+    linear_response: torch.FloatTensor | None = None
+    encoder_last_hidden_state: torch.FloatTensor | None = None
+    decoder_last_hidden_state: torch.FloatTensor | None = None
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Attention written out; the reference for the fused kernels. Shapes `(B, heads, tokens, head size)`."""
+    weights = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class GppcAttention(nn.Module):
+    """Self-attention over latents and perturbation tokens; order carries no meaning."""
+
+    def __init__(self, config: GppcConfig):
+        super().__init__()
+        self.config = config
+        self.num_heads = config.num_attention_heads
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_probs_dropout_prob
+        self.is_causal = False
+        self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        batch, tokens, width = hidden_states.shape
+        qkv = self.qkv_proj(hidden_states).view(batch, tokens, 3, self.num_heads, self.head_dim)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, _ = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+        )
+        return self.o_proj(output.reshape(batch, tokens, width))
+
+
+class GppcBlock(GradientCheckpointingLayer):
+    """Pre-norm attention and feed-forward; the residual stream keeps magnitudes that a post-norm would erase."""
+
+    def __init__(self, config: GppcConfig):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = GppcAttention(config)
+        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        attended = self.attention(self.attention_norm(hidden_states), attention_mask)
+        hidden_states = hidden_states + self.dropout(attended)
+        expanded = self.activation(self.up_proj(self.mlp_norm(hidden_states)))
+        return hidden_states + self.dropout(self.down_proj(expanded))
+
+
+class GppcLinearResponse(nn.Module):
+    """
+    Closed-form part: a factor model of expression, conditioned exactly on the source state and the imposed levels.
+
+    Expression = gene_mean + loadings z + noise, with z ~ N(0, I) and Cov(z_target, z_source) = coupling[pairing].
+    The parameters are fitted from training cells, see `training/factor_model.py`; any set of measured genes and any
+    number of imposed genes is exact. Cost a cell: O(V r) for the state, O(k r^2 + k^3) for k imposed genes.
+    """
+
+    def __init__(self, config: GppcConfig):
+        super().__init__()
+        size, factors, pairings = config.vocab_size, config.num_factors, len(config.pairings)
+        self.register_buffer("gene_mean", torch.zeros(size))
+        self.register_buffer("loadings", torch.zeros(size, factors))
+        self.register_buffer("noise", torch.ones(size))
+        self.register_buffer("coupling", torch.zeros(pairings, factors, factors))
+        self.register_buffer("factor_shift", torch.zeros(pairings, factors))
+
+    def encode(
+        self, centred: torch.Tensor, measured: torch.Tensor, panel_index: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Posterior of the source's factors.
+
+        Args:
+            centred (`torch.FloatTensor` of shape `(B, vocab_size)`): Value minus gene mean, zero where not measured.
+            measured (`torch.BoolTensor` of shape `(P, vocab_size)`): Panels, or one mask a cell (P = B).
+            panel_index (`torch.LongTensor` of shape `(B,)`, *optional*): Panel of each cell.
+
+        Returns:
+            Mean `(B, r)` and covariance `(B, r, r)`.
+        """
+        factors = self.loadings.shape[1]
+        weighted = self.loadings / self.noise[:, None]
+        products = (weighted[:, :, None] * self.loadings[:, None, :]).flatten(1)
+        identity = torch.eye(factors, dtype=products.dtype, device=products.device)
+        precision = (measured.to(products.dtype) @ products).view(-1, factors, factors) + identity
+        covariance = torch.cholesky_inverse(torch.linalg.cholesky(precision))
+        if panel_index is not None:
+            covariance = covariance[panel_index]
+        mean = torch.einsum("brs,bs->br", covariance, centred @ weighted)
+        return mean, covariance
+
+    def condition(
+        self,
+        factor_mean: torch.Tensor,
+        factor_covariance: torch.Tensor,
+        pairing_ids: torch.Tensor,
+        ids: torch.Tensor,
+        levels: torch.Tensor,
+        mask: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Posterior of the target's factors given the source's and the imposed levels.
+
+        Args:
+            factor_mean, factor_covariance (`torch.FloatTensor` of shapes `(B, r)` and `(B, r, r)`): From `encode`.
+            pairing_ids (`torch.LongTensor` of shape `(B,)`): Shared context.
+            ids, levels, mask (`torch.Tensor` of shape `(B, K)`): Imposed genes, their log values, 1 where real.
+
+        Returns:
+            Mean `(B, r)` and covariance `(B, r, r)`.
+        """
+        coupling = self.coupling[pairing_ids]
+        mean = torch.einsum("brs,bs->br", coupling, factor_mean) + self.factor_shift[pairing_ids]
+        identity = torch.eye(coupling.shape[-1], dtype=mean.dtype, device=mean.device)
+        covariance = identity - coupling @ (identity - factor_covariance) @ coupling.transpose(1, 2)
+        if ids.shape[1] == 0:
+            return mean, covariance
+        mask = mask.to(mean.dtype)
+        design = self.loadings[ids] * mask[:, :, None]
+        # A padded entry becomes an observation of nothing: zero row, unit noise, zero surprise.
+        noise = self.noise[ids] * mask + (1 - mask)
+        surprise = (levels - self.gene_mean[ids]) * mask - torch.einsum("bkr,br->bk", design, mean)
+        projected = design @ covariance
+        total = projected @ design.transpose(1, 2) + torch.diag_embed(noise)
+        factor = torch.linalg.cholesky(total)
+        gain = torch.cholesky_solve(projected, factor)
+        mean = mean + torch.einsum("bkr,bk->br", gain, surprise)
+        return mean, covariance - projected.transpose(1, 2) @ gain
+
+    def read(
+        self, mean: torch.Tensor, covariance: torch.Tensor, query_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Expected log value and its variance, each `(B, Q)`, at genes `query_ids` `(Q,)`."""
+        loadings = self.loadings[query_ids]
+        expected = self.gene_mean[query_ids] + mean @ loadings.T
+        spread = torch.einsum("brs,qr,qs->bq", covariance, loadings, loadings).clamp(min=0)
+        return expected, spread + self.noise[query_ids]
+
+
+def dense_state(
+    vocab_size: int,
+    input_ids: torch.Tensor,
+    expression_values: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    measured_mask: torch.Tensor | None = None,
+    panel_index: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values and measured mask over the vocabulary, each `(B, vocab_size)`.
+
+    Scattering makes the order of tokens, the padding and anything written into unmeasured genes vanish.
+    """
+    tokens = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    # Padding goes to an extra column that is cut off.
+    columns = torch.where(tokens.bool(), input_ids, vocab_size)
+    values = expression_values.new_zeros(input_ids.shape[0], vocab_size + 1).scatter(1, columns, expression_values)
+    values = values[:, :vocab_size]
+    if measured_mask is None:
+        measured = torch.zeros(values.shape[0], vocab_size + 1, dtype=torch.bool, device=values.device)
+        measured = measured.scatter(1, columns, True)[:, :vocab_size]
+    else:
+        measured = measured_mask.bool() if panel_index is None else measured_mask.bool()[panel_index]
+    return torch.where(measured, values, torch.zeros_like(values)), measured
+
+
+class GppcPreTrainedModel(PreTrainedModel):
+    """Weights, loading and saving."""
+
+    config_class = GppcConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["GppcBlock"]
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        spread = self.config.initializer_range
+        if isinstance(module, nn.Linear):
+            init.normal_(module.weight, mean=0.0, std=module.in_features**-0.5)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, mean=0.0, std=spread)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, GppcLinearResponse):
+            init.zeros_(module.gene_mean)
+            init.zeros_(module.loadings)
+            init.ones_(module.noise)
+            init.zeros_(module.coupling)
+            init.zeros_(module.factor_shift)
+        elif isinstance(module, GppcModel):
+            init.normal_(module.latents, mean=0.0, std=spread)
+        elif isinstance(module, GppcReadout):
+            # Zero gene vectors: training starts at the linear response and departs where data asks for it.
+            init.zeros_(module.gene_vectors)
+            init.zeros_(module.gene_vectors_logvar)
+            init.zeros_(module.gene_logvar)
+
+
+class GppcModel(GppcPreTrainedModel):
+    """Encodes a cell state into latents and lets perturbations act on them."""
+
+    def __init__(self, config: GppcConfig):
+        super().__init__(config)
+        width = config.hidden_size
+        self.linear_response = GppcLinearResponse(config)
+        self.gene_pool = nn.Embedding(config.vocab_size, config.pool_size)
+        self.pool_proj = nn.Linear(config.pool_size, config.num_latents * width)
+        self.latents = nn.Parameter(torch.zeros(config.num_latents, width))
+        self.encoder = nn.ModuleList([GppcBlock(config) for _ in range(config.encoder_layers)])
+        self.perturbation_embedding = nn.Embedding(config.vocab_size, width)
+        self.perturbation_proj = nn.Linear(3 * width, width)
+        self.factor_proj = nn.Linear(config.num_factors, width)
+        self.pairing_embedding = nn.Embedding(len(config.pairings), width)
+        self.decoder = nn.ModuleList([GppcBlock(config) for _ in range(config.decoder_layers)])
+        self.final_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The embedding that pools the state of a cell."""
+        return self.gene_pool
+
+    def set_input_embeddings(self, value: nn.Module):
+        """Replaces the embedding that pools the state of a cell."""
+        self.gene_pool = value
+
+    def encode(
+        self,
+        input_ids: torch.LongTensor,
+        expression_values: torch.FloatTensor,
+        attention_mask: torch.Tensor | None = None,
+        measured_mask: torch.Tensor | None = None,
+        panel_index: torch.LongTensor | None = None,
+    ) -> GppcEncoderOutput:
+        """
+        Encodes cell states.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, N)`): Vocabulary ids of the expressed genes.
+            expression_values (`torch.FloatTensor` of shape `(B, N)`): Their normalised log values.
+            attention_mask (`torch.Tensor` of shape `(B, N)`, *optional*): 1 for a gene, 0 for padding.
+            measured_mask (`torch.BoolTensor` of shape `(B, vocab_size)`, *optional*): Measured genes; those without
+                a token are measured zeros. Defaults to the genes that have a token. With `panel_index`, shape
+                `(P, vocab_size)`: the distinct panels of the batch.
+            panel_index (`torch.LongTensor` of shape `(B,)`, *optional*): Row of `measured_mask` of each cell.
+
+        Returns:
+            [`GppcEncoderOutput`]
+        """
+        values, measured = dense_state(
+            self.config.vocab_size, input_ids, expression_values, attention_mask, measured_mask, panel_index
+        )
+        centred = torch.where(measured, values - self.linear_response.gene_mean, torch.zeros_like(values))
+        panels = measured if measured_mask is None or panel_index is None else measured_mask.bool()
+        with torch.autocast(device_type=values.device.type, enabled=False):
+            factor_mean, factor_covariance = self.linear_response.encode(
+                centred.float(), panels, None if measured_mask is None else panel_index
+            )
+        pooled = centred.to(self.gene_pool.weight.dtype) @ self.gene_pool.weight
+        hidden_states = self.pool_proj(pooled).view(-1, self.config.num_latents, self.config.hidden_size)
+        hidden_states = hidden_states + self.latents
+        for block in self.encoder:
+            hidden_states = block(hidden_states)
+        return GppcEncoderOutput(
+            last_hidden_state=hidden_states,
+            values=values,
+            measured=measured,
+            factor_mean=factor_mean,
+            factor_covariance=factor_covariance,
+        )
+
+    def imposed_levels(
+        self, encoded: GppcEncoderOutput, perturbation_ids: torch.Tensor, perturbation_values: torch.Tensor
+    ) -> torch.Tensor:
+        """Log values that the perturbed genes are set to, `(B, K)`: the source's level plus the change.
+
+        Where the source did not measure a gene its level is the one that the rest of the state suggests.
+        """
+        source = encoded.values.gather(1, perturbation_ids)
+        response = self.linear_response
+        expected = response.gene_mean[perturbation_ids] + torch.einsum(
+            "bkr,br->bk", response.loadings[perturbation_ids], encoded.factor_mean.to(response.loadings.dtype)
+        )
+        known = encoded.measured.gather(1, perturbation_ids)
+        return torch.where(known, source, expected.to(source.dtype)) + perturbation_values
+
+    def decode(
+        self,
+        encoded: GppcEncoderOutput,
+        perturbation_ids: torch.LongTensor,
+        perturbation_values: torch.FloatTensor,
+        perturbation_mask: torch.Tensor,
+        pairing_ids: torch.LongTensor,
+    ) -> tuple[GppcModelOutput, torch.Tensor]:
+        """
+        Lets perturbations act on encoded states; arguments as in `forward`, one encoded state a row.
+
+        Returns:
+            [`GppcModelOutput`] and the imposed levels `(B, K)`.
+        """
+        levels = self.imposed_levels(encoded, perturbation_ids, perturbation_values)
+        with torch.autocast(device_type=levels.device.type, enabled=False):
+            factor_mean, factor_covariance = self.linear_response.condition(
+                encoded.factor_mean.float(),
+                encoded.factor_covariance.float(),
+                pairing_ids,
+                perturbation_ids,
+                levels.float(),
+                perturbation_mask,
+            )
+        response = self.linear_response
+        identity = self.perturbation_embedding(perturbation_ids)
+        surprise = (levels - response.gene_mean[perturbation_ids]).to(identity.dtype)[:, :, None]
+        change = perturbation_values.to(identity.dtype)[:, :, None]
+        tokens = self.perturbation_proj(torch.cat([identity, surprise * identity, change * identity], dim=-1))
+        linear_token = self.factor_proj(factor_mean.to(identity.dtype))[:, None]
+        latents = encoded.last_hidden_state + self.pairing_embedding(pairing_ids)[:, None]
+        hidden_states = torch.cat([latents, linear_token, tokens], dim=1)
+        ones = perturbation_mask.new_ones(perturbation_mask.shape[0], latents.shape[1] + 1)
+        visible = torch.cat([ones, perturbation_mask], dim=1).bool()
+        attention_mask = torch.zeros(visible.shape, dtype=hidden_states.dtype, device=visible.device)
+        attention_mask = attention_mask.masked_fill(~visible, torch.finfo(hidden_states.dtype).min)[:, None, None]
+        attention_mask = attention_mask.expand(-1, -1, hidden_states.shape[1], -1)
+        for block in self.decoder:
+            hidden_states = block(hidden_states, attention_mask)
+        hidden_states = self.final_norm(hidden_states[:, : latents.shape[1] + 1])
+        output = GppcModelOutput(
+            last_hidden_state=hidden_states,
+            encoder_last_hidden_state=encoded.last_hidden_state,
+            factor_mean=factor_mean,
+            factor_covariance=factor_covariance,
+        )
+        return output, levels
+
+    def default_inputs(
+        self,
+        rows: int,
+        device: torch.device,
+        perturbation_ids: torch.Tensor | None,
+        perturbation_values: torch.Tensor | None,
+        perturbation_mask: torch.Tensor | None,
+        pairing_ids: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Fills in what may be left out: no perturbation, all perturbations real, the default pairing."""
+        if perturbation_ids is None:
+            perturbation_ids = torch.zeros(rows, 0, dtype=torch.long, device=device)
+            perturbation_values = torch.zeros(rows, 0, device=device)
+        elif perturbation_values is None or perturbation_values.shape != perturbation_ids.shape:
+            shape = None if perturbation_values is None else tuple(perturbation_values.shape)
+            raise ValueError(
+                f"`perturbation_values` has shape {shape}; wanted {tuple(perturbation_ids.shape)}, "
+                "the change of log value of each of `perturbation_ids`."
+            )
+        if perturbation_mask is None:
+            perturbation_mask = torch.ones_like(perturbation_ids)
+        if pairing_ids is None:
+            default = self.config.pairings.index(self.config.default_pairing)
+            pairing_ids = torch.full((rows,), default, dtype=torch.long, device=device)
+        # Padding may hold anything; what it holds must not reach a sum.
+        real = perturbation_mask.bool()
+        perturbation_ids = torch.where(real, perturbation_ids, torch.zeros_like(perturbation_ids))
+        perturbation_values = torch.where(real, perturbation_values, torch.zeros_like(perturbation_values))
+        return perturbation_ids, perturbation_values, perturbation_mask, pairing_ids
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        expression_values: torch.FloatTensor,
+        attention_mask: torch.Tensor | None = None,
+        measured_mask: torch.Tensor | None = None,
+        panel_index: torch.LongTensor | None = None,
+        perturbation_ids: torch.LongTensor | None = None,
+        perturbation_values: torch.FloatTensor | None = None,
+        perturbation_mask: torch.Tensor | None = None,
+        pairing_ids: torch.LongTensor | None = None,
+    ) -> GppcModelOutput:
+        """Encodes and decodes; see [`GppcForPerturbationPrediction.forward`] for the arguments."""
+        encoded = self.encode(input_ids, expression_values, attention_mask, measured_mask, panel_index)
+        perturbations = self.default_inputs(
+            input_ids.shape[0],
+            input_ids.device,
+            perturbation_ids,
+            perturbation_values,
+            perturbation_mask,
+            pairing_ids,
+        )
+        return self.decode(encoded, *perturbations)[0]
+
+
+class GppcReadout(nn.Module):
+    """Bilinear read-out: latents -> a vector that every queried gene meets with its own."""
+
+    def __init__(self, config: GppcConfig):
+        super().__init__()
+        self.proj = nn.Linear((config.num_latents + 1) * config.hidden_size, config.readout_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.gene_vectors = nn.Parameter(torch.zeros(config.vocab_size, config.readout_size))
+        self.gene_vectors_logvar = nn.Parameter(torch.zeros(config.vocab_size, config.readout_size))
+        self.gene_logvar = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def forward(self, hidden_states: torch.Tensor, query_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Departure of the mean and of the log variance from the linear response, each `(B, Q)`."""
+        state = self.dropout(self.activation(self.proj(hidden_states.flatten(1))))
+        departure = state @ self.gene_vectors[query_ids].T
+        logvar = state.detach() @ self.gene_vectors_logvar[query_ids].T + self.gene_logvar[query_ids]
+        return departure, MAX_LOG_VARIANCE_CHANGE * torch.tanh(logvar / MAX_LOG_VARIANCE_CHANGE)
+
+
+class GppcOriginForm(nn.Module):
+    """The form GPPC grew out of, kept for the record: it cannot tell unperturbed genes apart."""
+
+    def __init__(self, config: GppcConfig):
+        super().__init__()
+        self.scale = config.hidden_size**0.5
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        shared = {
+            "d_model": config.hidden_size,
+            "nhead": config.num_attention_heads,
+            "dim_feedforward": config.intermediate_size,
+            "dropout": config.hidden_dropout_prob,
+            "batch_first": True,
+        }
+        self.encoder = nn.ModuleList([nn.TransformerEncoderLayer(**shared) for _ in range(config.encoder_layers)])
+        self.decoder = nn.ModuleList([nn.TransformerDecoderLayer(**shared) for _ in range(config.decoder_layers)])
+        self.head = nn.Linear(config.hidden_size, 1)
+
+    def forward(self, values: torch.Tensor, changes: torch.Tensor, query_ids: torch.Tensor) -> torch.Tensor:
+        """Expected log values `(B, Q)` from values and changes over the whole vocabulary, each `(B, V)`."""
+        state = self.embedding.weight * values[:, :, None] * self.scale
+        for layer in self.encoder:
+            state = layer(state)
+        tokens = self.embedding.weight * changes[:, :, None] * self.scale
+        for layer in self.decoder:
+            tokens = layer(tokens, state)
+        return self.head(tokens)[:, query_ids, 0]
+
+
+class GppcForPerturbationPrediction(GppcPreTrainedModel):
+    """Predicts the expression of every gene after imposed changes, with a variance."""
+
+    # The loss is a mean over the scored genes of the batch it sees; Trainer averages it over devices and steps.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: GppcConfig):
+        super().__init__(config)
+        self.model = GppcModel(config) if config.architecture == "latents" else None
+        self.readout = GppcReadout(config) if config.architecture == "latents" else None
+        self.origin = GppcOriginForm(config) if config.architecture == "origin" else None
+        self.post_init()
+
+    def encode(self, *args, **kwargs) -> GppcEncoderOutput:
+        """Encodes cell states once, for many calls of `decode`; see [`GppcModel.encode`]."""
+        return self.model.encode(*args, **kwargs)
+
+    def decode(
+        self,
+        encoded: GppcEncoderOutput,
+        perturbation_ids: torch.LongTensor | None = None,
+        perturbation_values: torch.FloatTensor | None = None,
+        perturbation_mask: torch.Tensor | None = None,
+        pairing_ids: torch.LongTensor | None = None,
+        query_ids: torch.LongTensor | None = None,
+        state_index: torch.LongTensor | None = None,
+    ) -> GppcOutput:
+        """
+        Predicts expression after perturbations of encoded states.
+
+        Args:
+            encoded ([`GppcEncoderOutput`]): From `encode`.
+            perturbation_ids, perturbation_values, perturbation_mask, pairing_ids, query_ids: As in `forward`.
+            state_index (`torch.LongTensor` of shape `(B,)`, *optional*): Which encoded state each perturbation acts
+                on; defaults to one state a perturbation, or the only state for all.
+
+        Returns:
+            [`GppcOutput`] without a loss.
+        """
+        rows = encoded.values.shape[0] if perturbation_ids is None else perturbation_ids.shape[0]
+        if state_index is not None:
+            encoded = encoded.select(state_index)
+        elif encoded.values.shape[0] == 1 and rows > 1:
+            encoded = encoded.select(torch.zeros(rows, dtype=torch.long, device=encoded.values.device))
+        if encoded.values.shape[0] != rows:
+            raise ValueError(
+                f"`perturbation_ids` has {rows} rows for {encoded.values.shape[0]} encoded states; wanted one row a "
+                "state, a single state, or `state_index`."
+            )
+        device = encoded.values.device
+        perturbations = self.model.default_inputs(
+            rows, device, perturbation_ids, perturbation_values, perturbation_mask, pairing_ids
+        )
+        if query_ids is None:
+            query_ids = torch.arange(self.config.vocab_size, device=device)
+        output, levels = self.model.decode(encoded, *perturbations)
+        response = self.model.linear_response
+        with torch.autocast(device_type=device.type, enabled=False):
+            expected, variance = response.read(output.factor_mean, output.factor_covariance, query_ids)
+        base = expected if self.config.use_linear_response else response.gene_mean[query_ids].expand_as(expected)
+        logits, logvar = base, variance.log()
+        if self.config.use_departure:
+            departure, logvar_change = self.readout(output.last_hidden_state, query_ids)
+            logits = base + departure.to(base.dtype)
+            logvar = logvar + logvar_change.to(base.dtype)
+        ids, _, mask, _ = perturbations
+        return GppcOutput(
+            logits=impose(logits, query_ids, ids, levels.to(logits.dtype), mask, self.config.vocab_size),
+            logvar=logvar,
+            linear_response=impose(base, query_ids, ids, levels.to(base.dtype), mask, self.config.vocab_size),
+            encoder_last_hidden_state=output.encoder_last_hidden_state,
+            decoder_last_hidden_state=output.last_hidden_state,
+        )
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor,
+        expression_values: torch.FloatTensor,
+        attention_mask: torch.Tensor | None = None,
+        measured_mask: torch.Tensor | None = None,
+        panel_index: torch.LongTensor | None = None,
+        perturbation_ids: torch.LongTensor | None = None,
+        perturbation_values: torch.FloatTensor | None = None,
+        perturbation_mask: torch.Tensor | None = None,
+        pairing_ids: torch.LongTensor | None = None,
+        query_ids: torch.LongTensor | None = None,
+        labels: torch.FloatTensor | None = None,
+    ) -> GppcOutput:
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, N)`): Vocabulary ids of the expressed genes.
+            expression_values (`torch.FloatTensor` of shape `(B, N)`): Their normalised log values.
+            attention_mask (`torch.Tensor` of shape `(B, N)`, *optional*): 1 for a gene, 0 for padding.
+            measured_mask (`torch.BoolTensor`, *optional*): See [`GppcModel.encode`].
+            panel_index (`torch.LongTensor` of shape `(B,)`, *optional*): See [`GppcModel.encode`].
+            perturbation_ids (`torch.LongTensor` of shape `(B, K)`, *optional*): Genes whose expression is imposed.
+            perturbation_values (`torch.FloatTensor` of shape `(B, K)`, *optional*): Change of their log values.
+            perturbation_mask (`torch.Tensor` of shape `(B, K)`, *optional*): 1 for a perturbation, 0 for padding.
+            pairing_ids (`torch.LongTensor` of shape `(B,)`, *optional*): Index into `config.pairings` of the context
+                that source and target share; defaults to `config.default_pairing`.
+            query_ids (`torch.LongTensor` of shape `(Q,)`, *optional*): Genes to predict; defaults to all.
+            labels (`torch.FloatTensor` of shape `(B, Q)`, *optional*): Log values of the target, -100 where not
+                measured there.
+
+        Returns:
+            [`GppcOutput`]
+        """
+        if self.origin is not None:
+            output = self._forward_origin(
+                input_ids,
+                expression_values,
+                attention_mask,
+                measured_mask,
+                panel_index,
+                perturbation_ids,
+                perturbation_values,
+                perturbation_mask,
+                query_ids,
+            )
+        else:
+            encoded = self.encode(input_ids, expression_values, attention_mask, measured_mask, panel_index)
+            output = self.decode(
+                encoded, perturbation_ids, perturbation_values, perturbation_mask, pairing_ids, query_ids
+            )
+        if labels is not None:
+            output.loss = self.loss(output, labels)
+        return output
+
+    def loss(self, output: GppcOutput, labels: torch.Tensor) -> torch.Tensor:
+        """Mean squared error over the scored genes; the variance's likelihood sees the mean as given.
+
+        The mean is fitted by squared error alone: a Gaussian likelihood would let genes with a large predicted
+        variance off.
+        """
+        scored = labels != IGNORED_LABEL
+        count = scored.sum().clamp(min=1)
+        error = torch.where(scored, output.logits - labels, torch.zeros_like(labels)).float()
+        loss = error.square().sum() / count
+        if output.logvar is not None and self.config.variance_loss_weight > 0 and self.config.use_departure:
+            logvar = output.logvar.float()
+            likelihood = 0.5 * (logvar + error.detach().square() * torch.exp(-logvar))
+            likelihood = torch.where(scored, likelihood, torch.zeros_like(likelihood)).sum() / count
+            loss = loss + self.config.variance_loss_weight * likelihood
+        return loss
+
+    def _forward_origin(
+        self,
+        input_ids,
+        expression_values,
+        attention_mask,
+        measured_mask,
+        panel_index,
+        perturbation_ids,
+        perturbation_values,
+        perturbation_mask,
+        query_ids,
+    ) -> GppcOutput:
+        values, _ = dense_state(
+            self.config.vocab_size, input_ids, expression_values, attention_mask, measured_mask, panel_index
+        )
+        changes = torch.zeros_like(values)
+        if perturbation_ids is not None:
+            mask = torch.ones_like(perturbation_ids) if perturbation_mask is None else perturbation_mask
+            changes = changes.scatter_add(1, perturbation_ids, perturbation_values * mask.to(values.dtype))
+        if query_ids is None:
+            query_ids = torch.arange(self.config.vocab_size, device=values.device)
+        return GppcOutput(logits=self.origin(values, changes, query_ids))
+
+
+def impose(
+    predicted: torch.Tensor,
+    query_ids: torch.Tensor,
+    perturbation_ids: torch.Tensor,
+    levels: torch.Tensor,
+    mask: torch.Tensor,
+    vocab_size: int,
+) -> torch.Tensor:
+    """Puts the imposed levels `(B, K)` in the place of predictions `(B, Q)` of the perturbed genes themselves."""
+    if perturbation_ids.shape[1] == 0:
+        return predicted
+    queries = query_ids.shape[0]
+    # Position of each gene among the queries; genes not asked for, and padding, go to an extra column.
+    position = torch.full((vocab_size,), queries, dtype=torch.long, device=predicted.device)
+    position = position.scatter(0, query_ids, torch.arange(queries, device=predicted.device))
+    columns = torch.where(mask.bool(), position[perturbation_ids], queries)
+    padded = nn.functional.pad(predicted, (0, 1))
+    return padded.scatter(1, columns, levels)[:, :queries]
+
+
+__all__ = ["GppcForPerturbationPrediction", "GppcModel", "GppcPreTrainedModel"]
