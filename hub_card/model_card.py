@@ -1,0 +1,254 @@
+"""The model card: rendered from what a training run wrote, never typed in."""
+
+import json
+import math
+import os
+import re
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from string import Template
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from modeling_gppc.feature_extraction_gppc import close_matches
+
+TEMPLATES = Path(__file__).parent / "templates"
+# Stands for the repository's name until a push replaces it in what it uploads.
+PLACEHOLDER = "USER/REPOSITORY"
+MODEL_METHOD = "gppc"
+METRICS = {
+    "mse": "mean squared error",
+    "r2": "r2 against the gene mean",
+    "pearson_delta": "Pearson correlation of the change",
+}
+# What `run.json` must say: key -> (type, what it is). `None` is allowed where a fact was not measured.
+RUN_FACTS = {
+    "store": (str, "name or version of the store of cells, such as a Census version"),
+    "filters": ((str, list, dict, type(None)), "the query's filters; null for none"),
+    "cells": (int, "number of cells read"),
+    "genes": (int, "number of genes of the vocabulary"),
+    "seconds": ((int, float), "wall-clock seconds of training"),
+    "flop": ((int, float, type(None)), "floating-point operations of training; null where not counted"),
+    "seed": (int, "the seed"),
+    "command": (str, "the command that started the run"),
+}
+OPTIONAL_FACTS = {
+    "pairs": "training pairs",
+    "pairings": "pairings",
+    "split_by": "split by",
+    "parameters": "parameters",
+    "steps": "optimiser steps",
+    "processes": "processes",
+    "digest": "digest of the pairs",
+}
+
+
+def read_json(path: Path) -> dict:
+    """Reads a JSON file that holds a mapping.
+
+    Raises:
+        ValueError: If the file is missing, is not JSON or does not hold a mapping.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"`folder` {path.parent} holds no `{path.name}`; wanted the folder a run wrote.") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"`{path.name}` in {path.parent} is not valid JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"`{path.name}` in {path.parent} holds {type(content).__name__}; wanted a mapping.")
+    return content
+
+
+def portable(text: str) -> str:
+    """Replaces every absolute path of a text by its last component: cards and uploads must not name a machine."""
+    text = re.sub(r"(?<![\w:/.~])(?:file://)?/(?:[\w.+@-]+/)+([\w.+@-]*)", lambda match: match[1] or ".", text)
+    return re.sub(r"\b[A-Za-z]:\\(?:[^\\\s]+\\)*", "", text)
+
+
+def read_results(path: Path) -> dict:
+    """Reads and checks `{"schema_version": 1, "splits": {NAME: {"n_pairs", "n_genes", "methods": {...}}}}`."""
+    results = read_json(path)
+    if results.get("schema_version") != 1 or not isinstance(results.get("splits"), dict) or not results["splits"]:
+        raise ValueError(f"`{path.name}` in {path.parent} has no `schema_version` 1 with `splits`; train again.")
+    for split, content in results["splits"].items():
+        missing = [key for key in ("n_pairs", "n_genes", "methods") if key not in content]
+        if missing:
+            raise ValueError(f"`{path.name}`: split `{split}` lacks {', '.join(f'`{key}`' for key in missing)}.")
+    return results
+
+
+def check_run(run: Mapping) -> None:
+    """Refuses a `run.json` that lacks a fact of [`RUN_FACTS`] or states it in another type."""
+    for key, (kind, meaning) in RUN_FACTS.items():
+        if key not in run:
+            raise ValueError(f"`run.json` lacks `{key}` ({meaning}){close_matches(key, run)}")
+        if not isinstance(run[key], kind) or isinstance(run[key], bool):
+            raise ValueError(f"`run.json`: `{key}` is {run[key]!r}; wanted {meaning}.")
+
+
+def shown(value: float | int | None) -> str:
+    """A figure as it appears in a card: integers with separators, others with four decimals."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return "-"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4f}" if abs(value) < 1e4 else f"{value:.3e}"
+
+
+def score_tables(results: Mapping) -> str:
+    """One Markdown table a split: methods down, [`METRICS`] across, with intervals where they were computed."""
+    tables = []
+    for split, content in results["splits"].items():
+        tables.append(f"**{split}** ({shown(content['n_pairs'])} pairs, {shown(content['n_genes'])} genes)\n")
+        tables.append("| method | " + " | ".join(METRICS.values()) + " |")
+        tables.append("|---|" + "---|" * len(METRICS))
+        for method, scores in content["methods"].items():
+            cells = [_with_interval(scores, metric) for metric in METRICS]
+            name = f"**{method}**" if method == MODEL_METHOD else method
+            tables.append(f"| {name} | " + " | ".join(cells) + " |")
+        tables.append("")
+    return "\n".join(tables)
+
+
+def _with_interval(scores: Mapping, metric: str) -> str:
+    interval = scores.get(f"{metric}_ci95")
+    text = shown(scores.get(metric))
+    return text if not interval else f"{text} [{shown(interval[0])}, {shown(interval[1])}]"
+
+
+def evaluation_entries(results: Mapping, dataset_name: str) -> list[EvalResult]:
+    """The `model-index`: every finite score of the model and of the floors, with its interval as `args`."""
+    entries = []
+    for split, content in results["splits"].items():
+        for method, scores in content["methods"].items():
+            for metric, meaning in METRICS.items():
+                value = scores.get(metric)
+                if value is None or not math.isfinite(value):
+                    continue
+                interval = scores.get(f"{metric}_ci95")
+                entries.append(
+                    EvalResult(
+                        task_type="perturbation-prediction",
+                        task_name="Expression after imposed expression changes",
+                        dataset_type="cell-pairs",
+                        dataset_name=dataset_name,
+                        dataset_split=split,
+                        metric_type=metric,
+                        metric_value=value,
+                        metric_name=meaning if method == MODEL_METHOD else f"{meaning} of the floor {method}",
+                        metric_args={"ci95": list(interval)} if interval else None,
+                    )
+                )
+    return entries
+
+
+def count_parameters(path: Path) -> int:
+    """Number of values in a safetensors file, read from its header."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+
+
+def _facts(run: Mapping, config: Mapping, folder: Path) -> str:
+    filters = run["filters"] if isinstance(run["filters"], str) else json.dumps(run["filters"])
+    rows = {
+        "cells from": portable(run["store"]),
+        "filters": f"`{portable(filters)}`" if run["filters"] else "none",
+        "cells": shown(run["cells"]),
+        "genes": shown(run["genes"]),
+    }
+    known = {"pairings": config.get("pairings"), **run}
+    weights = folder / "model.safetensors"
+    if "parameters" not in known and weights.is_file():
+        known["parameters"] = count_parameters(weights)
+    for key, label in OPTIONAL_FACTS.items():
+        value = known.get(key)
+        if value:
+            text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+            rows[label] = portable(text) if isinstance(text, str) else shown(text)
+    rows["seed"] = str(run["seed"])
+    rows["command"] = f"`{portable(run['command'])}`"
+    return "\n".join(f"| {label} | {str(value).replace('|', '&#124;')} |" for label, value in rows.items())
+
+
+def _cost(run: Mapping) -> str:
+    flop = "not counted" if run["flop"] is None else f"about {run['flop']:.3g} floating-point operations"
+    processes = f" on {run['processes']} process(es)" if run.get("processes") else ""
+    return (
+        f"Training took {run['seconds']:,.0f} s{processes}; its cost whatever the hardware: {flop}. "
+        "Energy was not measured."
+    )
+
+
+def _transfer(folder: Path) -> str:
+    path = folder / "transfer.json"
+    if path.is_file():
+        return "Scored on real screens; intervals are over perturbations.\n\n" + score_tables(read_results(path))
+    return (
+        "This checkpoint was not scored on a real perturbation screen when the card was written: how far it carries "
+        "over to real interventions is not known. `gppc evaluate` measures it.\n"
+    )
+
+
+def render_model_card(folder: str | Path) -> str:
+    """Renders the card of a run folder.
+
+    Args:
+        folder (`str` or `Path`): Holds `config.json`, `preprocessor_config.json`, `results.json` (scores and floors by
+            split) and `run.json` (the facts of [`RUN_FACTS`], and those of [`OPTIONAL_FACTS`] that are known); also
+            `transfer.json`, of the layout of `results.json` with screens as splits, where screens were scored.
+
+    Returns:
+        `str`: The Markdown text with its metadata block.
+
+    Raises:
+        ValueError: If a file is missing or a fact is missing or malformed, naming it.
+    """
+    folder = Path(folder)
+    config = read_json(folder / "config.json")
+    preprocessor = read_json(folder / "preprocessor_config.json")
+    results = read_results(folder / "results.json")
+    run = read_json(folder / "run.json")
+    check_run(run)
+    name = portable(str(run.get("name") or "GPPC"))
+    data = ModelCardData(
+        license="apache-2.0",
+        library_name="transformers",
+        tags=["biology", "single-cell", "gene-expression", "perturbation-prediction", "gppc", "custom_code"],
+        metrics=list(METRICS),
+        model_name=name,
+        eval_results=evaluation_entries(results, portable(run["store"])),
+    )
+    symbols = preprocessor.get("gene_symbols") or preprocessor.get("gene_ids") or ["GENE"]
+    normalization = preprocessor.get("normalization", "none")
+    target_sum = f" with a target sum of {preprocessor.get('target_sum', 0):,.0f}" if normalization != "none" else ""
+    text = Template((TEMPLATES / "model_card.md").read_text()).substitute(
+        name=name,
+        placeholder=PLACEHOLDER,
+        gene=symbols[0],
+        facts=_facts(run, config, folder),
+        normalization=normalization,
+        target_sum=target_sum,
+        scores=score_tables(results),
+        transfer=_transfer(folder),
+        vocab_size=shown(len(preprocessor.get("gene_ids", ()))),
+        organism=preprocessor.get("organism", "homo_sapiens").replace("_", " "),
+        cost=_cost(run),
+        version=run.get("version", "0.1.0"),
+    )
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}"))
+
+
+def write_model_card(folder: str | Path) -> Path:
+    """Renders the card of a run folder into its `README.md` and returns the path; see [`render_model_card`]."""
+    return write_text(Path(folder) / "README.md", render_model_card(folder))
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Writes a file under a temporary name and moves it into place."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+    return path

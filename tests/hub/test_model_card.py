@@ -1,0 +1,171 @@
+"""The model card: valid metadata, and every figure that of results.json."""
+
+import copy
+import json
+import re
+
+import pytest
+from huggingface_hub import ModelCard
+
+from hub_card.model_card import METRICS, portable, render_model_card, shown, write_model_card
+
+CONFIG = {"model_type": "gppc", "pairings": ["same_type", "same_dataset"]}
+PREPROCESSOR = {
+    "gene_ids": ["ENSG01", "ENSG02"],
+    "gene_symbols": ["STAT1", "IRF1"],
+    "normalization": "log1p",
+    "target_sum": 10000.0,
+    "organism": "homo_sapiens",
+}
+RESULTS = {
+    "schema_version": 1,
+    "splits": {
+        "test": {
+            "n_pairs": 1234,
+            "n_genes": 765,
+            "methods": {
+                "gppc": {"mse": 0.123456789, "mse_ci95": [0.12, 0.13], "r2": 0.2217, "pearson_delta": 0.46},
+                "mean": {"mse": 0.2, "mse_ci95": [0.19, 0.21], "r2": 0.0, "pearson_delta": float("nan")},
+                "knn": {"mse": 0.17, "mse_ci95": None, "r2": 0.15, "pearson_delta": 0.31},
+            },
+        },
+        "validation": {"n_pairs": 7, "n_genes": 765, "methods": {"gppc": {"mse": 1.5, "r2": -0.1}}},
+    },
+}
+RUN = {
+    "store": "census 2025-11-08",
+    "filters": "is_primary_data == True and tissue in ['lung', 'blood']",
+    "cells": 700,
+    "genes": 765,
+    "pairs": 650,
+    "seconds": 91.4,
+    "flop": 1.25e12,
+    "seed": 7,
+    "command": "accelerate launch train.py --config a|b.yaml",
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name, content in zip(
+        ("config", "preprocessor_config", "results", "run"), (CONFIG, PREPROCESSOR, RESULTS, RUN), strict=True
+    ):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    return tmp_path
+
+
+def test_metadata_are_valid_and_equal_results(folder):
+    card = ModelCard.load(write_model_card(folder))
+    assert card.data.license == "apache-2.0"
+    assert card.data.library_name == "transformers"
+    found = {
+        (entry.dataset_split, entry.metric_name, entry.metric_type): (entry.metric_value, entry.metric_args)
+        for entry in card.data.eval_results
+    }
+    wanted = {}
+    for split, content in RESULTS["splits"].items():
+        for method, scores in content["methods"].items():
+            for metric, meaning in METRICS.items():
+                if metric in scores and scores[metric] == scores[metric]:
+                    name = meaning if method == "gppc" else f"{meaning} of the floor {method}"
+                    interval = scores.get(f"{metric}_ci95")
+                    wanted[split, name, metric] = (scores[metric], {"ci95": interval} if interval else None)
+    assert found == wanted
+    assert len(found) == 10
+
+
+def test_every_figure_of_the_tables_is_that_of_results(folder):
+    text = render_model_card(folder)
+    scores = text.split("## Scores beside the floors")[1].split("## On real")[0]
+    tables = re.split(r"\*\*(\w+)\*\* \(([\d,]+) pairs, ([\d,]+) genes\)", scores)[1:]
+    seen = 0
+    for split, n_pairs, n_genes, body in zip(*(tables[start::4] for start in range(4)), strict=True):
+        content = RESULTS["splits"][split]
+        assert (shown(content["n_pairs"]), shown(content["n_genes"])) == (n_pairs, n_genes)
+        rows = {
+            cells[0].strip("* "): cells[1:]
+            for cells in (line.strip("| ").split(" | ") for line in body.splitlines() if line.startswith("|"))
+            if cells[0] != "method" and not cells[0].startswith("---")
+        }
+        assert list(rows) == list(content["methods"])
+        for method, cells in rows.items():
+            for metric, cell in zip(METRICS, cells, strict=True):
+                wanted = content["methods"][method].get(metric)
+                figures = [float(figure) for figure in re.findall(r"-?\d+\.\d+", cell)]
+                if wanted is None or wanted != wanted:
+                    assert cell == "-"
+                    continue
+                interval = content["methods"][method].get(f"{metric}_ci95") or []
+                assert figures == [round(value, 4) for value in [wanted, *interval]]
+                seen += len(figures)
+    assert seen == 14
+
+
+def test_facts_of_the_run_are_shown(folder):
+    text = render_model_card(folder)
+    for fact in ("census 2025-11-08", "| cells | 700 |", "| training pairs | 650 |", "same_type, same_dataset"):
+        assert fact in text
+    assert "91 s" in text and "1.25e+12" in text
+    assert "a&#124;b.yaml" in text  # a pipe would break the table
+    assert "$" not in text
+    assert "correlation is not causation" in text.lower()
+    assert "was not scored on a real perturbation screen" in text
+
+
+def test_transfer_scores_are_shown_when_known(folder):
+    transfer = {"schema_version": 1, "splits": {"papalexi": RESULTS["splits"]["test"]}}
+    (folder / "transfer.json").write_text(json.dumps(transfer))
+    text = render_model_card(folder)
+    assert "**papalexi**" in text.split("## On real")[1]
+    assert "was not scored" not in text
+
+
+@pytest.mark.parametrize("key", ["store", "filters", "cells", "genes", "seconds", "flop", "seed", "command"])
+def test_a_missing_fact_is_named(folder, key):
+    run = {name: value for name, value in RUN.items() if name != key}
+    (folder / "run.json").write_text(json.dumps(run))
+    with pytest.raises(ValueError, match=f"`run.json` lacks `{key}`"):
+        write_model_card(folder)
+    assert not (folder / "README.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("run", {"cells": "many"}, "`cells` is 'many'"),
+        ("run", {"seed": True}, "`seed` is True"),
+        ("results", {"schema_version": 2}, "schema_version"),
+        ("results", {"splits": {}}, "splits"),
+        ("results", {"splits": {"test": {"n_pairs": 1, "n_genes": 1}}}, "lacks `methods`"),
+    ],
+)
+def test_malformed_facts_are_refused(folder, file, change, message):
+    content = copy.deepcopy(json.loads((folder / f"{file}.json").read_text())) | change
+    (folder / f"{file}.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        render_model_card(folder)
+
+
+@pytest.mark.parametrize("name", ["config", "preprocessor_config", "results", "run"])
+def test_missing_and_broken_files_are_named(folder, name):
+    (folder / f"{name}.json").write_text("{")
+    with pytest.raises(ValueError, match=f"`{name}.json` .* not valid JSON"):
+        render_model_card(folder)
+    (folder / f"{name}.json").unlink()
+    with pytest.raises(ValueError, match=f"no `{name}.json`"):
+        render_model_card(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("/some/where/store.soma", "store.soma"),
+        ("file:///some/where/store.soma", "store.soma"),
+        ("train.py --pairs /some/where/pairs --out=/a/b/", "train.py --pairs pairs --out=."),
+        ("s3://bucket/census/2025-11-08", "s3://bucket/census/2025-11-08"),
+        ("configs/pbmc.yaml", "configs/pbmc.yaml"),
+        ("cells/s and 1 / 2", "cells/s and 1 / 2"),
+    ],
+)
+def test_absolute_paths_do_not_reach_the_card(text, wanted):
+    assert portable(text) == wanted
