@@ -191,7 +191,7 @@ class PairFolder:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         if not (self.path / MANIFEST).is_file():
-            unfinished = (self.path / "plan.json").is_file()
+            unfinished = (self.path / "work" / "plan.json").is_file()
             why = "holds an unfinished build: run the same command again" if unfinished else f"has no {MANIFEST}"
             raise ValueError(f"`{self.path}` is not a pairs folder ({why}); `gppc build-pairs` writes one.")
         try:

@@ -1,0 +1,212 @@
+"""Cells in ascending order, in contiguous blocks of all genes, checked and normalised in memory."""
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.sparse as sp
+import tiledbsoma
+
+from data_scripts.pair_options import QueryOptions
+from modeling_gppc.feature_extraction_gppc import check_raw_counts, normalize_counts
+
+BLOCK_CELLS = 4_096
+
+
+@dataclass
+class CellBlock:
+    """
+    Expressed genes of consecutive selected cells.
+
+    Attributes:
+        start (`int`): Position of the first cell among the cells asked for.
+        n_cells (`int`): Number of cells.
+        rows (`np.ndarray`): Cell of each entry within the block, ascending, shape `(n_entries,)`.
+        genes (`np.ndarray`): `soma_joinid` of each entry's gene, ascending within a cell.
+        values (`np.ndarray`): Stored values, float32.
+    """
+
+    start: int
+    n_cells: int
+    rows: np.ndarray
+    genes: np.ndarray
+    values: np.ndarray
+
+
+class CellStream:
+    """
+    Reads one layer for given cells.
+
+    Reading contiguous blocks of all genes is faster than asking for some genes or for scattered cells; the next block
+    is read by a thread while the caller works on the last one.
+
+    Args:
+        matrix (`tiledbsoma.SparseNDArray`): The layer.
+        options (`QueryOptions`): Layer and normalisation.
+        joinids (`np.ndarray`): `soma_joinid` of the cells, ascending, shape `(n_cells,)`.
+        n_expressed (`np.ndarray`, *optional*): Entries that each cell must have, shape `(n_cells,)`; a store that
+            yields fewer is damaged.
+        block_cells (`int`, *optional*, defaults to 4,096): Cells read at once.
+    """
+
+    def __init__(
+        self,
+        matrix: tiledbsoma.SparseNDArray,
+        options: QueryOptions,
+        joinids: np.ndarray,
+        n_expressed: np.ndarray | None = None,
+        block_cells: int = BLOCK_CELLS,
+    ):
+        self.matrix, self.options, self.joinids = matrix, options, np.asarray(joinids, dtype=np.int64)
+        self.n_expressed, self.block_cells = n_expressed, block_cells
+
+    def __iter__(self) -> Iterator[CellBlock]:
+        starts = range(0, len(self.joinids), self.block_cells)
+        ahead: queue.Queue = queue.Queue(maxsize=1)
+        stopped = threading.Event()
+
+        def put(item) -> bool:
+            while not stopped.is_set():
+                try:
+                    ahead.put(item, timeout=0.1)
+                    return True
+                except queue.Full:
+                    continue
+            return False
+
+        def read_ahead():
+            try:
+                for start in starts:
+                    if not put(self.read(start)):
+                        return
+                put(None)
+            except BaseException as error:  # handed to the caller, who raises it
+                put(error)
+
+        reader = threading.Thread(target=read_ahead, daemon=True)
+        reader.start()
+        try:
+            while (item := ahead.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            stopped.set()
+            reader.join()
+
+    def read(self, start: int) -> CellBlock:
+        """Reads the block that begins with cell `start`.
+
+        Raises:
+            ValueError: If the store is damaged, or the layer `raw` holds values that are not counts.
+        """
+        joinids = self.joinids[start : start + self.block_cells]
+        first, last = int(joinids[0]), int(joinids[-1])
+        contiguous = last - first + 1 == len(joinids)
+        coordinates = slice(first, last) if contiguous else joinids
+        try:
+            tables = list(self.matrix.read((coordinates, slice(None))).tables())
+        except (tiledbsoma.SOMAError, RuntimeError, OSError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(
+                f"layer `{self.options.layer}` cannot be read for cells {first} to {last}: the store is damaged ({reason})."
+            ) from error
+        cells, genes, values = (
+            np.concatenate([chunk.to_numpy() for table in tables for chunk in table.column(name).chunks] or [[]])
+            for name in ("soma_dim_0", "soma_dim_1", "soma_data")
+        )
+        rows = cells.astype(np.int64) - first if contiguous else np.searchsorted(joinids, cells)
+        genes, values = genes.astype(np.int64, copy=False), values.astype(np.float32, copy=False)
+        key_step = np.diff(rows)
+        if len(rows) and ((key_step < 0).any() or ((key_step == 0) & (np.diff(genes) <= 0)).any()):
+            order = np.lexsort((genes, rows))
+            rows, genes, values = rows[order], genes[order], values[order]
+        if self.options.layer == "raw":
+            check_raw_counts(values, f"X['raw'] of cells {first} to {last}")
+        elif len(values) and not np.isfinite(values).all():
+            raise ValueError(f"X[{self.options.layer!r}] of cells {first} to {last} holds NaN or infinite values.")
+        expressed = values != 0
+        if not expressed.all():
+            rows, genes, values = rows[expressed], genes[expressed], values[expressed]
+        if self.n_expressed is not None:
+            found = np.bincount(rows, minlength=len(joinids))
+            wrong = np.flatnonzero(found != self.n_expressed[start : start + len(joinids)])
+            if len(wrong):
+                raise ValueError(
+                    f"cell {joinids[wrong[0]]} has {found[wrong[0]]} expressed genes in layer `{self.options.layer}`; "
+                    f"obs.nnz says {self.n_expressed[start + wrong[0]]}: the store is damaged, write it again."
+                )
+        return CellBlock(start, len(joinids), rows, genes, values)
+
+
+def normalize_block(
+    block: CellBlock, options: QueryOptions, library_size: np.ndarray, gene_lengths: np.ndarray | None
+) -> np.ndarray:
+    """Log values of a block's entries, normalised over all genes.
+
+    Args:
+        block (`CellBlock`): All genes of its cells.
+        options (`QueryOptions`): Layer and recipe.
+        library_size (`np.ndarray`): Counts over all genes of each cell of the block, shape `(n_cells,)`.
+        gene_lengths (`np.ndarray`): Bases of every gene of the store, shape `(n_vars,)`; for `log_tpm`.
+
+    Returns:
+        `np.ndarray` of float32, shape `(n_entries,)`.
+    """
+    if options.normalization == "none":
+        return block.values
+    if options.layer == "normalized":
+        library_size = np.ones(block.n_cells)
+    lengths = None
+    if options.normalization == "log_tpm":
+        lengths = gene_lengths[block.genes]
+        rates = block.values.astype(np.float64) / (lengths / 1_000.0)
+        library_size = np.bincount(block.rows, weights=rates, minlength=block.n_cells)
+    return normalize_counts(
+        block.values,
+        np.asarray(library_size, dtype=np.float64)[block.rows],
+        normalization=options.normalization,
+        target_sum=options.target_sum,
+        gene_lengths=lengths,
+    )
+
+
+def read_values(
+    stream: CellStream,
+    library_size: np.ndarray,
+    gene_lengths: np.ndarray | None,
+    vocabulary: np.ndarray,
+) -> sp.csr_matrix:
+    """Normalised values of the stream's cells at the genes of the vocabulary.
+
+    Args:
+        stream (`CellStream`): The cells.
+        library_size (`np.ndarray`): Counts over all genes, shape `(n_cells,)`.
+        gene_lengths (`np.ndarray`, *optional*): Bases of every gene of the store.
+        vocabulary (`np.ndarray`): Vocabulary id of every gene of the store, -1 where left out; ascending ids must
+            follow ascending genes. Shape `(n_vars,)`, int32.
+
+    Returns:
+        `sp.csr_matrix` of float32, shape `(n_cells, n_genes of the vocabulary)`, sorted indices, no stored zeros.
+    """
+    counts, ids, values = [], [], []
+    for block in stream:
+        ids_of_entries = vocabulary[block.genes]
+        kept = ids_of_entries >= 0
+        if stream.options.normalization == "log_tpm":  # needs the rates of all genes
+            log_values = normalize_block(block, stream.options, None, gene_lengths)[kept]
+        else:
+            part = CellBlock(block.start, block.n_cells, block.rows[kept], block.genes[kept], block.values[kept])
+            library = library_size[block.start : block.start + block.n_cells]
+            log_values = normalize_block(part, stream.options, library, gene_lengths)
+        counts.append(np.bincount(block.rows[kept], minlength=block.n_cells))
+        ids.append(ids_of_entries[kept])
+        values.append(log_values)
+    indptr = np.concatenate([[0], np.cumsum(np.concatenate(counts))]).astype(np.int64)
+    n_genes = int(vocabulary.max()) + 1
+    matrix = sp.csr_matrix((np.concatenate(values), np.concatenate(ids), indptr), shape=(len(indptr) - 1, n_genes))
+    matrix.has_sorted_indices = True
+    matrix.has_canonical_format = True
+    return matrix

@@ -1,0 +1,202 @@
+"""One shard: consecutive cells in, matched pair rows out, the same bytes wherever it runs."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+import scipy.sparse as sp
+
+from data_scripts.cell_stream import CellStream, read_values
+from data_scripts.pair_options import PairOptions
+from data_scripts.partner_matching import match_partners
+from data_scripts.perturbation_sampling import sample_from_changes
+from data_scripts.schema import CONTEXT_COLUMNS, PAIR_SCHEMA, SPLITS, TARGET_COLUMNS
+
+ROWS_PER_BATCH = 1_024
+NO_CHANGE = "no_differing_gene"
+
+
+class CellTable:
+    """
+    Labels of the cells of a shard, as numpy and Arrow columns.
+
+    Args:
+        table (`pa.Table`): Rows of the plan's cell table.
+        n_pairings (`int`): Number of pairings.
+    """
+
+    def __init__(self, table: pa.Table, n_pairings: int):
+        self.table = table.combine_chunks()
+        numbers = {
+            name: self.table.column(name).to_numpy() for name in ("soma_joinid", "split", "panel", "library", "nnz")
+        }
+        self.joinids, self.split, self.panel = numbers["soma_joinid"], numbers["split"], numbers["panel"]
+        self.library, self.n_expressed = numbers["library"], numbers["nnz"]
+        self.groups = [self.table.column(f"group_{index}").to_numpy() for index in range(n_pairings)]
+        self.different = [
+            self.table.column(f"different_{index}").to_numpy() if f"different_{index}" in table.column_names else None
+            for index in range(n_pairings)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.joinids)
+
+    def strings(self, name: str, positions: np.ndarray) -> pa.Array:
+        """Values of a label column at some cells, as strings."""
+        column = self.table.column(name)
+        column = column.chunk(0) if column.num_chunks else pa.array([], column.type)
+        return column.take(pa.array(positions)).cast(pa.string())
+
+
+class ShardRows:
+    """
+    Pair rows of one shard, by split.
+
+    Args:
+        cells (`CellTable`): Labels of the shard's cells.
+        values (`sp.csr_matrix`): Their normalised values at the vocabulary, `(n_cells, n_genes)`.
+        panels (`np.ndarray`): Measured genes, bool of shape `(n_panels, n_genes)`.
+        options (`PairOptions`): Matching and perturbation.
+        shard (`int`): Number of the shard, part of every seed.
+        revealable (`list[np.ndarray]`): For every split the genes that may be revealed, bool of shape `(n_genes,)`.
+    """
+
+    def __init__(
+        self,
+        cells: CellTable,
+        values: sp.csr_matrix,
+        panels: np.ndarray,
+        options: PairOptions,
+        shard: int,
+        revealable: list[np.ndarray],
+    ):
+        self.cells, self.values, self.panels, self.options = cells, values, panels, options
+        self.shard, self.revealable = shard, revealable
+        self.shared_genes = panels.astype(np.int64) @ panels.T.astype(np.int64)
+        self.pairings = list(options.matching.pairings)
+        self.report: dict[str, dict] = {}
+
+    def batches(self, split: int) -> Iterator[pa.RecordBatch]:
+        """Pair rows of a split in random order; fills `report[SPLITS[split]]` when exhausted."""
+        rng = np.random.default_rng([self.options.seed, self.shard, split])
+        inside = np.flatnonzero(self.cells.split == split)
+        matching = self.options.matching
+        pairs = match_partners(
+            [group[inside] for group in self.cells.groups],
+            [None if code is None else code[inside] for code in self.cells.different],
+            self.cells.panel[inside],
+            self.shared_genes,
+            matching,
+            rng,
+            self.values[inside] if matching.policy != "random" else None,
+        )
+        source, target, pairing = inside[pairs.source], inside[pairs.target], pairs.pairing
+        if matching.both_directions:
+            source, target = np.concatenate([source, target]), np.concatenate([target, source])
+            pairing = np.concatenate([pairing, pairing])
+        order = rng.permutation(len(source))
+        source, target, pairing = source[order], target[order], pairing[order]
+        sums = {"shared_genes": 0, "differing_genes": 0, "revealed_genes": 0}
+        paired = np.zeros(len(self.cells), dtype=bool)
+        per_pairing = np.zeros(len(self.pairings), dtype=np.int64)
+        n_dropped = 0
+        for first in range(0, len(source), ROWS_PER_BATCH):
+            part = slice(first, first + ROWS_PER_BATCH)
+            batch, kept = self._rows(source[part], target[part], pairing[part], split, rng, sums)
+            paired[source[part][kept]] = True
+            per_pairing += np.bincount(pairing[part][kept], minlength=len(self.pairings))
+            n_dropped += int((~kept).sum())
+            if batch.num_rows:
+                yield batch
+        unpaired = dict(pairs.unpaired)
+        lost = len(inside) - int(paired[inside].sum()) - sum(unpaired.values())
+        if lost:
+            unpaired[NO_CHANGE] = lost
+        self.report[SPLITS[split]] = {
+            "cells": len(inside),
+            "cells_paired": int(paired.sum()),
+            "cells_unpaired": unpaired,
+            "pairs": int(per_pairing.sum()),
+            "pairs_dropped": {NO_CHANGE: n_dropped} if n_dropped else {},
+            "pairs_per_pairing": dict(zip(self.pairings, per_pairing.tolist())),
+            "sums": sums,
+        }
+
+    def _rows(self, source, target, pairing, split, rng, sums) -> tuple[pa.RecordBatch, np.ndarray]:
+        before, after = self.values[source], self.values[target]
+        changes = self._candidates(before, after, source, target, self.revealable[split])
+        kept = np.diff(changes.indptr) >= min(1, self.options.perturbation.min_genes)
+        if not kept.all():
+            source, target, pairing = source[kept], target[kept], pairing[kept]
+            before, after, changes = before[kept], after[kept], changes[kept]
+        offsets, genes, deltas = sample_from_changes(changes, rng, self.options.perturbation)
+        cells = self.cells
+        sums["shared_genes"] += int(self.shared_genes[cells.panel[source], cells.panel[target]].sum())
+        sums["differing_genes"] += int(changes.nnz)
+        sums["revealed_genes"] += len(genes)
+        columns = {
+            "source_gene_ids": _lists(before.indptr, before.indices, pa.int32()),
+            "source_values": _lists(before.indptr, before.data, pa.float32()),
+            "target_gene_ids": _lists(after.indptr, after.indices, pa.int32()),
+            "target_values": _lists(after.indptr, after.data, pa.float32()),
+            "source_panel": cells.panel[source],
+            "target_panel": cells.panel[target],
+            "perturbation_gene_ids": _lists(offsets, genes, pa.int32()),
+            "perturbation_values": _lists(offsets, deltas, pa.float32()),
+            "pairing": pa.array(self.pairings, pa.string()).take(pa.array(pairing)),
+            "source_library_size": cells.library[source],
+            "target_library_size": cells.library[target],
+            "source_n_expressed": cells.n_expressed[source],
+            "target_n_expressed": cells.n_expressed[target],
+            "source_soma_joinid": cells.joinids[source],
+            "target_soma_joinid": cells.joinids[target],
+            "is_control": np.zeros(len(source), dtype=bool),
+        }
+        columns |= {name: cells.strings(name, source) for name in CONTEXT_COLUMNS}
+        columns |= {name: cells.strings(name.removeprefix("target_"), target) for name in TARGET_COLUMNS}
+        arrays = [_array(columns[field.name], field.type) for field in PAIR_SCHEMA]
+        return pa.RecordBatch.from_arrays(arrays, schema=PAIR_SCHEMA), kept
+
+    def _candidates(self, before, after, source, target, revealable) -> sp.csr_matrix:
+        """Changes of the genes that may be revealed: measured in both cells, differing, allowed in the split."""
+        changes = (after - before).tocsr()
+        own, other = self.cells.panel[source], self.cells.panel[target]
+        wanted = changes.data != 0
+        if (own != other).any() or not revealable.all():
+            rows = np.repeat(np.arange(len(source)), np.diff(changes.indptr))
+            genes = changes.indices
+            wanted &= self.panels[own[rows], genes] & self.panels[other[rows], genes] & revealable[genes]
+        if wanted.all():
+            return changes
+        indptr = np.concatenate([[0], np.cumsum(wanted)])[changes.indptr]
+        return sp.csr_matrix((changes.data[wanted], changes.indices[wanted], indptr), shape=changes.shape)
+
+
+def _lists(offsets: np.ndarray, values: np.ndarray, kind: pa.DataType) -> pa.ListArray:
+    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values, kind))
+
+
+def _array(values, kind: pa.DataType) -> pa.Array:
+    return values if isinstance(values, pa.Array) else pa.array(values).cast(kind, safe=False)
+
+
+def gene_moments(values: sp.csr_matrix, chosen: np.ndarray) -> dict[str, np.ndarray]:
+    """Number of cells that express each gene, sum and sum of squares of its values over the chosen cells."""
+    part = values[chosen]
+    data = part.data.astype(np.float64)
+    n_genes = part.shape[1]
+    return {
+        "n_expressed": np.bincount(part.indices, minlength=n_genes).astype(np.int64),
+        "sums": np.bincount(part.indices, weights=data, minlength=n_genes),
+        "squares": np.bincount(part.indices, weights=data**2, minlength=n_genes),
+    }
+
+
+def read_shard_values(
+    matrix, cells: CellTable, options: PairOptions, vocabulary: np.ndarray, gene_lengths: np.ndarray | None
+) -> sp.csr_matrix:
+    """Normalised values of a shard's cells, `(n_cells, n_genes)`."""
+    # Only counts are known to agree with obs.nnz; other layers may hold other zeros.
+    expected = cells.n_expressed if options.query.layer == "raw" and (cells.n_expressed >= 0).all() else None
+    stream = CellStream(matrix, options.query, cells.joinids, expected)
+    return read_values(stream, cells.library, gene_lengths, vocabulary)

@@ -1,0 +1,114 @@
+"""Splits by stable hash: a cell's split depends on its own labels only, never on the other cells."""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from data_scripts.pair_options import SplitOptions
+from data_scripts.schema import SPLITS
+from modeling_gppc.feature_extraction_gppc import close_matches
+
+
+def stable_uniform(seed: int, column: str, values: Sequence) -> np.ndarray:
+    """Number in [0, 1) for each value, from the blake2b hash of `seed|column|value`.
+
+    Returns:
+        `np.ndarray` of float64, shape `(len(values),)`.
+    """
+    prefix = f"{seed}|{column}|"
+    draws = [
+        int.from_bytes(hashlib.blake2b(f"{prefix}{value}".encode(), digest_size=8).digest(), "big") for value in values
+    ]
+    return (np.array(draws, dtype=np.uint64) >> np.uint64(11)).astype(np.float64) / 2.0**53
+
+
+def columns_of(options: SplitOptions) -> list[str]:
+    """Columns of obs that the rules read; `cell` stands for the cell's own identifier."""
+    names = [name for rule in options.rules for name in [*rule.where, rule.by] if name is not None]
+    return list(dict.fromkeys(names))
+
+
+def assign_splits(obs: pd.DataFrame, options: SplitOptions) -> np.ndarray:
+    """Split of every cell.
+
+    Args:
+        obs (`pd.DataFrame`): Cells, with the columns the rules name; `cell` is `observation_joinid` within its data
+            set where obs has it (it survives new releases of a store), else `soma_joinid`.
+        options (`SplitOptions`): The rules.
+
+    Returns:
+        `np.ndarray` of int8, shape `(n_obs,)`: index into `SPLITS`.
+
+    Raises:
+        ValueError: If a rule names a column or value that obs does not hold.
+    """
+    split = np.full(len(obs), -1, dtype=np.int8)
+    # Share of each column's hash range that earlier rules tried and passed on; the rest is spread over [0, 1) again,
+    # so that a second rule by the same column takes its share of what the first one left.
+    passed: dict[str, np.ndarray] = {}
+    for rule in options.rules:
+        chosen = (split < 0) & _matches(obs, rule.where)
+        if rule.split is not None:
+            split[chosen] = SPLITS.index(rule.split)
+            continue
+        draws = _draws(obs, rule.by, options.seed)
+        tried = passed.setdefault(rule.by, np.zeros(len(obs)))
+        position = (draws - tried) / np.maximum(1.0 - tried, 1e-300)
+        lower = 0.0
+        for name in SPLITS:  # in a fixed order, so that the order in the file does not matter
+            share = rule.fractions.get(name, 0.0)
+            split[chosen & (position >= lower) & (position < lower + share)] = SPLITS.index(name)
+            lower += share
+        tried[chosen] += (1.0 - tried[chosen]) * lower
+    split[split < 0] = SPLITS.index("train")
+    return split
+
+
+def held_out_gene_split(gene_ids: Sequence[str], options: SplitOptions) -> np.ndarray:
+    """Split in which each gene may be revealed: index into `SPLITS`, `train` (0) meaning in all.
+
+    Returns:
+        `np.ndarray` of int8, shape `(n_genes,)`.
+    """
+    split = np.zeros(len(gene_ids), dtype=np.int8)
+    draws = stable_uniform(options.seed, "perturbed gene", gene_ids)
+    lower = 0.0
+    for name in SPLITS:
+        share = options.held_out_genes.get(name, 0.0)
+        split[(draws >= lower) & (draws < lower + share)] = SPLITS.index(name)
+        lower += share
+    return split
+
+
+def _matches(obs: pd.DataFrame, where: dict) -> np.ndarray:
+    chosen = np.ones(len(obs), dtype=bool)
+    for column, value in where.items():
+        _check_column(obs, column)
+        values = value if isinstance(value, (list, tuple)) else [value]
+        known = obs[column].unique()
+        for wanted in values:
+            if wanted not in known:
+                raise ValueError(
+                    f"`where` asks for {column} {wanted!r}, which no cell has{close_matches(str(wanted), known)}"
+                )
+        chosen &= obs[column].isin(values).to_numpy()
+    return chosen
+
+
+def _draws(obs: pd.DataFrame, by: str, seed: int) -> np.ndarray:
+    if by == "cell":
+        if "observation_joinid" in obs:
+            names = obs["dataset_id"].astype(str).str.cat(obs["observation_joinid"].astype(str), sep="|")
+        else:
+            names = obs["soma_joinid"]
+        return stable_uniform(seed, by, names.tolist())
+    _check_column(obs, by)
+    codes, values = pd.factorize(obs[by])
+    return stable_uniform(seed, by, list(values))[codes]
+
+
+def _check_column(obs: pd.DataFrame, column: str) -> None:
+    if column not in obs:
+        raise ValueError(f"`rules` names {column!r}, which is not a column of obs{close_matches(column, obs.columns)}")
