@@ -72,8 +72,11 @@ def factor_posterior_mean(
 ) -> np.ndarray:
     """E[z | measured values] of each cell, shape `(n, r)`."""
     covariance, _ = posterior_by_panel(model, panels)
-    information = factor_information(model, values, panel_index, panels)
-    return np.einsum("nrs,ns->nr", covariance[panel_index], information)
+    output = factor_information(model, values, panel_index, panels)
+    for panel in np.unique(panel_index):
+        rows = panel_index == panel
+        output[rows] = output[rows] @ covariance[panel]
+    return output
 
 
 def fit_factor_model(

@@ -1,0 +1,179 @@
+"""Pair rows as dense arrays: what floors are fitted on and every method is scored on."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+
+
+@dataclasses.dataclass
+class PairArrays:
+    """Pairs of cells as dense arrays; every field has one entry a pair.
+
+    Args:
+        source, target (`np.ndarray`): Normalised values, zero where not measured, float32 of shape `(n, V)`.
+        source_panel, target_panel (`np.ndarray`): Rows of `panels`, shape `(n,)`.
+        panels (`np.ndarray` of bool): Measured-gene sets, shape `(P, V)`; shared by all pairs.
+        revealed_ids, revealed_changes, revealed_mask (`np.ndarray`): Revealed genes, the change of their log value
+            from source to target and whether the entry is real; shape `(n, K)`.
+        pairing, cell_type, target_cell_type, dataset, donor (`np.ndarray` of str): Shape `(n,)`; `cell_type` and
+            `donor` are the source's.
+        source_id, target_id (`np.ndarray`): Join ids of the cells, shape `(n,)`.
+        rows (`np.ndarray`): Position of each pair in the table that it came from, shape `(n,)`.
+    """
+
+    source: np.ndarray
+    target: np.ndarray
+    source_panel: np.ndarray
+    target_panel: np.ndarray
+    panels: np.ndarray
+    revealed_ids: np.ndarray
+    revealed_changes: np.ndarray
+    revealed_mask: np.ndarray
+    pairing: np.ndarray
+    cell_type: np.ndarray
+    target_cell_type: np.ndarray
+    dataset: np.ndarray
+    donor: np.ndarray
+    source_id: np.ndarray
+    target_id: np.ndarray
+    rows: np.ndarray
+
+    @classmethod
+    def from_table(cls, table: pa.Table, panels: np.ndarray, n_genes: int) -> "PairArrays":
+        """Reads rows in `PAIR_SCHEMA`; no work in Python per row.
+
+        Args:
+            table (`pa.Table`): The rows; mind that the result takes 8 bytes a gene and row.
+            panels (`np.ndarray` of bool): Measured-gene sets, shape `(P, V)`.
+            n_genes (`int`): V.
+
+        Raises:
+            ValueError: If `panels` does not have one column a gene.
+        """
+        panels = np.asarray(panels, dtype=bool)
+        if panels.ndim != 2 or panels.shape[1] != n_genes:
+            raise ValueError(f"`panels` has shape {panels.shape}; wanted (n_panels, {n_genes}), a column a gene.")
+        source_panel = table.column("source_panel").to_numpy()
+        target_panel = table.column("target_panel").to_numpy()
+        ids, changes, mask = _padded(table, "perturbation_gene_ids", "perturbation_values")
+        # What stands at an unmeasured gene is no measurement: it must not reach any floor.
+        source = _dense(table, "source_gene_ids", "source_values", n_genes)
+        target = _dense(table, "target_gene_ids", "target_values", n_genes)
+        source[~panels[source_panel]] = 0.0
+        target[~panels[target_panel]] = 0.0
+        return cls(
+            source=source,
+            target=target,
+            source_panel=source_panel,
+            target_panel=target_panel,
+            panels=panels,
+            revealed_ids=ids,
+            revealed_changes=changes,
+            revealed_mask=mask,
+            pairing=_text(table, "pairing"),
+            cell_type=_text(table, "cell_type"),
+            target_cell_type=_text(table, "target_cell_type"),
+            dataset=_text(table, "dataset_id"),
+            donor=_text(table, "donor_id"),
+            source_id=table.column("source_soma_joinid").to_numpy(),
+            target_id=table.column("target_soma_joinid").to_numpy(),
+            rows=np.arange(table.num_rows),
+        )
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    @property
+    def n_genes(self) -> int:
+        """V, the width of the dense arrays."""
+        return self.panels.shape[1]
+
+    @property
+    def source_measured(self) -> np.ndarray:
+        """Bool of shape `(n, V)`."""
+        return self.panels[self.source_panel]
+
+    @property
+    def target_measured(self) -> np.ndarray:
+        """Bool of shape `(n, V)`."""
+        return self.panels[self.target_panel]
+
+    @property
+    def revealed_levels(self) -> np.ndarray:
+        """Log values of the revealed genes in the target, b_S = a_S + delta_S, shape `(n, K)`; zero where padded."""
+        levels = np.take_along_axis(self.source, self.revealed_ids, axis=1) + self.revealed_changes
+        return np.where(self.revealed_mask, levels, 0.0)
+
+    @property
+    def scored(self) -> np.ndarray:
+        """Genes that count: measured in the target and not revealed; bool of shape `(n, V)`."""
+        scored = self.target_measured
+        rows, columns = np.nonzero(self.revealed_mask)
+        scored[rows, self.revealed_ids[rows, columns]] = False
+        return scored
+
+    def select(self, index: np.ndarray | slice) -> "PairArrays":
+        """Some of the pairs; a slice copies nothing."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return PairArrays(**{name: value if name == "panels" else value[index] for name, value in fields.items()})
+
+    def without_revealed(self) -> "PairArrays":
+        """The same pairs with nothing revealed: what E[B | A] is predicted from."""
+        n = len(self)
+        return dataclasses.replace(
+            self,
+            revealed_ids=np.zeros((n, 0), dtype=self.revealed_ids.dtype),
+            revealed_changes=np.zeros((n, 0), dtype=self.revealed_changes.dtype),
+            revealed_mask=np.zeros((n, 0), dtype=bool),
+        )
+
+    def batches(self, size: int) -> Iterator["PairArrays"]:
+        """Consecutive pairs, `size` at a time."""
+        for start in range(0, len(self), size):
+            yield self.select(slice(start, start + size))
+
+
+def sample_rows(n_rows: int, at_most: int, seed: int) -> np.ndarray:
+    """Ascending row numbers: all of them, or `at_most` drawn without replacement."""
+    if n_rows <= at_most:
+        return np.arange(n_rows)
+    return np.sort(np.random.default_rng(seed).choice(n_rows, at_most, replace=False))
+
+
+def _lists(table: pa.Table, ids: str, values: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Lengths of the lists of each row, and the concatenated ids and values."""
+    lengths, flat_ids, flat_values = [np.zeros(0, np.int64)], [np.zeros(0, np.int32)], [np.zeros(0, np.float32)]
+    for chunk in table.column(ids).chunks:
+        lengths.append(chunk.value_lengths().fill_null(0).to_numpy(zero_copy_only=False))
+        flat_ids.append(chunk.flatten().to_numpy(zero_copy_only=False))
+    for chunk in table.column(values).chunks:
+        flat_values.append(chunk.flatten().to_numpy(zero_copy_only=False))
+    return np.concatenate(lengths).astype(np.int64), np.concatenate(flat_ids), np.concatenate(flat_values)
+
+
+def _dense(table: pa.Table, ids: str, values: str, n_genes: int) -> np.ndarray:
+    lengths, flat_ids, flat_values = _lists(table, ids, values)
+    dense = np.zeros((table.num_rows, n_genes), dtype=np.float32)
+    dense[np.repeat(np.arange(table.num_rows), lengths), flat_ids] = flat_values
+    return dense
+
+
+def _padded(table: pa.Table, ids: str, values: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    lengths, flat_ids, flat_values = _lists(table, ids, values)
+    width = int(lengths.max(initial=0))
+    rows = np.repeat(np.arange(table.num_rows), lengths)
+    columns = np.arange(len(flat_ids)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    padded_ids = np.zeros((table.num_rows, width), dtype=np.int64)
+    padded_values = np.zeros((table.num_rows, width), dtype=np.float32)
+    mask = np.zeros((table.num_rows, width), dtype=bool)
+    padded_ids[rows, columns], padded_values[rows, columns], mask[rows, columns] = flat_ids, flat_values, True
+    return padded_ids, padded_values, mask
+
+
+def _text(table: pa.Table, name: str) -> np.ndarray:
+    column = table.column(name)
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(pa.string())
+    return np.asarray(column.fill_null("").to_pylist(), dtype=str)
