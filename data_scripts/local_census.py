@@ -369,12 +369,12 @@ def _join_genes(
                 rows.append((gene.feature_id, gene.feature_name, gene.feature_type, gene.feature_length))
             part.joinids[column] = joinid
         present = np.sort(part.joinids[part.joinids >= 0])
-        if dataset_id in measured:
-            if previous != dataset_id or not np.array_equal(measured[dataset_id], present):
-                raise ValueError(
-                    f"`dataset_id` {dataset_id!r} stands for several sources; parts of one data set follow each other "
-                    "and measure the same genes: give the data sets different names."
-                )
+        seen = dataset_id in measured
+        if seen and (previous != dataset_id or not np.array_equal(measured[dataset_id], present)):
+            raise ValueError(
+                f"`dataset_id` {dataset_id!r} stands for several sources; parts of one data set follow each other "
+                "and measure the same genes: give the data sets different names."
+            )
         measured[dataset_id] = present
         previous = dataset_id
     var = pd.DataFrame(rows, columns=["feature_id", "feature_name", "feature_type", "feature_length"])
@@ -409,10 +409,10 @@ def _write_store(
             for start, block in row_blocks(part.source.matrix(adata)):
                 block = _stored(block, part.joinids)
                 rows = slice(first + start, first + start + block.shape[0])
-                _write_block(path, organism, layer, block, part, start, rows.start)
-                gene_nnz += np.bincount(block.indices, minlength=n_vars)[:n_vars]
+                gene_nnz += np.bincount(block.indices, minlength=n_vars)
                 for name, values in _row_statistics(block).items():
                     statistics[name][rows] = values
+                _write_block(path, organism, layer, block, part, start, rows.start)
                 bar.update(block.shape[0])
             first += len(part.obs)
     obs = pd.concat([part.obs.astype({"dataset_id": str}) for part in checked], ignore_index=True)
@@ -457,14 +457,13 @@ def _stored(block: sparse.csr_matrix, joinids: np.ndarray) -> sparse.csr_matrix:
 def _write_block(
     path: Path, organism: str, layer: str, block: sparse.csr_matrix, part: _Checked, start: int, first: int
 ) -> None:
-    counts = np.diff(block.indptr)
-    rows = np.repeat(np.arange(first, first + block.shape[0]), counts)
-    columns = block.indices.astype(np.int64)
-    census_layout.write_x(path, organism, LAYERS[layer][0], rows, columns, block.data)
+    if not block.nnz:
+        return
+    order = census_layout.write_x(path, organism, LAYERS[layer][0], block, first)
     if layer == "raw":
-        library = np.repeat(part.library[start : start + block.shape[0]], counts)
-        shares = (block.data.astype(np.float64) / library).astype(np.float32)
-        census_layout.write_x(path, organism, "normalized", rows, columns, shares)
+        library = np.repeat(part.library[start : start + block.shape[0]], np.diff(block.indptr))
+        block.data = (block.data.astype(np.float64) / library).astype(np.float32)
+        census_layout.write_x(path, organism, "normalized", block, first, order)
 
 
 def _row_statistics(block: sparse.csr_matrix) -> dict[str, np.ndarray]:
