@@ -1,0 +1,86 @@
+"""A tiny model with weights that matter, and a complete model folder around it."""
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import AutoFeatureExtractor, AutoModel
+
+from hub_card.model_card import write_model_card
+from modeling_gppc.configuration_gppc import GppcConfig
+from modeling_gppc.feature_extraction_gppc import GppcFeatureExtractor
+from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
+from modeling_gppc.pipeline_gppc import PerturbationPredictionPipeline
+
+GENES = [f"ENSG{index:011d}" for index in range(12)]
+SYMBOLS = ["STAT1", "IRF1", "CD3D", "MS4A1", "LYZ", "NKG7", "GNLY", "IL7R", "CD8A", "FCGR3A", "PPBP", "CST3"]
+SIZES = {
+    "hidden_size": 8,
+    "pool_size": 8,
+    "num_latents": 2,
+    "readout_size": 8,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "num_factors": 3,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+}
+
+
+def tiny_model(seed: int = 0, **options) -> GppcForPerturbationPrediction:
+    """A model of 12 genes whose every weight and buffer is random, in evaluation mode."""
+    torch.manual_seed(seed)
+    config = GppcConfig(vocab_size=len(GENES), **{"pairings": ["same_type", "same_dataset"], **SIZES, **options})
+    model = GppcForPerturbationPrediction(config).eval()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        tensor.data = torch.rand_like(tensor) + 0.5 if name.endswith("noise") else 0.3 * torch.randn_like(tensor)
+    return model
+
+
+def tiny_extractor() -> GppcFeatureExtractor:
+    """The feature extractor of [`tiny_model`]."""
+    return GppcFeatureExtractor(GENES, SYMBOLS, normalization="log1p", target_sum=10_000.0)
+
+
+def tiny_pipeline(seed: int = 0, **options) -> PerturbationPredictionPipeline:
+    """The pipeline of both."""
+    return PerturbationPredictionPipeline(
+        model=tiny_model(seed, **options), feature_extractor=tiny_extractor(), device="cpu"
+    )
+
+
+def write_model_folder(folder: Path, seed: int = 0) -> Path:
+    """What training leaves behind: weights, code, scores, facts and card, and things that must not be uploaded."""
+    for cls, auto in ((GppcForPerturbationPrediction, AutoModel), (GppcFeatureExtractor, AutoFeatureExtractor)):
+        cls.register_for_auto_class(auto.__name__)
+    GppcConfig.register_for_auto_class()
+    tiny_pipeline(seed).save_pretrained(folder)
+    scores = {"mse": 0.25 + seed, "mse_ci95": [0.2, 0.3], "r2": 0.5, "pearson_delta": 0.75}
+    mean = {"mse": 0.5, "mse_ci95": [0.4, 0.6], "r2": 0.0, "pearson_delta": None}
+    splits = {"test": {"n_pairs": 10, "n_genes": 12, "methods": {"gppc": scores, "mean": mean}}}
+    run = {
+        "store": "synthetic",
+        "filters": None,
+        "cells": 100,
+        "genes": 12,
+        "seconds": 1.5,
+        "flop": 1e9,
+        "seed": seed,
+        "command": "train.py",
+    }
+    for name, content in (("results", {"schema_version": 1, "splits": splits}), ("run", run)):
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    write_model_card(folder)
+    (folder / "figures").mkdir(exist_ok=True)
+    (folder / "figures" / "scores.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(64))
+    for name in (
+        "training_args.bin",
+        "optimizer.pt",
+        "checkpoint-5/model.safetensors",
+        "logs/events.out",
+        "train.log",
+    ):
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"not for others")
+    return folder
