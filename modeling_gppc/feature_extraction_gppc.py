@@ -78,7 +78,9 @@ def check_raw_counts(values: np.ndarray, name: str = "counts") -> None:
     if values.size == 0 or values.dtype.kind in "ub":
         return
     if values.dtype.kind == "f" and not np.isfinite(values).all():
-        raise ValueError(f"`{name}` holds NaN or infinite values; raw counts are wanted: remove or repair those cells.")
+        raise ValueError(
+            f"`{name}` holds NaN or infinite values; raw counts are wanted: remove or repair those cells."
+        )
     if values.min() < 0:
         raise ValueError(
             f"`{name}` holds negative values (smallest {values.min():g}); raw counts are wanted, "
@@ -227,7 +229,9 @@ class GppcFeatureExtractor(FeatureExtractionMixin):
             raise ValueError(f"`counts` has {dense.ndim} dimensions; wanted 2: (n_obs, n_vars).")
         names = self.gene_ids if gene_ids is None else list(gene_ids)
         if len(names) != dense.shape[1]:
-            raise ValueError(f"`gene_ids` has {len(names)} names; wanted {dense.shape[1]}, one per column of `counts`.")
+            raise ValueError(
+                f"`gene_ids` has {len(names)} names; wanted {dense.shape[1]}, one per column of `counts`."
+            )
         columns = self.find_genes(names)
         known = columns >= 0
         if not known.any():
@@ -266,7 +270,9 @@ class GppcFeatureExtractor(FeatureExtractionMixin):
             library_size = rates.sum(axis=1)
         library_size = np.asarray(library_size, dtype=np.float64)
         if library_size.shape != (counts.shape[0],):
-            raise ValueError(f"`library_size` has shape {library_size.shape}; wanted ({counts.shape[0]},), one a cell.")
+            raise ValueError(
+                f"`library_size` has shape {library_size.shape}; wanted ({counts.shape[0]},), one a cell."
+            )
         short = rates.sum(axis=1) > library_size * (1 + 1e-6) + 1e-6
         if self.normalization == "log1p" and short.any():
             row = int(np.flatnonzero(short)[0])

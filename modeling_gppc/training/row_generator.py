@@ -1,0 +1,67 @@
+"""Random numbers that depend on the row they are drawn for and on nothing else."""
+
+import numpy as np
+
+# Constants of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014).
+_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+_FIRST = np.uint64(0xBF58476D1CE4E5B9)
+_SECOND = np.uint64(0x94D049BB133111EB)
+
+
+def _mix(state: np.ndarray) -> np.ndarray:
+    state = (state ^ (state >> np.uint64(30))) * _FIRST
+    state = (state ^ (state >> np.uint64(27))) * _SECOND
+    return state ^ (state >> np.uint64(31))
+
+
+class RowGenerator:
+    """
+    The part of `np.random.Generator` that perturbation sampling uses, keyed by row.
+
+    What a row draws depends on the seed, the epoch and the row alone: not on the batch it is in, the process that
+    reads it or the point at which training was resumed.
+
+    Args:
+        seed (`int`): Seed of the run.
+        epoch (`int`): Pass over the data; other draws in every pass.
+        rows (`np.ndarray`): Position of each row in the data set, shape `(B,)`.
+    """
+
+    def __init__(self, seed: int, epoch: int, rows: np.ndarray):
+        key = np.array([seed % 2**63, epoch], dtype=np.uint64) * _GAMMA
+        start = _mix(key[0] + _GAMMA) ^ _mix(key[1] + _FIRST)
+        self._keys = _mix(np.asarray(rows, dtype=np.uint64) * _GAMMA + start)
+        self._draws = 0
+
+    def random(self, size, dtype=np.float64) -> np.ndarray:
+        """Uniform numbers in [0, 1), shape `(B,)` or `(B, n)`."""
+        shape = (size,) if isinstance(size, (int, np.integer)) else tuple(size)
+        if shape[0] != len(self._keys) or len(shape) > 2:
+            raise ValueError(
+                f"`size` is {size}; wanted ({len(self._keys)},) or ({len(self._keys)}, n): a row's draws."
+            )
+        width = shape[1] if len(shape) == 2 else 1
+        # 64-bit overflow is the arithmetic of the generator.
+        with np.errstate(over="ignore"):
+            steps = (np.arange(1, width + 1, dtype=np.uint64) + np.uint64(self._draws)) * _GAMMA
+            bits = _mix(self._keys[:, None] + steps[None, :])
+        self._draws += width
+        if dtype == np.float32:
+            output = (bits >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)
+        else:
+            output = (bits >> np.uint64(11)).astype(np.float64) * 2**-53
+        return output.reshape(shape)
+
+    def integers(self, low: int, high: int, size) -> np.ndarray:
+        """Integers from `low` to `high - 1`, int64."""
+        return low + np.floor(self.random(size) * (high - low)).astype(np.int64)
+
+    def geometric(self, p: float, size) -> np.ndarray:
+        """Number of trials up to the first success of probability `p`, int64 from 1 on."""
+        if p >= 1:
+            return np.ones(size, dtype=np.int64)
+        return 1 + np.floor(np.log1p(-self.random(size)) / np.log1p(-p)).astype(np.int64)
+
+    def standard_exponential(self, size, dtype=np.float64) -> np.ndarray:
+        """Exponential numbers of mean 1."""
+        return -np.log1p(-self.random(size)).astype(dtype)
