@@ -172,7 +172,6 @@ def _obs(labels: tuple[np.ndarray, np.ndarray, np.ndarray], names: list[str]) ->
     return pd.DataFrame(
         {
             "cell_type": [f"synthetic type {index + 1}" for index in cell_type],
-            "cell_type_ontology_term_id": [f"CL:99{index + 1:05d}" for index in cell_type],
             "donor_id": [f"donor {index + 1}" for index in donor],
             "assay": "synthetic",
             "tissue": "synthetic",
