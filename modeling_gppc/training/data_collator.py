@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from data_scripts.perturbation_sampling import sample_perturbations
 from data_scripts.pair_options import PerturbationOptions
+from data_scripts.perturbation_sampling import sample_perturbations
 from modeling_gppc.training.pair_dataset import PairRows, pad, scatter
 from modeling_gppc.training.row_generator import RowGenerator
 
