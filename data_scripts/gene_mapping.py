@@ -84,6 +84,11 @@ class GeneTable:
     lengths: dict[str, int] = field(default_factory=dict)
     types: dict[str, str] = field(default_factory=dict)
 
+    def add(self, other: "GeneTable") -> None:
+        """Adds what `other` knows and this table does not."""
+        for name in ("ids", "names", "lengths", "types"):
+            setattr(self, name, {**getattr(other, name), **getattr(self, name)})
+
 
 def read_gene_table(path: str | Path) -> GeneTable:
     """Reads a table of symbols and Ensembl ids.
@@ -175,8 +180,7 @@ def read_file_genes(
         raise ValueError(f"{where} has no genes; wanted at least one column of counts.")
     _refuse_duplicates(names, names, where, "make the names unique or use Ensembl ids as `var_names`")
     columns = list(var.columns)
-    option = "symbol_key"
-    symbol = named_column(columns, symbol_key, option, f"var of {where}") if symbol_key else None
+    symbol = named_column(columns, symbol_key, "symbol_key", f"var of {where}") if symbol_key else None
     ensembl = named_column(columns, ensembl_key, "ensembl_key", f"var of {where}") if ensembl_key else None
     symbol = symbol or find_column(columns, SYMBOL_COLUMNS)
     ensembl = ensembl or find_column(columns, ENSEMBL_COLUMNS)

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from tqdm import tqdm
 from modeling_gppc.feature_extraction_gppc import check_raw_counts, close_matches
 
 from . import census_layout
+from .census_source import CensusSource, row_blocks, sources_from_file
 from .gene_mapping import (
     UNMAPPED,
     FileGenes,
@@ -26,103 +27,11 @@ from .gene_mapping import (
     read_gene_table,
     shared_symbols,
 )
-from .obs_columns import STANDARD_NAMES, census_obs, find_obs_columns, library_sizes
+from .obs_columns import census_obs, find_obs_columns, library_sizes
+
+__all__ = ["CensusReport", "CensusSource", "sources_from_file", "write_census"]
 
 LAYERS = {"raw": ("raw", "normalized"), "log_values": ("log_values",)}
-
-
-@dataclass
-class CensusSource:
-    """
-    One data set, or one part of it, on its way into a store.
-
-    A source gives its cells as an AnnData (in memory or backed), as a file, or by a function that is called when they
-    are needed: once to check them, once to write them, so that only one source is in memory at a time. Consecutive
-    sources with the same `dataset_id` and the same genes are parts of one data set.
-
-    Args:
-        adata (`AnnData`, *optional*): The cells.
-        dataset_id (`str`): Name of the data set.
-        load (`Callable[[], AnnData]`, *optional*): Returns the cells, the same ones at every call.
-        path (`str` or `Path`, *optional*): An `.h5ad` file.
-        counts (`str`, *optional*, defaults to `"X"`): Where the counts are: `X`, `raw` (`adata.raw`) or a layer.
-        cell_type_key, donor_key, assay_key, tissue_key, sex_key, disease_key, development_stage_key (`str`,
-            *optional*): Columns of obs; found by their usual names where not given, else filled with `unknown`.
-        library_size_key (`str`, *optional*): Column of obs with the counts over all genes, for files that hold only
-            some genes; `n_counts_full` and the like are found where no cell contradicts them.
-        symbol_key, ensembl_key (`str`, *optional*): Columns of var; found by their usual names where not given.
-        title (`str`, *optional*): Title of the data set for people.
-    """
-
-    adata: anndata.AnnData | None = None
-    dataset_id: str = ""
-    load: Callable[[], anndata.AnnData] | None = None
-    path: str | Path | None = None
-    counts: str = "X"
-    cell_type_key: str | None = None
-    donor_key: str | None = None
-    assay_key: str | None = None
-    tissue_key: str | None = None
-    sex_key: str | None = None
-    disease_key: str | None = None
-    development_stage_key: str | None = None
-    library_size_key: str | None = None
-    symbol_key: str | None = None
-    ensembl_key: str | None = None
-    title: str = ""
-
-    def __post_init__(self):
-        if sum(given is not None for given in (self.adata, self.load, self.path)) != 1:
-            raise ValueError("`CensusSource` takes exactly one of `adata`, `load` and `path`.")
-        if self.path is not None and not Path(self.path).is_file():
-            folder = Path(self.path).parent
-            near = [entry.name for entry in folder.glob("*.h5ad")] if folder.is_dir() else []
-            raise ValueError(f"file {self.path} does not exist{close_matches(Path(self.path).name, near)}")
-        if not self.dataset_id:
-            raise ValueError("`dataset_id` is empty; every data set needs a name.")
-
-    def open(self) -> anndata.AnnData:
-        """The cells; a file is opened without reading its counts."""
-        if self.adata is not None:
-            return self.adata
-        if self.load is not None:
-            return self.load()
-        try:
-            return anndata.read_h5ad(self.path, backed="r")
-        except (OSError, KeyError, ValueError, TypeError) as error:
-            raise ValueError(f"file {self.path} is not a readable h5ad: {' '.join(str(error).split())}") from error
-
-    def var(self, adata: anndata.AnnData) -> pd.DataFrame:
-        """var of the counts."""
-        return adata.raw.var if self.counts == "raw" else adata.var
-
-    def matrix(self, adata: anndata.AnnData):
-        """The counts, `(n_obs, n_vars)`, as they lie (sparse or dense, in memory or in the file).
-
-        Raises:
-            ValueError: If `counts` names nothing.
-        """
-        if self.counts == "X":
-            matrix = adata.X
-        elif self.counts == "raw":
-            matrix = adata.raw.X if adata.raw is not None else None
-        else:
-            matrix = adata.layers.get(self.counts)
-        if matrix is None:
-            raise ValueError(
-                f"`counts` is {self.counts!r}, which {self.where} does not have"
-                f"{close_matches(self.counts, ['X', 'raw', *adata.layers])}"
-            )
-        return matrix
-
-    @property
-    def where(self) -> str:
-        """What messages call the source."""
-        return f"data set `{self.dataset_id}`" if self.path is None else f"file {self.path}"
-
-    def obs_keys(self) -> dict[str, str | None]:
-        """Census column -> column named for it."""
-        return {target: getattr(self, f"{target.removesuffix('_id')}_key", None) for target in STANDARD_NAMES}
 
 
 @dataclass
@@ -191,41 +100,13 @@ class _Checked:
     joinids: np.ndarray | None = None  # of each column; -1 where dropped
 
 
-def row_blocks(
-    matrix, values_per_block: int = census_layout.VALUES_PER_WRITE
-) -> Iterator[tuple[int, sparse.csr_matrix]]:
-    """Yields `(first row, CSR float32 block)` of a matrix in memory or in a backed file, without densifying it.
-
-    Args:
-        matrix: scipy sparse, numpy, or what a backed AnnData holds; `(n_obs, n_vars)`.
-        values_per_block (`int`, *optional*): Stored values that a block may hold, about.
-    """
-    n_obs, n_vars = matrix.shape
-    backed = not (sparse.issparse(matrix) or isinstance(matrix, np.ndarray))
-    kind = getattr(matrix, "format", None)
-    if kind is not None and kind != "csr":
-        # Rows of a column-wise matrix can only be cut after turning it round as a whole.
-        matrix = (matrix.to_memory() if backed else matrix).tocsr()
-        backed = False
-    if kind is None:
-        per_row = n_vars
-    else:
-        stored = matrix.nnz if not backed else int(matrix.group["indptr"][-1])
-        per_row = max(stored // max(n_obs, 1), 1)
-    step = max(values_per_block // max(per_row, 1), 1)
-    for start in range(0, n_obs, step):
-        block = matrix[start : start + step]
-        block = sparse.csr_matrix(block)
-        yield start, block
-
-
 def write_census(
     store: str | Path,
     sources: Iterable[CensusSource],
     *,
     organism: str = "homo_sapiens",
     layer: str = "raw",
-    gene_table: str | Path | GeneTable | None = None,
+    gene_table: str | Path | Sequence[str | Path] | GeneTable | None = None,
     unmapped: str = "keep",
     keep_obs: Sequence[str] = (),
     overwrite: bool = False,
@@ -244,7 +125,8 @@ def write_census(
         layer (`str`, *optional*, defaults to `"raw"`): `raw` writes counts to `X["raw"]` and counts / library size to
             `X["normalized"]`. `log_values` writes float32 values bit for bit to `X["log_values"]`, unchecked but for
             being finite, for synthetic cells whose values are logarithms already; their `raw_sum` is 1.
-        gene_table (`str`, `Path` or `GeneTable`, *optional*): Symbols and Ensembl ids.
+        gene_table (`str`, `Path`, a list of them, or `GeneTable`, *optional*): Symbols and Ensembl ids; see
+            [`read_gene_table`].
         unmapped (`str`, *optional*, defaults to `"keep"`): `keep`, `drop` or `error`; see [`map_genes`].
         keep_obs (`Sequence[str]`, *optional*): Columns of obs to carry along besides those of Census.
         overwrite (`bool`, *optional*, defaults to `False`): Replace a store of that name.
@@ -264,7 +146,7 @@ def write_census(
     if unmapped not in UNMAPPED:
         raise ValueError(f"`unmapped` is {unmapped!r}; wanted one of {', '.join(UNMAPPED)}.")
     _check_target(store, overwrite)
-    table = gene_table if isinstance(gene_table, GeneTable) else read_gene_table(gene_table) if gene_table else None
+    table = gene_table if isinstance(gene_table, GeneTable) else _read_tables(gene_table)
     checked = [
         _check_source(source, organism, layer, keep_obs)
         for source in tqdm(sources, desc="checking cells", unit="file", disable=not progress)
@@ -283,6 +165,13 @@ def write_census(
         raise
     report.store = store
     return report
+
+
+def _read_tables(paths: str | Path | Sequence[str | Path] | None) -> GeneTable:
+    table = GeneTable()
+    for path in [paths] if isinstance(paths, (str, Path)) else paths or []:
+        table.add(read_gene_table(path))
+    return table
 
 
 def _check_target(store: Path, overwrite: bool) -> None:
@@ -307,7 +196,13 @@ def _move_into_place(partial: Path, store: Path) -> None:
 
 
 def _check_source(source: CensusSource, organism: str, layer: str, keep_obs: Sequence[str]) -> _Checked:
-    adata = source.open()
+    with source.cells() as adata:
+        return _check_cells(source, adata, organism, layer, keep_obs)
+
+
+def _check_cells(
+    source: CensusSource, adata: anndata.AnnData, organism: str, layer: str, keep_obs: Sequence[str]
+) -> _Checked:
     where = source.where
     if adata.n_obs == 0:
         raise ValueError(f"{where} has no cells; wanted at least one.")
@@ -322,6 +217,8 @@ def _check_source(source: CensusSource, organism: str, layer: str, keep_obs: Seq
     obs = adata.obs
     columns = find_obs_columns(obs, source.obs_keys(), where)
     for name in keep_obs:
+        if name in census_layout.OBS_TYPES:
+            raise ValueError(f"`keep_obs` names {name!r}, which is a column of every store already; leave it out.")
         if name not in obs:
             raise ValueError(
                 f"`keep_obs` names {name!r}, which is not a column of obs of {where}{close_matches(name, obs)}"
@@ -400,24 +297,24 @@ def _write_store(
     first = 0
     with tqdm(total=n_obs, desc="writing cells", unit="cell", disable=not progress) as bar:
         for part in checked:
-            adata = part.source.open()
-            if adata.n_obs != len(part.obs):
-                raise ValueError(
-                    f"{part.source.where} gave {len(part.obs)} cells when checked and {adata.n_obs} when written; "
-                    "`load` must return the same cells at every call."
-                )
-            for start, block in row_blocks(part.source.matrix(adata)):
-                block = _stored(block, part.joinids)
-                rows = slice(first + start, first + start + block.shape[0])
-                gene_nnz += np.bincount(block.indices, minlength=n_vars)
-                for name, values in _row_statistics(block).items():
-                    statistics[name][rows] = values
-                _write_block(path, organism, layer, block, part, start, rows.start)
-                bar.update(block.shape[0])
+            with part.source.cells() as adata:
+                if adata.n_obs != len(part.obs):
+                    raise ValueError(
+                        f"{part.source.where} gave {len(part.obs)} cells when checked and {adata.n_obs} when written; "
+                        "`load` must return the same cells at every call."
+                    )
+                for start, block in row_blocks(part.source.matrix(adata)):
+                    block = _stored(block, part.joinids)
+                    rows = slice(first + start, first + start + block.shape[0])
+                    gene_nnz += np.bincount(block.indices, minlength=n_vars)
+                    for name, values in _row_statistics(block).items():
+                        statistics[name][rows] = values
+                    _write_block(path, organism, layer, block, part, start, rows.start)
+                    bar.update(block.shape[0])
             first += len(part.obs)
     obs = pd.concat([part.obs.astype({"dataset_id": str}) for part in checked], ignore_index=True)
-    extra = pd.concat([part.extra for part in checked], ignore_index=True)
-    obs = pd.concat([obs, _plain(extra)], axis=1)
+    extra, extra_types = _plain(pd.concat([part.extra for part in checked], ignore_index=True))
+    obs = pd.concat([obs, extra], axis=1)
     obs["soma_joinid"] = np.arange(n_obs)
     obs["raw_sum"] = np.concatenate([part.library for part in checked])
     for name, values in statistics.items():
@@ -429,7 +326,7 @@ def _write_store(
     var["n_measured_obs"] = np.int64(0)
     for row in datasets.itertuples():
         var.loc[measured[row.dataset_id], "n_measured_obs"] += row.n_obs
-    census_layout.write_obs(path, organism, obs, _extra_types(obs, extra))
+    census_layout.write_obs(path, organism, obs, extra_types)
     census_layout.write_var(path, organism, var)
     census_layout.write_presence(path, organism, list(measured.values()), n_vars)
     census_layout.write_info(path, organism, obs, datasets)
@@ -478,22 +375,20 @@ def _row_statistics(block: sparse.csr_matrix) -> dict[str, np.ndarray]:
     return {"nnz": nnz, "raw_mean_nnz": mean, "raw_variance_nnz": variance}
 
 
-def _plain(extra: pd.DataFrame) -> pd.DataFrame:
-    """Numbers and truth values as they are, everything else as text."""
-    return pd.DataFrame(
-        {
-            name: column
-            if column.dtype.kind in "iufb"
-            else column.astype(object).where(column.notna(), "unknown").astype(str)
-            for name, column in extra.items()
-        },
-        index=extra.index,
-    )
-
-
-def _extra_types(obs: pd.DataFrame, extra: pd.DataFrame) -> dict[str, pa.DataType]:
-    kinds = {"i": pa.int64(), "u": pa.int64(), "f": pa.float64(), "b": pa.bool_()}
-    return {name: kinds.get(obs[name].dtype.kind, pa.large_string()) for name in extra.columns}
+def _plain(extra: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, pa.DataType]]:
+    """Columns as truth values, whole numbers, numbers or else text, and their types in the store."""
+    columns, types = {}, {}
+    for name, column in extra.items():
+        if pd.api.types.is_bool_dtype(column) and not column.isna().any():
+            columns[name], types[name] = column.to_numpy(dtype=bool), pa.bool_()
+        elif pd.api.types.is_integer_dtype(column) and not column.isna().any():
+            columns[name], types[name] = column.to_numpy(dtype=np.int64), pa.int64()
+        elif pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column):
+            columns[name], types[name] = column.to_numpy(dtype=np.float64, na_value=np.nan), pa.float64()
+        else:
+            texts = column.astype(object).where(column.notna(), "unknown").astype(str)
+            columns[name], types[name] = texts.to_numpy(), pa.large_string()
+    return pd.DataFrame(columns, index=extra.index), types
 
 
 def _dataset_table(checked: Sequence[_Checked], measured: dict[str, np.ndarray]) -> pd.DataFrame:
