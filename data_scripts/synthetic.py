@@ -46,7 +46,7 @@ class SyntheticConfig:
         coupling (`float`, *optional*, defaults to 0.4): Strength of regulators on later regulators.
         switching_share (`float`, *optional*, defaults to 0.4): Share of count-form targets that follow a switch
             (product of two thresholds); the others follow Hill curves.
-        library_mean (`float`, *optional*): Mean molecules of a cell; by default 600 for 300 genes, growing with the
+        library_mean (`float`, *optional*): Mean molecules of a cell; by default 1,000 for 300 genes, growing with the
             number of genes so that about 1,600 of 20,000 are expressed.
         library_spread (`float`, *optional*, defaults to 0.35): Standard deviation of the log library size.
         rate_spread (`float`, *optional*, defaults to 1.2): Standard deviation of the genes' base log rates.
@@ -118,7 +118,7 @@ class SyntheticConfig:
     @property
     def mean_library(self) -> float:
         """Mean molecules of a cell, the default resolved."""
-        return self.library_mean or 600.0 * (self.n_genes / 300.0) ** 0.36
+        return self.library_mean or 1_000.0 * (self.n_genes / 300.0) ** 0.22
 
 
 def _near(name: str) -> str:

@@ -282,16 +282,19 @@ class ExpectedLogValue:
 
     Args:
         network ([`GeneNetwork`]): Count form; gives dispersion, dropout and the spread of libraries.
-        n_libraries (`int`, *optional*, defaults to 24): Library sizes, at even quantiles of their distribution.
+        libraries (`np.ndarray`, *optional*): Library sizes to tabulate; defaults to 24 even quantiles of their
+            distribution.
     """
 
     low, step, size = -14.0, 0.05, 440  # log means from 8e-7 to 3,000
 
-    def __init__(self, network: GeneNetwork, n_libraries: int = 24):
+    def __init__(self, network: GeneNetwork, libraries: np.ndarray | None = None):
         config = network.config
         self.dropout = config.dropout
-        quantiles = (np.arange(n_libraries) + 0.5) / n_libraries
-        self.libraries = library_quantiles(config.mean_library, config.library_spread, quantiles)
+        if libraries is None:
+            spread = config.library_spread
+            libraries = config.mean_library * np.exp(spread * ndtri((np.arange(24) + 0.5) / 24) - 0.5 * spread**2)
+        self.libraries = np.asarray(libraries, dtype=np.float64)
         self.table = self._tabulate(config.dispersion, self.libraries)
 
     @classmethod
@@ -326,8 +329,3 @@ class ExpectedLogValue:
         at = left + (np.asarray(library_index, dtype=np.int32) * self.size)[..., None]
         below = flat[at]
         return below + (position - left).astype(np.float32) * (flat[at + 1] - below)
-
-
-def library_quantiles(mean: float, spread: float, quantiles: np.ndarray) -> np.ndarray:
-    """Quantiles of the log-normal library size with this mean and standard deviation of the log."""
-    return mean * np.exp(spread * ndtri(quantiles) - 0.5 * spread**2)
