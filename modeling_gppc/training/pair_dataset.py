@@ -56,7 +56,7 @@ class PairDataset(torch.utils.data.Dataset):
         if unknown:
             raise ValueError(f"`table` holds pairs of pairing {unknown[0]!r}; wanted {', '.join(pairings)}.")
         lookup = np.array([pairings.index(name) for name in names], dtype=np.int64)
-        self._pairing_ids = lookup[codes.indices.to_numpy()]
+        self.pairing_ids = lookup[codes.indices.to_numpy()]
         # Views into the buffers of every chunk: offsets, ids, values.
         self._chunks = {
             ids.split("_")[0]: [
@@ -85,7 +85,7 @@ class PairDataset(torch.utils.data.Dataset):
             epoch=self.epoch,
             lists={name: self._gather(chunks, rows) for name, chunks in self._chunks.items()},
             panels={name: values[rows] for name, values in self._scalars.items()},
-            pairing_ids=self._pairing_ids[rows],
+            pairing_ids=self.pairing_ids[rows],
         )
 
     def _gather(self, chunks: list, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

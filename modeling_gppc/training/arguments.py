@@ -1,0 +1,275 @@
+"""Options of a training run: defaults, overridden by a YAML file, overridden by flags."""
+
+import argparse
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from data_scripts.options import from_mapping, read_yaml
+from data_scripts.pair_options import PairOptions
+from data_scripts.synthetic import SyntheticConfig
+from modeling_gppc.configuration_gppc import GppcConfig
+from modeling_gppc.feature_extraction_gppc import close_matches
+
+CONFIGS = Path(__file__).parent / "configs"
+DEFAULT_CONFIG = "default"
+# What the data decide, not the person who starts a run.
+DERIVED_MODEL_FIELDS = ("vocab_size", "pairings")
+EXAMPLES = ("pbmc68k_reduced",)
+
+
+@dataclass
+class DataOptions:
+    """
+    Where the cells come from; exactly one of the first four, or a `uri` / `census_version` in `pairs.query`.
+
+    Args:
+        pairs (`str`, *optional*): Folder that `gppc build-pairs` wrote.
+        example (`str`, *optional*): Cells that need no download: `pbmc68k_reduced`, as scanpy ships them.
+        files (`list[str]`, *optional*): AnnData files of raw counts; written into a local store first. The name of a
+            file without its ending is its data set's name.
+        synthetic (`SyntheticConfig`, *optional*): Cells from a known gene network; written into a local store first.
+        num_proc (`int`, *optional*, defaults to 1): Processes that build pairs.
+        library_size_key, cell_type_key, donor_key (`str`, *optional*): Columns of obs of `files`, where their names
+            are not the usual ones.
+    """
+
+    pairs: str | None = None
+    example: Literal["pbmc68k_reduced"] | None = None
+    files: list[str] | None = None
+    synthetic: SyntheticConfig | None = None
+    num_proc: int = 1
+    library_size_key: str | None = None
+    cell_type_key: str | None = None
+    donor_key: str | None = None
+
+
+@dataclass
+class TrainingOptions:
+    """
+    How the model is trained; names are those of `transformers.TrainingArguments` where they mean the same.
+
+    Args:
+        learning_rate, weight_decay, adam_beta2, max_grad_norm (`float`): AdamW.
+        lr_scheduler_type (`str`), warmup_steps (`int`): Schedule. Warm-up is not optional for the origin's form.
+        max_steps (`int`): Optimiser steps.
+        per_device_train_batch_size, per_device_eval_batch_size, gradient_accumulation_steps (`int`): Pairs.
+        eval_steps, save_steps, logging_steps (`int`): How often.
+        save_total_limit (`int`): Checkpoints kept, the best among them.
+        early_stopping_patience (`int`, *optional*): Evaluations without improvement before training ends.
+        max_validation_pairs (`int`): Validation pairs scored at each evaluation.
+        redraw_perturbations (`bool`): Draw the revealed genes anew in every epoch.
+        n_query_genes (`int`, *optional*): Genes predicted in a batch; defaults to all.
+        linear_start_cells (`int`): Cells that the closed-form start is fitted on, at most.
+        linear_start_iterations (`int`): Passes over them.
+        precision (`str`): `fp32`, `bf16` or `fp16`.
+        attn_implementation (`str`): `sdpa`, `eager` or `flex_attention`.
+        gradient_checkpointing, torch_compile (`bool`): Trade time for memory; compile the model.
+        dataloader_num_workers (`int`): Processes that collate.
+        report_to (`list[str]`): Any of `tensorboard`, `trackio`, `wandb`.
+        use_cpu (`bool`): Train on the CPU even where an accelerator is.
+    """
+
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    adam_beta2: float = 0.98
+    max_grad_norm: float = 1.0
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: int = 100
+    max_steps: int = 1000
+    per_device_train_batch_size: int = 128
+    per_device_eval_batch_size: int = 256
+    gradient_accumulation_steps: int = 1
+    eval_steps: int = 250
+    save_steps: int = 250
+    logging_steps: int = 50
+    save_total_limit: int = 2
+    early_stopping_patience: int | None = None
+    max_validation_pairs: int = 2_000
+    redraw_perturbations: bool = True
+    n_query_genes: int | None = None
+    linear_start_cells: int = 20_000
+    linear_start_iterations: int = 30
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    attn_implementation: Literal["sdpa", "eager", "flex_attention"] = "sdpa"
+    gradient_checkpointing: bool = False
+    torch_compile: bool = False
+    dataloader_num_workers: int = 0
+    report_to: list[str] = field(default_factory=list)
+    use_cpu: bool = False
+
+    def __post_init__(self):
+        positive = ("learning_rate", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size")
+        for name in (*positive, "gradient_accumulation_steps", "eval_steps", "save_steps", "logging_steps"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"`training.{name}` is {getattr(self, name)}; wanted a positive number.")
+        if self.save_steps % self.eval_steps:
+            raise ValueError(
+                f"`training.save_steps` is {self.save_steps}; wanted a multiple of `eval_steps` ({self.eval_steps}), "
+                "so that every checkpoint was evaluated."
+            )
+        known = ("tensorboard", "trackio", "wandb")
+        for name in self.report_to:
+            if name not in known:
+                raise ValueError(f"`training.report_to` names {name!r}{close_matches(name, known)}")
+
+
+@dataclass
+class EvaluationOptions:
+    """
+    What is scored at the end.
+
+    Args:
+        max_pairs (`int`): Test pairs a split, at most.
+        max_floor_pairs (`int`): Training pairs that floors are fitted on, at most; they are dense in memory.
+        n_resamples (`int`): Bootstrap resamples.
+        floors (`list[str]`, *optional*): Names of floors; defaults to all.
+        optimum_pairs (`int`): Pairs on which the best predictor of count-form synthetic cells is estimated.
+        optimum_samples (`int`): Simulated cells of that estimate.
+        splits (`list[str]`, *optional*): Names of the splits to score, as `results.json` calls them; defaults to all.
+        perturbation (`str`, *optional*): The first prediction's perturbation; defaults to a knock-out of a gene that
+            is commonly expressed and varies.
+    """
+
+    max_pairs: int = 4_000
+    max_floor_pairs: int = 12_000
+    n_resamples: int = 1_000
+    floors: list[str] | None = None
+    optimum_pairs: int = 400
+    optimum_samples: int = 20_000
+    splits: list[str] | None = None
+    perturbation: str | None = None
+
+
+@dataclass
+class RunOptions:
+    """
+    Everything a training run needs to know.
+
+    Args:
+        output_dir (`str`): Folder of the run: store and pairs it makes, checkpoints, and `model`, what is kept.
+        seed (`int`): Of weights, order of pairs and bootstrap; pairs have `pairs.seed`.
+        data, pairs, training, evaluation: See the classes and [`PairOptions`].
+        model (`dict`): Fields of [`GppcConfig`] other than those the data decide.
+    """
+
+    output_dir: str = "runs/default"
+    seed: int = 0
+    data: DataOptions = field(default_factory=DataOptions)
+    pairs: PairOptions = field(default_factory=PairOptions)
+    model: dict[str, Any] = field(default_factory=dict)
+    training: TrainingOptions = field(default_factory=TrainingOptions)
+    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
+
+    def __post_init__(self):
+        fields = [name for name in GppcConfig.__annotations__ if name not in ("model_type", *DERIVED_MODEL_FIELDS)]
+        for name in self.model:
+            if name in DERIVED_MODEL_FIELDS:
+                raise ValueError(f"`model.{name}` follows from the data; leave it out.")
+            if name not in fields:
+                raise ValueError(f"`model.{name}` is not an option{close_matches(name, fields)}.")
+        self.model_config(vocab_size=2, pairings=list(self.pairs.matching.pairings))
+        given = [name for name in ("pairs", "example", "files", "synthetic") if getattr(self.data, name) is not None]
+        query = self.pairs.query
+        given += [f"pairs.query.{name}" for name in ("uri", "census_version") if getattr(query, name) is not None]
+        if len(given) != 1:
+            got = " and ".join(f"`{name}`" for name in given) or "none"
+            raise ValueError(
+                f"`data`: cells come from {got}; wanted exactly one of `data.pairs`, `data.example`, `data.files`, "
+                "`data.synthetic`, `pairs.query.uri`, `pairs.query.census_version`."
+            )
+
+    def model_config(self, vocab_size: int, pairings: list[str]) -> GppcConfig:
+        """The model's configuration.
+
+        Raises:
+            ValueError: Naming the option whose value does not fit.
+        """
+        settings = dict(self.model)
+        settings.setdefault("default_pairing", "same_type" if "same_type" in pairings else pairings[0])
+        try:
+            return GppcConfig(vocab_size=vocab_size, pairings=pairings, **settings)
+        except Exception as error:  # `@strict` raises a class of its own that is no ValueError
+            raise ValueError(f"`model`: {' '.join(str(error).split())}") from error
+
+
+def find_config(name: str) -> Path:
+    """A YAML file by path, or a shipped one by name with or without its ending.
+
+    Raises:
+        ValueError: If there is none, with close matches.
+    """
+    for path in (Path(name), CONFIGS / f"{name}.yaml", CONFIGS / Path(name).name):
+        if path.is_file():
+            return path
+    shipped = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+    raise ValueError(f"`config` {name} does not exist{close_matches(Path(name).stem, shipped)}")
+
+
+def merge(base: Mapping, changes: Mapping) -> dict:
+    """`base` with `changes` laid over it, mapping by mapping."""
+    merged = copy.deepcopy(dict(base))
+    for key, value in changes.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = merge(merged[key], value) if both else copy.deepcopy(value)
+    return merged
+
+
+def read_flags(flags: Sequence[str]) -> dict:
+    """`--section.name value` or `--section.name=value` flags as nested mappings; values are read as YAML.
+
+    Raises:
+        ValueError: For something that is no flag, or a flag without a value.
+    """
+    changes: dict = {}
+    position = 0
+    while position < len(flags):
+        flag = flags[position]
+        if not flag.startswith("--"):
+            raise ValueError(f"`{flag}` is not a flag; wanted `--name value`, e.g. `--training.max_steps 500`.")
+        name, equals, text = flag[2:].partition("=")
+        if not equals:
+            position += 1
+            if position >= len(flags):
+                raise ValueError(f"`--{name}` has no value; wanted `--{name} VALUE`.")
+            text = flags[position]
+        position += 1
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"`--{name}` has the value {text!r}, which is not valid YAML.") from error
+        *sections, last = name.replace("-", "_").split(".")
+        inner = changes
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[last] = value
+    return changes
+
+
+def build_parser(description: str) -> argparse.ArgumentParser:
+    """Parser of the few flags that are not options of the run."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Every option of the YAML file is a flag too: --training.max_steps 500, --pairs.panel.n_genes 2000.",
+    )
+    parser.add_argument("--config", default=DEFAULT_CONFIG, help="YAML file, or the name of a shipped one")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of the same run")
+    parser.add_argument("--push_to_hub", metavar="REPO", help="push the finished model to this Hub repository")
+    return parser
+
+
+def parse_options(config: str, flags: Sequence[str]) -> RunOptions:
+    """Options of a YAML file overridden by flags.
+
+    Raises:
+        ValueError: For an unknown file, option or value, naming the option and close matches.
+    """
+    path = find_config(config)
+    mapping = read_yaml(path)
+    mapping.setdefault("output_dir", f"runs/{path.stem}")
+    return from_mapping(RunOptions, merge(mapping, read_flags(flags)))
