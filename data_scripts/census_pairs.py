@@ -177,7 +177,7 @@ def gene_table(plan: PairPlan) -> pa.Table:
             pa.array(lengths, pa.float32()),
             pa.array(n_measured, pa.int64()),
             pa.array(totals["n_expressed"], pa.int64()),
-            pa.array(((cells > 0) @ measured).astype(np.int64)),
+            pa.array((cells > 0).astype(np.int64) @ measured),
             pa.array(mean.astype(np.float32)),
             pa.array(np.maximum(variance, 0).astype(np.float32)),
         ],

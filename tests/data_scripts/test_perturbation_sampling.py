@@ -1,0 +1,95 @@
+"""Perturbation sampling: only differing genes measured in both, in the wished-for numbers and odds."""
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_scripts.pair_options import PerturbationOptions
+from data_scripts.perturbation_sampling import draw_numbers, sample_from_changes, sample_perturbations
+
+OPTIONS = [
+    PerturbationOptions(),
+    PerturbationOptions(distribution="fixed", max_genes=3),
+    PerturbationOptions(distribution="geometric", min_genes=0, max_genes=4),
+    PerturbationOptions(weighting="change", max_genes=2),
+]
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from(OPTIONS), st.integers(1, 12), st.booleans())
+def test_properties(seed, options, n_genes, restrict):
+    rng = np.random.default_rng(seed)
+    source, target = rng.poisson(0.7, (2, 20, n_genes)).astype(np.float32)
+    measured = rng.random((20, n_genes)) < 0.8
+    allowed = rng.random(n_genes) < 0.7 if restrict else None
+    candidate = (source != target) & measured & (True if allowed is None else allowed)
+    ids, values, mask = sample_perturbations(source, target, measured, rng, options, allowed)
+    assert ids.shape == values.shape == mask.shape == (20, options.max_genes)
+    rows, columns = np.nonzero(mask)
+    assert candidate[rows, ids[rows, columns]].all()
+    np.testing.assert_array_equal(values[rows, columns], (target - source)[rows, ids[rows, columns]])
+    assert (ids[mask == 0] == 0).all() and (values[mask == 0] == 0).all()
+    for row in range(20):
+        genes = ids[row, mask[row] == 1]
+        assert (np.diff(genes) > 0).all()
+        assert len(genes) >= min(options.min_genes, candidate[row].sum())
+    changes = sp.csr_matrix(np.where(candidate, target - source, 0).astype(np.float32))
+    offsets, genes, deltas = sample_from_changes(changes, rng, options)
+    assert len(offsets) == 21 and offsets[-1] == len(genes) == len(deltas)
+    for row in range(20):
+        own = genes[offsets[row] : offsets[row + 1]]
+        assert (np.diff(own) > 0).all() and candidate[row, own].all()
+        np.testing.assert_array_equal(deltas[offsets[row] : offsets[row + 1]], (target - source)[row, own])
+        assert len(own) >= min(options.min_genes, candidate[row].sum())
+
+
+def frequencies(options, change):
+    """Share of draws in which each gene is revealed, dense and sparse."""
+    n, rng = 20_000, np.random.default_rng(0)
+    target = np.tile(np.asarray(change, dtype=np.float32), (n, 1))
+    ids, _, mask = sample_perturbations(np.zeros_like(target), target, np.ones(len(change), bool), rng, options)
+    dense = np.bincount(ids[mask == 1], minlength=len(change)) / n
+    _, genes, _ = sample_from_changes(sp.csr_matrix(target), rng, options)
+    return dense, np.bincount(genes, minlength=len(change)) / n
+
+
+def test_uniform_odds():
+    for share in frequencies(PerturbationOptions(distribution="fixed", max_genes=2), [1, 0, -5, 0.1, 2]):
+        np.testing.assert_allclose(share, [0.5, 0, 0.5, 0.5, 0.5], atol=0.02)
+
+
+def test_odds_by_change():
+    options = PerturbationOptions(distribution="fixed", max_genes=1, weighting="change")
+    for share in frequencies(options, [1, 0, -3, 4]):
+        np.testing.assert_allclose(share, [1 / 8, 0, 3 / 8, 4 / 8], atol=0.02)
+    # Two successive draws without replacement from rates 1 : 3, 4: inclusion of the first gene is
+    # 1/8 + 3/8 x 1/5 + 4/8 x 1/4.
+    options = PerturbationOptions(distribution="fixed", max_genes=2, weighting="change")
+    for share in frequencies(options, [1, 0, -3, 4]):
+        np.testing.assert_allclose(share[0], 1 / 8 + 3 / 8 / 5 + 4 / 8 / 4, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("options", "mean", "bounds"),
+    [
+        (PerturbationOptions(), 3.0, (1, 5)),
+        (PerturbationOptions(min_genes=0, max_genes=2), 1.0, (0, 2)),
+        (PerturbationOptions(distribution="fixed", max_genes=7), 7.0, (7, 7)),
+        (PerturbationOptions(distribution="geometric", max_genes=50), 2.0, (1, 50)),
+        (PerturbationOptions(distribution="geometric", min_genes=0, max_genes=60, mean_genes=3.0), 3.0, (0, 60)),
+    ],
+)
+def test_numbers(options, mean, bounds):
+    numbers = draw_numbers(20_000, options, np.random.default_rng(0))
+    assert numbers.mean() == pytest.approx(mean, rel=0.03)
+    assert numbers.min() >= bounds[0] and numbers.max() <= bounds[1]
+
+
+@pytest.mark.parametrize(
+    "bad", [{"min_genes": -1}, {"min_genes": 4, "max_genes": 3}, {"distribution": "geometric", "mean_genes": 1.0}]
+)
+def test_malformed(bad):
+    with pytest.raises(ValueError, match="`"):
+        PerturbationOptions(**bad)
