@@ -136,9 +136,9 @@ def open_query(options: QueryOptions, columns: dict[str, str], optional_columns:
             raise ValueError(f"`var_filter` {options.var_filter!r} matches none of the store's {len(var)} genes.")
     query = CellQuery(options, experiment, obs, var, selected, source)
     query._census = census  # keeps the parent open
-    matrix = experiment.ms[MEASUREMENT][PRESENCE] if PRESENCE in experiment.ms[MEASUREMENT] else None
-    if matrix is None:
+    if PRESENCE not in experiment.ms[MEASUREMENT]:
         raise ValueError(f"the store lacks ms['{MEASUREMENT}']['{PRESENCE}'], which says what was measured.")
+    matrix = experiment.ms[MEASUREMENT][PRESENCE]
     datasets = census["census_info"]["datasets"].read(column_names=["soma_joinid", "dataset_id"]).concat().to_pandas()
     query._dataset_rows = dict(zip(datasets["dataset_id"].astype(str), datasets["soma_joinid"].astype(int)))
     entries = matrix.read().tables().concat()

@@ -1,5 +1,7 @@
 """The gene panel on tables small enough to check by hand."""
 
+import itertools
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -25,7 +27,7 @@ def parts(*splits):
     nothing = np.zeros((1, 0))
     yield PanelPart(np.array([0]), CELLS[:1], EXPRESSED[:1], nothing, nothing)
     cuts = [0, *splits, 30]
-    for first, last in zip(cuts, cuts[1:]):
+    for first, last in itertools.pairwise(cuts):
         share = np.minimum(EXPRESSED[1], last) - np.minimum(EXPRESSED[1], first)
         yield PanelPart(np.array([1]), np.array([last - first]), share[None].astype(np.int32), nothing, nothing)
 
