@@ -106,7 +106,7 @@ class CensusSource:
     @property
     def where(self) -> str:
         """What messages call the source."""
-        return f"data set `{self.dataset_id}`" if self.path is None else f"file {self.path}"
+        return f"data set {self.dataset_id!r}" if self.path is None else f"file {self.path}"
 
     def obs_keys(self) -> dict[str, str | None]:
         """Census column -> column named for it."""
