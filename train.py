@@ -1,0 +1,178 @@
+"""Trains a GPPC model, scores it beside its floors and leaves a folder that anyone can load.
+
+The embedded default, on real cells that need no download:
+
+    accelerate launch train.py
+
+Another shipped run, or your own YAML file; every option is also a flag:
+
+    accelerate launch train.py --config linear
+    accelerate launch train.py --config my.yaml --training.max_steps 5000 --output_dir runs/mine
+
+Pairs of the public Census (see modeling_gppc/training/configs/census_naive_b.yaml):
+
+    accelerate launch train.py --config census_naive_b
+
+Go on after an interruption with the same command and --resume.
+"""
+
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+
+from accelerate import PartialState
+from transformers import set_seed
+from transformers.utils import logging as transformers_logging
+
+from data_scripts.pair_folder import PairFolder
+from hub_card.model_card import write_model_card
+from modeling_gppc import GppcFeatureExtractor, GppcForPerturbationPrediction
+from modeling_gppc.evaluation.plots import plot_learning_curve, plot_scores
+from modeling_gppc.evaluation.report import render_results
+from modeling_gppc.evaluation.score_pairs import write_results
+from modeling_gppc.training.arguments import RunOptions, build_parser, parse_options
+from modeling_gppc.training.data_collator import PairCollator
+from modeling_gppc.training.evaluate_run import evaluate_run, load_network_of
+from modeling_gppc.training.first_prediction import first_prediction
+from modeling_gppc.training.linear_start import initialize_linear_response
+from modeling_gppc.training.pair_dataset import PairDataset
+from modeling_gppc.training.prepare_data import prepare_pairs
+from modeling_gppc.training.run_folder import claim_folder, write_json
+from modeling_gppc.training.trainer import GppcTrainer, last_checkpoint, make_trainer
+
+
+def make_model(options: RunOptions, folder: PairFolder) -> GppcForPerturbationPrediction:
+    """A model of the folder's vocabulary with fresh weights."""
+    set_seed(options.seed)
+    config = options.model_config(vocab_size=folder.genes.num_rows, pairings=folder.pairings)
+    config._attn_implementation = options.training.attn_implementation
+    return GppcForPerturbationPrediction(config)
+
+
+def make_extractor(folder: PairFolder) -> GppcFeatureExtractor:
+    """The feature extractor that does to cells what was done to the training cells."""
+    manifest = folder.manifest
+    return GppcFeatureExtractor(
+        gene_ids=folder.gene_ids,
+        gene_symbols=folder.gene_symbols,
+        normalization=manifest["normalization"],
+        target_sum=manifest["target_sum"],
+        gene_lengths=(
+            folder.genes.column("feature_length").to_pylist() if manifest["normalization"] == "log_tpm" else None
+        ),
+        organism=manifest["organism"],
+    )
+
+
+def train(options: RunOptions, folder: PairFolder, resume: bool) -> GppcTrainer:
+    """Fits the linear response in closed form, then trains the departure from it; returns the finished trainer."""
+    settings = options.training
+    rows = PairDataset(folder.split("train"), folder.pairings)
+    validation = PairDataset(folder.split("validation"), folder.pairings)
+    redraw = options.pairs.perturbation if settings.redraw_perturbations else None
+    model = make_model(options, folder)
+    checkpoint = last_checkpoint(options.output_dir) if resume else None
+    if model.model is not None and checkpoint is None:
+        initialize_linear_response(
+            model,
+            rows,
+            folder.panels,
+            max_cells=settings.linear_start_cells,
+            n_iterations=settings.linear_start_iterations,
+            seed=options.seed,
+        )
+    trainer = make_trainer(
+        model,
+        settings,
+        options.output_dir,
+        options.seed,
+        rows,
+        validation,
+        PairCollator(folder.panels, redraw, seed=options.seed, n_query_genes=settings.n_query_genes),
+        PairCollator(folder.panels),
+    )
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return trainer
+
+
+def save(trainer: GppcTrainer, options: RunOptions, folder: PairFolder, seconds: float) -> Path:
+    """Scores the model and writes everything that is kept into `<output_dir>/model`; returns that folder."""
+    out = Path(options.output_dir) / "model"
+    model, extractor = trainer.model, make_extractor(folder)
+    model.save_pretrained(out)
+    extractor.save_pretrained(out)
+    results = evaluate_run(
+        model, folder, options.evaluation, seed=options.seed, network=load_network_of(options.output_dir)
+    )
+    write_results(results, out / "results.json")
+    write_json(run_facts(trainer, options, folder, seconds), out / "run.json")
+    write_json(trainer.state.log_history, out / "training_log.json")
+    plot_scores(results, out / "figures" / "scores.png")
+    plot_learning_curve(trainer.state.log_history, out / "figures" / "learning_curve.png")
+    print(f"\n{render_results(results)}\n")
+    if model.model is not None:
+        prediction = first_prediction(model, extractor, folder, options.evaluation.perturbation)
+        prediction.plot(out / "figures" / "first_prediction.png")
+        print(f"{prediction.text()}\n")
+    write_model_card(out)
+    return out
+
+
+def run_facts(trainer: GppcTrainer, options: RunOptions, folder: PairFolder, seconds: float) -> dict:
+    """What the card says about the run."""
+    manifest = folder.manifest
+    query = manifest.get("query", {})
+    cells = manifest.get("report", {}).get("cells", {})
+    return {
+        "store": options.data.example or query.get("census_version") or Path(query.get("uri") or folder.path).name,
+        "filters": query.get("obs_filter"),
+        "cells": int(sum(cells.values())) if cells else len(set(trainer.train_dataset.table["source_soma_joinid"])),
+        "genes": folder.genes.num_rows,
+        "seconds": round(seconds, 1),
+        "flop": float(trainer.state.total_flos) or None,
+        "seed": options.seed,
+        "command": shlex.join(["accelerate", "launch", "train.py", *sys.argv[1:]]),
+        "pairs": len(trainer.train_dataset),
+        "pairings": ", ".join(folder.pairings),
+        "parameters": trainer.model.num_parameters(),
+        "steps": trainer.state.global_step,
+        "processes": trainer.args.world_size,
+        "digest": manifest.get("digest"),
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one training; bad input ends with one line and exit status 2."""
+    arguments, flags = build_parser(__doc__).parse_known_args(argv)
+    state = PartialState()
+    transformers_logging.set_verbosity_error()
+    try:
+        options = parse_options(arguments.config, flags)
+        if state.is_main_process:
+            claim_folder(options, arguments.resume)
+        with state.main_process_first():
+            folder = prepare_pairs(options, progress=state.is_local_main_process)
+        start = time.monotonic()
+        trainer = train(options, folder, arguments.resume)
+        if state.is_main_process:
+            out = save(trainer, options, folder, time.monotonic() - start)
+            print(f"Model folder: {out}")
+            print(f'Load it with AutoModel.from_pretrained("{out}", trust_remote_code=True)')
+            if arguments.push_to_hub:
+                from hub_card.push import push_model
+
+                print(json.dumps(push_model(out, arguments.push_to_hub).__dict__, default=str))
+        state.wait_for_everyone()
+    except (ValueError, OSError) as error:
+        if state.is_local_main_process:
+            print(f"train.py: error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        state.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
