@@ -4,9 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import huggingface_hub.utils._http
 import pytest
 from hub_server import HubServer
+from huggingface_hub import constants
+from tiny_model import write_model_folder
+from tiny_pairs import write_pairs_folder
 
 TOKEN = "hf_test_token"
 
@@ -39,3 +44,23 @@ def client(hub, tmp_path):
         return json.loads(result.stdout.splitlines()[-1])
 
     return run
+
+
+@pytest.fixture
+def in_process(monkeypatch):
+    """Lets the real client of this process reach the loopback Hub, by plain HTTP and without waiting."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(huggingface_hub.utils._http, "time", SimpleNamespace(sleep=lambda seconds: None))
+
+
+@pytest.fixture
+def model_folder(tmp_path):
+    """A complete model folder, with things in it that must stay."""
+    return write_model_folder(tmp_path / "model")
+
+
+@pytest.fixture
+def pairs_folder(tmp_path):
+    """A pairs folder in Arrow: two splits, two panels, facts that name a machine."""
+    return write_pairs_folder(tmp_path / "pairs")
