@@ -381,13 +381,19 @@ class GppcFeatureExtractor(FeatureExtractionMixin):
         return BatchFeature(features)
 
 
-def change_of_log_value(value: float, action: str, amount: float) -> float:
-    """Change that an action means for a gene at log value `value`: `factor` scales expm1(value), `level` sets it."""
+def change_of_log_value(value: float | np.ndarray, action: str, amount: float) -> float | np.ndarray:
+    """Change that an action means for a gene at log value `value`: `factor` scales expm1(value), `level` sets it.
+
+    A log value below zero (possible for an estimate, not for counts) holds no expression to scale: a factor leaves it
+    alone, except that a knock-out still ends at zero.
+    """
+    value = np.asarray(value, dtype=np.float64)
     if action == "delta":
-        return float(amount)
-    if action == "level":
-        return float(amount - value)
-    return float(np.log1p(amount * np.expm1(np.float64(value))) - value)
+        return np.full_like(value, amount)[()]
+    if action == "level" or amount == 0:
+        return (amount - value)[()]
+    scaled = np.log1p(amount * np.expm1(np.maximum(value, 0.0)))
+    return np.where(value < 0, 0.0, scaled - value)[()]
 
 
 def _parse_action(gene: str, action: str) -> tuple[str, float]:
