@@ -41,8 +41,8 @@ class SyntheticConfig:
         regulator_measured_share (`float`, *optional*, defaults to 0.95): Share of the regulators each measures.
         type_scale, donor_scale, dataset_scale, within_scale (`float`, *optional*): Standard deviation a regulator
             owes to its cell type, donor, data set, and to variation within a type.
-        target_scale (`float`, *optional*, defaults to 1): Standard deviation that regulation gives a target.
-        noise_scale (`float`, *optional*, defaults to 0.6): Gene noise of the linear form, independent between genes.
+        target_scale (`float`, *optional*, defaults to 1.5): Standard deviation that regulation gives a target.
+        noise_scale (`float`, *optional*, defaults to 0.8): Gene noise of the linear form, independent between genes.
         coupling (`float`, *optional*, defaults to 0.4): Strength of regulators on later regulators.
         switching_share (`float`, *optional*, defaults to 0.4): Share of count-form targets that follow a switch
             (product of two thresholds); the others follow Hill curves.
@@ -67,12 +67,12 @@ class SyntheticConfig:
     n_cells: int = 12_000
     measured_share: float = 0.8
     regulator_measured_share: float = 0.95
-    type_scale: float = 0.9
+    type_scale: float = 1.0
     donor_scale: float = 0.6
     dataset_scale: float = 0.05
-    within_scale: float = 0.8
-    target_scale: float = 1.0
-    noise_scale: float = 0.6
+    within_scale: float = 0.7
+    target_scale: float = 1.5
+    noise_scale: float = 0.8
     coupling: float = 0.4
     switching_share: float = 0.4
     library_mean: float | None = None
@@ -118,7 +118,7 @@ class SyntheticConfig:
     @property
     def mean_library(self) -> float:
         """Mean molecules of a cell, the default resolved."""
-        return self.library_mean or 1_000.0 * (self.n_genes / 300.0) ** 0.22
+        return self.library_mean or 1_000.0 * (self.n_genes / 300.0) ** 0.255
 
 
 def _near(name: str) -> str:
