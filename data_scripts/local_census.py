@@ -70,7 +70,8 @@ class CensusReport:
 
     def summary(self, n_examples: int = 5) -> str:
         """A few lines for people: what was written, and which genes could not be mapped."""
-        lines = [f"{self.n_obs:,} cells x {self.n_vars:,} genes, {len(self.datasets)} data sets -> {self.store}"]
+        sets = f"{len(self.datasets)} data set{'' if len(self.datasets) == 1 else 's'}"
+        lines = [f"{self.n_obs:,} cells x {self.n_vars:,} genes, {sets} -> {self.store}"]
         for row in self.datasets.itertuples():
             lines.append(
                 f"  {row.dataset_id}: {row.n_obs:,} cells, {row.n_vars:,} genes ({row.n_unmapped:,} without Ensembl "

@@ -30,9 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gene-table",
         type=Path,
-        nargs="+",
+        action="append",
         metavar="FILE",
-        help="csv, tsv or parquet with symbols and Ensembl ids (and lengths, biotypes, where it has them)",
+        help="csv, tsv or parquet with symbols and Ensembl ids (lengths and biotypes if it has them); may be repeated",
     )
     parser.add_argument(
         "--unmapped",

@@ -414,6 +414,17 @@ def test_terms_and_labels(tmp_path):
     assert found.obs["cell_type_ontology_term_id"].tolist() == ["local:b", "local:t", "local:t"]
 
 
+def test_many_labels(tmp_path):
+    """More labels than a byte can number."""
+    adata = anndata.AnnData(np.ones((300, 2), np.float32), var=pd.DataFrame(index=GENES[:2]))
+    adata.obs["donor"] = [f"donor {row}" for row in range(300)]
+    report = write_census(tmp_path / "s", [CensusSource(adata, "d")])
+    with cellxgene_census.open_soma(uri=str(report.store)) as census:
+        for row in (0, 127, 128, 299):
+            found = cellxgene_census.get_obs(census, HUMAN, value_filter=f"donor_id == 'donor {row}'")
+            assert found["soma_joinid"].tolist() == [row]
+
+
 def test_data_sets_of_a_file(tmp_path, adatas):
     adata = adatas["first"].copy()
     adata.obs["dataset"] = "named"
@@ -434,8 +445,9 @@ def test_command(tmp_path, adatas, capsys):
         files.append(str(tmp_path / f"{name}.h5ad"))
         adata.write_h5ad(files[-1])
     store = tmp_path / "store"
-    flags = ["--donor-key", "batch", "--keep-obs", "score"]
-    assert main(["make-census", str(store), *files, *flags]) == 0
+    (tmp_path / "lengths.csv").write_text(f"symbol,ensembl_id,length\nS3,{GENES[3]},5\n")
+    flags = ["--donor-key", "batch", "--keep-obs", "score", "--gene-table", str(tmp_path / "lengths.csv")]
+    assert main(["make-census", *flags, str(store), *files]) == 0
     output = capsys.readouterr().out
     assert "23 cells x 8 genes, 2 data sets" in output
     assert "donor from batch" in output
