@@ -94,3 +94,206 @@ def percentile_interval(samples: np.ndarray, level: float = 0.95) -> list[float]
         return [float("nan"), float("nan")]
     tail = 50 * (1 - level)
     return [float(bound) for bound in np.percentile(samples, [tail, 100 - tail])]
+
+
+# --- Perturbation responses: one row a perturbation, delta = pseudobulk minus control pseudobulk ------------------
+
+
+def pearson_delta(predicted: np.ndarray, observed: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+    """r(delta_hat, delta) over genes, one value a perturbation (`pearson_delta` of cell-eval, there over all genes).
+
+    Args:
+        predicted, observed (`np.ndarray`): Deltas of shape `(P, V)`.
+        mask (`np.ndarray` of bool, *optional*): Genes that count, shape `(V,)` or `(P, V)`.
+
+    Returns:
+        `np.ndarray` of shape `(P,)`; NaN where a side does not vary.
+    """
+    return row_pearson(predicted, observed, _mask(predicted, mask))
+
+
+def direction_accuracy(predicted: np.ndarray, observed: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+    """Share of genes whose predicted sign is the observed one, among genes whose observed delta is not zero."""
+    counted = _mask(predicted, mask) & (observed != 0)
+    hits = (np.sign(predicted) == np.sign(observed)) & counted
+    return _ratio(hits.sum(axis=1), counted.sum(axis=1))
+
+
+def normalised_squared_error(
+    predicted: np.ndarray, observed: np.ndarray, mask: np.ndarray | None = None
+) -> np.ndarray:
+    """||delta_hat - delta||^2 / ||delta||^2: 1 is what predicting no response scores."""
+    counted = _mask(predicted, mask)
+    error = (((predicted - observed) ** 2) * counted).sum(axis=1)
+    return _ratio(error, ((observed**2) * counted).sum(axis=1))
+
+
+def mean_absolute_error(predicted: np.ndarray, observed: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+    """Mean over genes of |predicted - observed| (`mae`, on deltas `mae_delta`, of cell-eval)."""
+    counted = _mask(predicted, mask)
+    return _ratio((np.abs(predicted - observed) * counted).sum(axis=1), counted.sum(axis=1))
+
+
+def mean_squared_error(predicted: np.ndarray, observed: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+    """Mean over genes of the squared difference (`mse`, on deltas `mse_delta`, of cell-eval)."""
+    counted = _mask(predicted, mask)
+    return _ratio((((predicted - observed) ** 2) * counted).sum(axis=1), counted.sum(axis=1))
+
+
+def r2_score(predicted: np.ndarray, observed: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+    """1 - SSE / SST over genes, SST about the mean over genes."""
+    counted = _mask(predicted, mask)
+    mean = _ratio((observed * counted).sum(axis=1), counted.sum(axis=1))[:, None]
+    return 1 - _ratio(
+        (((predicted - observed) ** 2) * counted).sum(axis=1), (((observed - mean) ** 2) * counted).sum(axis=1)
+    )
+
+
+def weighted_mse(predicted: np.ndarray, observed: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """Mean squared error with weights from differential expression (Mejia et al. 2025, arXiv 2506.22641).
+
+    Weights: |score| scaled to 0..1 within the perturbation, squared, summing to 1.
+
+    Args:
+        predicted, observed (`np.ndarray`): Pseudobulks or deltas, shape `(P, V)`.
+        scores (`np.ndarray`): Differential expression scores such as Wilcoxon z, shape `(P, V)`.
+    """
+    size = np.abs(scores)
+    low, high = size.min(axis=1, keepdims=True), size.max(axis=1, keepdims=True)
+    weights = np.where(high > low, (size - low) / np.where(high > low, high - low, 1.0), 1.0) ** 2
+    return (weights * (predicted - observed) ** 2).sum(axis=1) / weights.sum(axis=1)
+
+
+def l2_top_expressed(predicted: np.ndarray, observed: np.ndarray, control: np.ndarray, n: int = 1_000) -> np.ndarray:
+    """Euclidean distance of pseudobulks on the `n` genes most expressed in controls (Ahlmann-Eltze et al. 2025)."""
+    top = np.argsort(-control, kind="stable")[:n]
+    return np.linalg.norm((predicted - observed)[:, top], axis=1)
+
+
+def systema_pearson(
+    predicted: np.ndarray, observed: np.ndarray, reference: np.ndarray, mask: np.ndarray | None = None
+) -> np.ndarray:
+    """r(mu_p - R, mu_hat_p - R), R the mean of the training perturbations' centroids (Systema, Vinas Torne et al. 2025).
+
+    What all perturbations have in common cannot score here: predicting R itself counts as 0.
+
+    Args:
+        predicted, observed (`np.ndarray`): Pseudobulks (or deltas, with R a delta too), shape `(P, V)`.
+        reference (`np.ndarray`): R, shape `(V,)` or `(P, V)`.
+        mask (`np.ndarray` of bool, *optional*): Genes that count.
+    """
+    found = row_pearson(predicted - reference, observed - reference, _mask(predicted, mask))
+    return np.where(np.isfinite(found), found, 0.0)
+
+
+def discrimination(
+    predicted: np.ndarray,
+    observed: np.ndarray,
+    distance: str = "l1",
+    mask: np.ndarray | None = None,
+    ties: str = "midrank",
+) -> np.ndarray:
+    """Perturbation discrimination score, 1 - rank / N: how many observed responses lie closer to the prediction.
+
+    `ties="position"` and a mask that drops each row's own target give cell-eval's score; `ties="midrank"` and a mask
+    that drops every target of the panel give cell-eval2's, in which a constant prediction scores near 0.5.
+
+    Args:
+        predicted, observed (`np.ndarray`): Deltas, shape `(P, V)`.
+        distance (`str`, *optional*, defaults to `"l1"`): `"l1"`, `"l2"` or `"cosine"`.
+        mask (`np.ndarray` of bool, *optional*): Genes that count, shape `(V,)`, or `(P, V)` for each row's own.
+        ties (`str`, *optional*, defaults to `"midrank"`): `"midrank"` or `"position"`.
+
+    Returns:
+        `np.ndarray` of shape `(P,)`; 1 is best.
+    """
+    return 1 - _match_ranks(predicted, observed, distance, mask, ties) / len(predicted)
+
+
+def centroid_accuracy(predicted: np.ndarray, observed: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+    """Share of the other perturbations' centroids that are farther (Euclid) than the right one (Systema)."""
+    others = max(len(predicted) - 1, 1)
+    return 1 - _match_ranks(predicted, observed, "l2", mask, "midrank") / others
+
+
+def perturbench_rank(
+    predicted: np.ndarray, observed: np.ndarray, distance: str = "cosine", mask: np.ndarray | None = None
+) -> np.ndarray:
+    """Share of other *predictions* at least as close to the observed response (PerturBench, Wu et al. 2024); 0 is best."""
+    between = pairwise_distance(observed, predicted, distance, mask)
+    own = np.diag(between)[:, None]
+    return ((between <= own).sum(axis=1) - 1) / max(len(predicted) - 1, 1)
+
+
+def pairwise_distance(
+    rows: np.ndarray, columns: np.ndarray, distance: str, mask: np.ndarray | None = None
+) -> np.ndarray:
+    """Distance of every row of `rows` to every row of `columns`; a `(P, V)` mask belongs to `rows`.
+
+    Raises:
+        ValueError: For an unknown distance.
+    """
+    counted = _mask(rows, mask)
+    output = np.empty((len(rows), len(columns)))
+    for index, (row, keep) in enumerate(zip(rows, counted)):
+        first, second = row[keep], columns[:, keep]
+        if distance == "l1":
+            output[index] = np.abs(second - first).sum(axis=1)
+        elif distance == "l2":
+            output[index] = np.sqrt(((second - first) ** 2).sum(axis=1))
+        elif distance == "cosine":
+            norms = np.linalg.norm(second, axis=1) * np.linalg.norm(first)
+            output[index] = 1 - np.divide(second @ first, norms, out=np.zeros(len(second)), where=norms > 0)
+        else:
+            raise ValueError(f"`distance` is {distance!r}; wanted 'l1', 'l2' or 'cosine'.")
+    return output
+
+
+def _match_ranks(predicted, observed, distance, mask, ties) -> np.ndarray:
+    between = pairwise_distance(predicted, observed, distance, mask)
+    if ties == "position":
+        order = np.argsort(between, axis=1)
+        return np.argmax(order == np.arange(len(predicted))[:, None], axis=1).astype(float)
+    own = np.diag(between)[:, None]
+    return (between < own).sum(axis=1) + ((between == own).sum(axis=1) - 1) / 2
+
+
+def energy_distance(first: np.ndarray, second: np.ndarray, block: int = 1_024) -> float:
+    """2 E|X - Y| - E|X - X'| - E|Y - Y'| between two sets of cells, Euclidean (Szekely and Rizzo 2013; as cell-eval)."""
+
+    def mean_distance(a, b):
+        total, squares = 0.0, (b.astype(np.float64) ** 2).sum(axis=1)
+        for start in range(0, len(a), block):
+            part = a[start : start + block].astype(np.float64)
+            gaps = (part**2).sum(axis=1)[:, None] + squares - 2 * part @ b.T
+            total += float(np.sqrt(np.maximum(gaps, 0.0)).sum())
+        return total / (len(a) * len(b))
+
+    return 2 * mean_distance(first, second) - mean_distance(first, first) - mean_distance(second, second)
+
+
+def significant_genes(log_fold_change: np.ndarray, fdr: np.ndarray, threshold: float = 0.05) -> np.ndarray:
+    """Genes with FDR below the threshold, largest absolute log fold change first."""
+    genes = np.flatnonzero(fdr < threshold)
+    return genes[np.argsort(-np.abs(log_fold_change[genes]), kind="stable")]
+
+
+def de_overlap(observed: np.ndarray, predicted: np.ndarray, k: int | None = None, precision: bool = False) -> float:
+    """Share of the top-k differentially expressed genes found (`overlap_at_k` / `precision_at_k` of cell-eval).
+
+    Args:
+        observed, predicted (`np.ndarray`): Ranked genes, from [`significant_genes`].
+        k (`int`, *optional*): How many of each; all observed (for precision: predicted) ones by default.
+        precision (`bool`, *optional*, defaults to `False`): Whether `k` is limited by the predicted list instead.
+    """
+    limit = len(predicted) if precision else len(observed)
+    k = limit if k is None else min(k, limit)
+    return len(np.intersect1d(observed[:k], predicted[:k])) / k if k else 0.0
+
+
+def _mask(values: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+    return np.broadcast_to(True if mask is None else np.asarray(mask, dtype=bool), values.shape)
+
+
+def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    return np.divide(numerator, denominator, out=np.full(len(numerator), np.nan), where=denominator > 0)
