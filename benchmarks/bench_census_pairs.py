@@ -1,0 +1,223 @@
+"""Census to pairs: cells per second, memory and bytes, against the loader of the origin and against merely reading.
+
+    gppc make-synthetic STORE --form count --cells 100000 --genes 20000
+    python benchmarks/bench_census_pairs.py --store STORE
+    python benchmarks/bench_census_pairs.py --smoke        # a tiny store, to see that the benchmark runs
+
+Every way runs in a process of its own, so that peak memory is its own; ways alternate over the rounds and the best
+round of each counts, since other work on the machine only ever slows a round down.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+ORGANISM = "homo_sapiens"
+
+
+def options_for(store: str, genes_file: str | None, out_format: str, shard_cells: int):
+    from data_scripts.options import from_mapping
+    from data_scripts.pair_options import PairOptions
+
+    panel = {"rule": "all"} if genes_file is None else {"rule": "file", "file": genes_file}
+    mapping = {"query": {"uri": store}, "panel": panel, "file_format": out_format, "shard_cells": shard_cells}
+    return from_mapping(PairOptions, mapping)
+
+
+def drain(store: str, n_cells: int, **_) -> dict:
+    """Merely reads `X("raw").tables()`, all genes."""
+    import tiledbsoma
+    import cellxgene_census
+
+    from data_scripts.census_query import TILEDB_CONFIG
+
+    with cellxgene_census.open_soma(uri=store, tiledb_config=TILEDB_CONFIG) as census:
+        experiment = census["census_data"][ORGANISM]
+        start = time.perf_counter()
+        rows = 0
+        with experiment.axis_query("RNA", obs_query=tiledbsoma.AxisQuery(coords=(slice(0, n_cells - 1),))) as query:
+            for table in query.X("raw").tables():
+                rows += table.num_rows
+    return {"cells": n_cells, "seconds": time.perf_counter() - start, "entries": rows}
+
+
+def ours(store: str, n_cells: int, genes_file: str | None, num_proc: int, file_format: str, shard_cells: int, **_) -> dict:
+    """`build_pairs` at a given panel: read, checked, normalised, matched, sampled, written."""
+    import dataclasses
+
+    from data_scripts.census_pairs import build_pairs
+
+    options = options_for(store, genes_file, file_format, shard_cells)
+    query = dataclasses.replace(options.query, obs_filter=f"soma_joinid < {n_cells}")
+    options = dataclasses.replace(options, query=query)
+    with tempfile.TemporaryDirectory(dir=Path(store).parent) as folder:
+        start = time.perf_counter()
+        pairs = build_pairs(options, Path(folder) / "out", num_proc=num_proc, progress=False)
+        seconds = time.perf_counter() - start
+        shards = [shard for entry in pairs.manifest["splits"].values() for shard in entry["shards"]]
+        n_pairs = sum(shard["n_rows"] for shard in shards)
+        return {
+            "cells": n_cells,
+            "seconds": seconds,
+            "pairs": n_pairs,
+            "bytes_per_pair": sum(shard["n_bytes"] for shard in shards) / n_pairs,
+            "dense_bytes_per_pair": 2 * 4 * len(pairs.gene_ids),
+        }
+
+
+def origin(store: str, n_cells: int, genes_file: str | None, **_) -> dict:
+    """The origin's way: shuffled batches of 128, dense log values, consecutive cells paired, rows kept in memory."""
+    import cellxgene_census
+    import tiledbsoma
+    from tiledbsoma_ml import ExperimentDataset
+
+    rng = np.random.default_rng(0)
+    with cellxgene_census.open_soma(uri=store) as census:
+        experiment = census["census_data"][ORGANISM]
+        var = experiment.ms["RNA"].var.read(column_names=["soma_joinid", "feature_id"]).concat().to_pandas()
+        wanted = set(Path(genes_file).read_text().split()) if genes_file else set(var["feature_id"])
+        columns = np.flatnonzero(var["feature_id"].isin(wanted))
+        start = time.perf_counter()
+        n_seen = n_pairs = 0
+        with experiment.axis_query("RNA", obs_query=tiledbsoma.AxisQuery(coords=(slice(0, n_cells - 1),))) as query:
+            loader = ExperimentDataset(
+                query, layer_name="raw", obs_column_names=["soma_joinid", "dataset_id"], batch_size=128, shuffle=True
+            )
+            for counts, _obs in loader:
+                values = np.log1p(1e4 * counts / np.maximum(counts.sum(1, keepdims=True), 1))[:, columns]
+                source, target = values[0 : len(values) - 1 : 2], values[1::2]
+                for before, after in zip(source, target):
+                    differing = np.flatnonzero(before != after)
+                    if len(differing):
+                        gene = rng.choice(differing)
+                        _row = (before, after, gene, after[gene] - before[gene])
+                        n_pairs += 1
+                n_seen += len(values)
+        return {"cells": n_seen, "seconds": time.perf_counter() - start, "pairs": n_pairs}
+
+
+WAYS = {"drain": drain, "ours": ours, "origin": origin}
+
+
+def measure(way: str, **settings) -> dict:
+    """Runs one way in a process of its own; adds its peak memory."""
+    command = [sys.executable, __file__, "--way", way, "--settings", json.dumps(settings)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    if done.returncode:
+        raise RuntimeError(f"{way} failed: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def panel_file(store: str, n_genes: int) -> str:
+    """The genes with most expressing cells, one a line."""
+    import cellxgene_census
+
+    with cellxgene_census.open_soma(uri=store) as census:
+        var = census["census_data"][ORGANISM].ms["RNA"].var.read().concat().to_pandas()
+    path = Path(store).parent / f"panel-{n_genes}.txt"
+    chosen = var.sort_values("nnz", ascending=False, kind="stable")["feature_id"].iloc[:n_genes]
+    path.write_text("\n".join(chosen) + "\n")
+    return str(path)
+
+
+def show(label: str, result: dict) -> None:
+    rate = result["cells"] / result["seconds"]
+    extra = f", {result['bytes_per_pair']:,.0f} bytes a pair" if "bytes_per_pair" in result else ""
+    print(
+        f"{label:<42}{rate:>10,.0f} cells/s  {result['seconds']:>7.1f} s  {result['peak_mb']:>7,.0f} MB peak{extra}",
+        flush=True,
+    )
+
+
+def best(rounds: list[dict]) -> dict:
+    return min(rounds, key=lambda result: result["seconds"]) | {"peak_mb": max(r["peak_mb"] for r in rounds)}
+
+
+def run_all(arguments: argparse.Namespace) -> None:
+    store, n_cells = str(arguments.store), arguments.cells
+    genes = panel_file(store, arguments.genes)
+    common = {"store": store, "genes_file": genes, "file_format": "arrow", "shard_cells": arguments.shard_cells}
+    ways = {
+        "drain X('raw').tables()": ("drain", {"n_cells": n_cells}),
+        f"ours, {arguments.genes} genes": ("ours", {"n_cells": n_cells, "num_proc": 1}),
+        f"ours, {arguments.genes} genes, 2 processes": ("ours", {"n_cells": n_cells, "num_proc": 2}),
+        "origin's way": ("origin", {"n_cells": min(n_cells, arguments.origin_cells)}),
+    }
+    results: dict[str, list[dict]] = {label: [] for label in ways}
+    for _ in range(arguments.rounds):
+        for label, (way, settings) in ways.items():
+            results[label].append(measure(way, **common | settings))
+    print(f"store of {n_cells:,} cells, best of {arguments.rounds} rounds")
+    for label, rounds in results.items():
+        show(label, best(rounds))
+    reading, *own, old = [best(rounds) for rounds in results.values()]
+    fastest = max(result["cells"] / result["seconds"] for result in own)
+    print(f"ours / origin's way: {fastest / (old['cells'] / old['seconds']):.1f}   (wanted >= 5)")
+    print(f"ours / draining:     {fastest / (reading['cells'] / reading['seconds']):.2f}  (wanted >= 0.60, goal 0.90)")
+    print("\nmemory and time by number of cells")
+    times = []
+    for part in [int(n_cells * share) for share in arguments.shares]:
+        rounds = [measure("ours", **common, n_cells=part, num_proc=1) for _ in range(arguments.rounds)]
+        times.append((part, best(rounds)["seconds"]))
+        show(f"ours, {part:,} cells", best(rounds))
+    sizes, seconds = np.log(np.array(times)).T
+    print(f"exponent of time over cells: {np.polyfit(sizes, seconds, 1)[0]:.3f}  (wanted <= 1.05)")
+    print("\nall genes")
+    part = min(n_cells, arguments.wide_cells)
+    for file_format in ("arrow", "parquet"):
+        wide = common | {"genes_file": None, "file_format": file_format, "shard_cells": min(part, 4096)}
+        result = measure("ours", **wide, n_cells=part, num_proc=1)
+        show(f"ours, all genes, {file_format}", result)
+        print(f"    {result['bytes_per_pair'] / result['dense_bytes_per_pair']:.4f} of dense float32 (wanted <= 0.125)")
+
+
+def smoke() -> None:
+    from data_scripts.synthetic import SyntheticConfig
+    from data_scripts.synthetic_store import write_synthetic
+
+    with tempfile.TemporaryDirectory() as folder:
+        store = Path(folder) / "store"
+        write_synthetic(store, SyntheticConfig(form="count", n_cells=600, n_genes=120), progress=False)
+        arguments = argparse.Namespace(
+            store=store, cells=600, genes=50, rounds=1, origin_cells=600, shares=(0.5, 1.0), wide_cells=600, shard_cells=300
+        )
+        run_all(arguments)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--store", type=Path)
+    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--cells", type=int, default=100_000)
+    parser.add_argument("--genes", type=int, default=2_000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--origin-cells", type=int, default=100_000)
+    parser.add_argument("--wide-cells", type=int, default=20_000)
+    parser.add_argument("--shard-cells", type=int, default=16_384)
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.0625, 0.25, 0.5, 1.0])
+    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--settings", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.way:
+        result = WAYS[arguments.way](**json.loads(arguments.settings))
+        own, children = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        processes = json.loads(arguments.settings).get("num_proc", 1)
+        result["peak_mb"] = (own + (children * processes if processes > 1 else 0)) / 1024
+        print(json.dumps(result))
+    elif arguments.smoke:
+        smoke()
+    elif arguments.store is not None:
+        run_all(arguments)
+    else:
+        parser.error("give --store STORE (see above) or --smoke")
+
+
+if __name__ == "__main__":
+    main()
