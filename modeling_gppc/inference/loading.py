@@ -60,9 +60,10 @@ def check_model_name(name: str | Path) -> None:
             return
         parent = folder.parent
         beside = [path.name for path in parent.iterdir() if path.is_dir()] if parent.is_dir() else []
+        hint = close_matches(folder.name, beside)
         raise ValueError(
             f"`model` {str(name)!r} does not exist; wanted a model folder or the id of a model on the Hub "
-            f"(`user/name`){close_matches(folder.name, beside)}"
+            f"(`user/name`){hint if 'did you mean' in hint else '.'}"
         )
     if not folder.is_dir():
         raise ValueError(f"`model` {str(name)!r} is a file; wanted the folder that holds `config.json` and weights.")

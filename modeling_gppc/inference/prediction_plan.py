@@ -1,0 +1,203 @@
+"""Everything that is checked and decided before a model predicts."""
+
+import datetime
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+import torch
+
+from modeling_gppc.feature_extraction_gppc import GppcFeatureExtractor, close_matches
+from modeling_gppc.inference.input_cells import InputCells, input_cells
+from modeling_gppc.inference.loading import load_model
+from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
+
+REFERENCES = ("unperturbed", "held")
+# Columns of obs that a prediction adds; columns of these names in the input are kept with `input_` in front.
+ADDED_COLUMNS = ("perturbation", "source_cell")
+
+
+@dataclass
+class Prediction:
+    """
+    Everything that is known before the model runs.
+
+    Args:
+        model, extractor: The model and what was saved with it.
+        cells ([`InputCells`]): Its input.
+        texts (`list[str]`): The perturbations as given.
+        parsed (`list[list[tuple[int, str, float]]]`): The same as (vocabulary id, action, amount).
+        pairing (`str`): Context that the cell before and the cell after share.
+        query (`np.ndarray`): Vocabulary ids of the genes to predict.
+        reference (`str`): What `delta` is the difference from.
+        obs (`pd.DataFrame`), var (`pd.DataFrame`): Of the output.
+        uns (`dict`): Where the prediction comes from.
+        warnings (`list[str]`): What a person should know, a line each.
+    """
+
+    model: GppcForPerturbationPrediction
+    extractor: GppcFeatureExtractor
+    cells: InputCells
+    texts: list[str]
+    parsed: list[list[tuple[int, str, float]]]
+    pairing: str
+    query: np.ndarray
+    reference: str
+    obs: pd.DataFrame
+    var: pd.DataFrame
+    uns: dict
+    warnings: list[str]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows (perturbation by perturbation, all cells each) and genes of the output."""
+        return len(self.texts) * len(self.cells), len(self.query)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Layers beside X; the origin's form has no variance and no linear response."""
+        if self.model.config.architecture != "latents":
+            return ("delta",)
+        return ("delta", "std", "linear_response_delta")
+
+    @property
+    def perturbed(self) -> np.ndarray:
+        """Vocabulary ids of all perturbed genes, ascending."""
+        return np.unique([gene for spec in self.parsed for gene, _, _ in spec]).astype(np.int64)
+
+
+def prepare_prediction(
+    model: str | Path | tuple[GppcForPerturbationPrediction, GppcFeatureExtractor],
+    adata: anndata.AnnData,
+    perturbations: str | Sequence[str],
+    *,
+    layer: str | None = None,
+    gene_column: str | None = None,
+    library_size_key: str | None = None,
+    pairing: str | None = None,
+    genes: Sequence[str] | None = None,
+    reference: str = "unperturbed",
+    batch_size: int = 256,
+    device: str | torch.device | None = None,
+) -> Prediction:
+    """Checks everything before the model runs; arguments as in [`predict_anndata`].
+
+    Raises:
+        ValueError: For a missing model, a malformed perturbation or one given twice, a gene or pairing that the model
+            does not know, an option out of range, or cells that are not raw counts of known genes.
+    """
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` is {batch_size}; wanted at least 1.")
+    if reference not in REFERENCES:
+        raise ValueError(f"`reference` is {reference!r}; wanted one of {', '.join(REFERENCES)}.")
+    name = "a model in memory" if isinstance(model, tuple) else str(model)
+    network, extractor = model if isinstance(model, tuple) else load_model(model, device)
+    texts, parsed = parse_perturbations(extractor, perturbations)
+    pairings = list(network.config.pairings)
+    pairing = network.config.default_pairing if pairing is None else pairing
+    if pairing not in pairings:
+        raise ValueError(
+            f"`pairing` is {pairing!r}, which this model was not trained on{close_matches(pairing, pairings)}"
+        )
+    query = np.arange(extractor.vocab_size) if genes is None else extractor.gene_index(list(genes))
+    if len(query) == 0 or len(np.unique(query)) != len(query):
+        raise ValueError("`genes` names no gene, or one twice; give each gene to predict once.")
+    cells = input_cells(adata, extractor, layer=layer, gene_column=gene_column, library_size_key=library_size_key)
+    prediction = Prediction(
+        model=network.eval(),
+        extractor=extractor,
+        cells=cells,
+        texts=texts,
+        parsed=parsed,
+        pairing=pairing,
+        query=query,
+        reference=reference,
+        obs=_output_obs(adata.obs, texts),
+        var=pd.DataFrame(
+            {
+                "gene_symbol": [extractor.gene_symbols[gene] for gene in query],
+                "measured": np.isin(query, cells.gene_index),
+            },
+            index=pd.Index([extractor.gene_ids[gene] for gene in query], name="gene_id"),
+        ),
+        uns={},
+        warnings=list(cells.warnings),
+    )
+    counts = _check_perturbed(prediction)
+    prediction.uns = {
+        "model": name,
+        "version": metadata.version("gppc"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "perturbations": np.array(texts, dtype=object),
+        "pairing": pairing,
+        "reference": reference,
+        "organism": extractor.organism,
+        "normalization": extractor.normalization,
+        "target_sum": extractor.target_sum,
+        "library_size": cells.library_source,
+        "n_cells": len(cells),
+        "n_known_genes": len(cells.gene_index),
+        "unknown_genes": cells.unknown,
+        "perturbed_genes": counts,
+        "warnings": np.array(prediction.warnings, dtype=object),
+    }
+    return prediction
+
+
+def parse_perturbations(
+    extractor: GppcFeatureExtractor, perturbations: str | Sequence[str]
+) -> tuple[list[str], list[list[tuple[int, str, float]]]]:
+    """Texts as they are shown, and what they mean; see [`GppcFeatureExtractor.parse_perturbation`].
+
+    Raises:
+        ValueError: For no perturbation, a malformed one, one given twice or an unknown gene.
+    """
+    texts = [perturbations] if isinstance(perturbations, str) else list(perturbations)
+    texts = [text.strip() or "control" for text in texts]
+    if not texts:
+        raise ValueError("`perturbations` is empty; wanted at least one, such as `STAT1=ko`.")
+    if len(set(texts)) != len(texts):
+        text, times = Counter(texts).most_common(1)[0]
+        raise ValueError(f"`perturbations` names {text!r} {times} times; give it once.")
+    return texts, [extractor.parse_perturbation(text) for text in texts]
+
+
+def _output_obs(obs: pd.DataFrame, texts: list[str]) -> pd.DataFrame:
+    taken = {name: f"input_{name}" for name in ADDED_COLUMNS if name in obs}
+    source = obs.rename(columns=taken)
+    output = source if len(texts) == 1 else pd.concat([source] * len(texts))
+    names = np.tile(obs.index.astype(str).to_numpy(), len(texts))
+    output = output.assign(
+        perturbation=pd.Categorical(np.repeat(texts, len(obs)), categories=texts), source_cell=names
+    )
+    if len(texts) == 1:
+        return output.set_axis(names, axis=0)
+    return output.set_axis([f"{cell}|{text}" for cell, text in zip(names, output["perturbation"])], axis=0)
+
+
+def _check_perturbed(prediction: Prediction) -> pd.DataFrame:
+    """Counts in how many cells the perturbed genes are measured and expressed; warns where they are not."""
+    cells, extractor = prediction.cells, prediction.extractor
+    position = {int(gene): column for column, gene in enumerate(cells.gene_index)}
+    lowered = {gene for spec in prediction.parsed for gene, action, amount in spec if action == "factor"}
+    records = []
+    for gene in prediction.perturbed.tolist():
+        symbol, column = extractor.gene_symbols[gene], position.get(gene)
+        expressed = 0 if column is None else int((cells.counts[:, [column]] != 0).sum())
+        records.append((extractor.gene_ids[gene], symbol, column is not None, expressed))
+        if column is None:
+            prediction.warnings.append(
+                f"`{symbol}` is perturbed but not measured in the input; its level before is estimated from the "
+                "other genes."
+            )
+        elif gene in lowered and expressed < len(cells):
+            prediction.warnings.append(
+                f"`{symbol}` is not expressed in {len(cells) - expressed} of {len(cells)} cells, where removing or "
+                "scaling its expression leaves it at zero."
+            )
+    return pd.DataFrame(records, columns=["gene_id", "gene_symbol", "measured", "n_cells_expressed"])
