@@ -13,6 +13,7 @@ from data_scripts.synthetic_truth import ExpectedLogValue, PairQuestion, check_q
 _DEGREES = 8.0  # of freedom of the proposal
 _PRIOR_SHARE = 0.15  # of the proposals drawn from the prior, which bounds the weights
 _ROUNDS = 6  # adaptations of the proposal to the source cell
+_TARGET_REPEATS = 8  # proposals of the target's state for each one kept
 _BANK = 1_024  # states of the population that the first proposal is fitted to
 
 
@@ -157,19 +158,34 @@ class _Sampler:
     def __call__(self, rng: np.random.Generator, rows: np.ndarray, dataset: int) -> tuple[np.ndarray, np.ndarray]:
         """Predictions `(len(rows), G)` and effective samples of source and target `(2, len(rows))`."""
         states, source_samples = self._source_states(rng, rows, dataset)
-        targets = self._target_states(rng, rows, dataset, states)
-        shape = targets.shape[:2]
+        # The revealed genes single out few of the target's states, so many more are proposed than are kept.
+        repeats = _TARGET_REPEATS if (~np.isnan(self.question.revealed[rows])).any() else 1
+        targets, indices, log_weights = [], [], []
+        for _ in range(repeats):
+            targets.append(self._target_states(rng, rows, dataset, states))
+            indices.append(self._draw_libraries(rng, rows, states.shape[:2]))
+            log_means = self._log_means(targets[-1], self._libraries(rows, indices[-1]), dataset)
+            log_weights.append(self._revealed_likelihood(rows, log_means, self._libraries(rows, indices[-1])))
+        weights = _normalized(np.concatenate(log_weights, axis=1))
+        chosen = _resample(rng, weights, self.n_samples)
+        target = np.take_along_axis(np.concatenate(targets, axis=1), chosen[:, :, None], axis=1)
+        index = np.take_along_axis(np.concatenate(indices, axis=1), chosen, axis=1)
+        expected = self.expectation(self._log_means(target, self._libraries(rows, index), dataset), index)
+        return expected.mean(axis=1), np.stack([source_samples, 1 / (weights**2).sum(axis=1)])
+
+    def _draw_libraries(self, rng: np.random.Generator, rows: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+        """Library of each target state, `(n, S)`, as an index into those tabulated."""
+        grid = self.expectation.libraries
         if self.target_library is None:
-            index = rng.integers(0, len(self.expectation.libraries), shape)
-            library = self.expectation.libraries[index]
-        else:
-            library = np.broadcast_to(self.target_library[rows, None], shape)
-            index = np.abs(np.log(self.expectation.libraries[None] / self.target_library[rows, None])).argmin(axis=1)
-            index = np.broadcast_to(index[:, None], shape)
-        log_means = self._log_means(targets, library, dataset)
-        weights = _normalized(self._revealed_likelihood(rows, log_means, library))
-        expected = self.expectation(log_means, index)
-        return np.einsum("ns,nsg->ng", weights, expected), np.stack([source_samples, 1 / (weights**2).sum(axis=1)])
+            return rng.integers(0, len(grid), shape)
+        nearest = np.abs(np.log(grid[None] / self.target_library[rows, None])).argmin(axis=1)
+        return np.repeat(nearest[:, None], shape[1], axis=1)
+
+    def _libraries(self, rows: np.ndarray, index: np.ndarray) -> np.ndarray:
+        """Molecules of each target state, `(n, S)`; the given library rather than its neighbour in the table."""
+        if self.target_library is None:
+            return self.expectation.libraries[index]
+        return np.broadcast_to(self.target_library[rows, None], index.shape)
 
     def _log_means(self, states: np.ndarray, library: np.ndarray, dataset: int) -> np.ndarray:
         """Log mean molecules before dropout of the question's genes, `(n, S, G)`, for states `(n, S, R)`."""
@@ -243,7 +259,7 @@ class _Sampler:
             proposal = np.logaddexp(np.log(1 - _PRIOR_SHARE) + log_heavy, np.log(_PRIOR_SHARE) + log_broad)
             log_weights = self._source_likelihood(rows, states, dataset) + log_broad - proposal
         weights = _normalized(log_weights)
-        chosen = _resample(rng, weights)
+        chosen = _resample(rng, weights, self.n_samples)
         return np.take_along_axis(states, chosen[:, :, None], axis=1), 1 / (weights**2).sum(axis=1)
 
     def _target_states(
@@ -314,10 +330,10 @@ def _tempered(log_weights: np.ndarray, least: float) -> np.ndarray:
     return np.where(enough, 1.0, low)[:, None] * log_weights
 
 
-def _resample(rng: np.random.Generator, weights: np.ndarray) -> np.ndarray:
-    """Systematic resampling: indices `(n, S)` of as many samples as there are, by weight."""
-    n, size = weights.shape
+def _resample(rng: np.random.Generator, weights: np.ndarray, size: int) -> np.ndarray:
+    """Systematic resampling: indices `(n, size)` of samples drawn by weight."""
+    n = len(weights)
     points = (np.arange(size) + rng.random((n, 1))) / size
     cumulative = np.minimum(weights.cumsum(axis=1), 1.0)
-    cumulative[:, -1] = 1.0
+    cumulative[:, -1] = 1.0  # despite rounding
     return np.stack([np.searchsorted(cumulative[row], points[row]) for row in range(n)])

@@ -8,6 +8,7 @@ from scipy.special import digamma, logsumexp, ndtri
 from scipy.stats import nbinom, poisson
 
 from data_scripts.synthetic import TARGET_SUM, GeneNetwork
+from modeling_gppc.feature_extraction_gppc import close_matches
 
 PAIRINGS = ("same_type", "same_dataset")
 
@@ -80,6 +81,18 @@ def check_question(
     return PairQuestion(
         columns, np.where(measured, values, 0.0), measured, revealed, pairings == "same_type", candidates
     )
+
+
+def dataset_index(network: GeneNetwork, dataset_ids: Sequence[str]) -> np.ndarray:
+    """Index of each data set named as in the store (`dataset1`, ...), for the `dataset` arguments here.
+
+    Raises:
+        ValueError: For a name that is not a data set of the network, with close matches.
+    """
+    names = {f"dataset{index + 1}": index for index in range(network.config.n_datasets)}
+    for name in set(dataset_ids) - set(names):
+        raise ValueError(f"data set `{name}` is not one of the network{close_matches(str(name), names)}")
+    return np.array([names[name] for name in dataset_ids], dtype=np.int64)
 
 
 @dataclass(frozen=True)

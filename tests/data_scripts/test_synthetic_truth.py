@@ -7,7 +7,7 @@ from scipy.stats import nbinom
 from data_scripts.synthetic import SyntheticConfig, make_network, matrix_root
 from data_scripts.synthetic_cells import make_screen, sample_counts
 from data_scripts.synthetic_monte_carlo import monte_carlo_optimum
-from data_scripts.synthetic_truth import PAIRINGS, ExpectedLogValue, optimum, true_response
+from data_scripts.synthetic_truth import PAIRINGS, ExpectedLogValue, dataset_index, optimum, true_response
 
 # Two data sets, four types, and donors that matter.
 LINEAR = SyntheticConfig(
@@ -132,6 +132,13 @@ def test_bad_questions_are_refused(arguments, message):
         optimum(make_network(LINEAR), np.zeros((3, 8)), **arguments)
 
 
+def test_data_sets_are_found_by_the_names_of_the_store():
+    network = make_network(LINEAR)
+    assert dataset_index(network, ["dataset2", "dataset1", "dataset2"]).tolist() == [1, 0, 1]
+    with pytest.raises(ValueError, match=r"data set `dataset3` is not one of the network; did you mean `dataset"):
+        dataset_index(network, ["dataset3"])
+
+
 def test_each_form_names_the_other_forms_predictor():
     linear, count = make_network(LINEAR), make_network(COUNT)
     with pytest.raises(ValueError, match="use `monte_carlo_optimum`"):
@@ -203,7 +210,7 @@ def test_monte_carlo_ceiling_beats_linear_regression_and_knows_its_error(pairing
     stated = np.sqrt(
         (estimate.standard_error[:60, hidden] ** 2).mean() + (again.standard_error[:, hidden] ** 2).mean()
     )
-    assert difference == pytest.approx(stated, rel=0.3)
+    assert difference == pytest.approx(stated, rel=0.4)
     np.testing.assert_array_equal(estimate.mean[:, shown], revealed[:, shown])
     assert (estimate.source_samples > 2).all() and (estimate.target_samples > 2).all()
 
