@@ -697,7 +697,9 @@ class GppcForPerturbationPrediction(GppcPreTrainedModel):
         changes = torch.zeros_like(values)
         if perturbation_ids is not None:
             mask = torch.ones_like(perturbation_ids) if perturbation_mask is None else perturbation_mask
-            changes = changes.scatter_add(1, perturbation_ids, perturbation_values * mask.to(values.dtype))
+            # Padding may hold anything, NaN included.
+            given = torch.where(mask.bool(), perturbation_values, torch.zeros_like(perturbation_values))
+            changes = changes.scatter_add(1, perturbation_ids, given)
         if query_ids is None:
             query_ids = torch.arange(self.config.vocab_size, device=values.device)
         return GppcOutput(logits=self.origin(values, changes, query_ids))
@@ -714,13 +716,12 @@ def impose(
     """Puts the imposed levels `(B, K)` in the place of predictions `(B, Q)` of the perturbed genes themselves."""
     if perturbation_ids.shape[1] == 0:
         return predicted
-    queries = query_ids.shape[0]
-    # Position of each gene among the queries; genes not asked for, and padding, go to an extra column.
-    position = torch.full((vocab_size,), queries, dtype=torch.long, device=predicted.device)
-    position = position.scatter(0, query_ids, torch.arange(queries, device=predicted.device))
-    columns = torch.where(mask.bool(), position[perturbation_ids], queries)
-    padded = nn.functional.pad(predicted, (0, 1))
-    return padded.scatter(1, columns, levels)[:, :queries]
+    # Over the vocabulary, so that a gene reads its level however often it is asked for; padding goes to a column of
+    # its own.
+    columns = torch.where(mask.bool(), perturbation_ids, vocab_size)
+    imposed = predicted.new_zeros(predicted.shape[0], vocab_size + 1)
+    is_imposed = torch.zeros_like(imposed, dtype=torch.bool).scatter(1, columns, True)
+    return torch.where(is_imposed[:, query_ids], imposed.scatter(1, columns, levels)[:, query_ids], predicted)
 
 
 __all__ = ["GppcForPerturbationPrediction", "GppcModel", "GppcPreTrainedModel"]

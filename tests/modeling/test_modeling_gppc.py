@@ -1,0 +1,535 @@
+"""GppcForPerturbationPrediction: the invariants of its inputs, the exact linear response, loss and loading."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_model import GENES, SIZES, tiny_model
+
+from modeling_gppc.configuration_gppc import GppcConfig
+from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
+from modeling_gppc.training.factor_model import FactorModel, PairCoupling, predict_factor_model
+
+V = len(GENES)
+seeds = st.integers(0, 2**31 - 1)
+PROPERTY = settings(max_examples=25, deadline=None)
+
+
+def random_model(seed=0, **options):
+    """Non-zero weights everywhere and a linear response that is a proper Gaussian."""
+    model = tiny_model(seed, **options)
+    if model.model is None:
+        return model
+    generator = torch.Generator().manual_seed(seed + 1)
+    response = model.model.linear_response
+    response.gene_mean.copy_(torch.rand(V, generator=generator))
+    response.loadings.copy_(0.7 * torch.randn(response.loadings.shape, generator=generator))
+    response.noise.copy_(0.3 + 1.2 * torch.rand(V, generator=generator))
+    left, _, right = torch.linalg.svd(torch.randn(response.coupling.shape, generator=generator))
+    response.coupling.copy_((left * torch.linspace(0.95, 0.2, left.shape[-1])) @ right)
+    response.factor_shift.copy_(0.3 * torch.randn(response.factor_shift.shape, generator=generator))
+    return model
+
+
+MODEL = random_model()
+QUERIES = torch.arange(V)
+
+
+def random_inputs(seed, batch=3, tokens=6, perturbations=3):
+    """Padded cells: `tokens` expressed genes at most, about a quarter of the genes unmeasured."""
+    rng = np.random.default_rng(seed)
+    measured = rng.random((batch, V)) < 0.75
+    measured[:, 0] = True
+    ids, values, mask = np.zeros((batch, tokens), int), np.zeros((batch, tokens)), np.zeros((batch, tokens), int)
+    for row in range(batch):
+        n = rng.integers(0, min(tokens, measured[row].sum()) + 1)
+        ids[row, :n] = rng.permutation(np.flatnonzero(measured[row]))[:n]
+        values[row, :n], mask[row, :n] = rng.uniform(0.2, 3.0, n), 1
+    order = np.argsort(rng.random((batch, V)), axis=1)[:, :perturbations]
+    revealed = np.arange(perturbations)[None] < rng.integers(0, perturbations + 1, batch)[:, None]
+    return {
+        "input_ids": torch.from_numpy(ids),
+        "expression_values": torch.from_numpy(values).float(),
+        "attention_mask": torch.from_numpy(mask),
+        "measured_mask": torch.from_numpy(measured),
+        "perturbation_ids": torch.from_numpy(np.where(revealed, order, 0)),
+        "perturbation_values": torch.from_numpy(np.where(revealed, rng.normal(size=order.shape), 0)).float(),
+        "perturbation_mask": torch.from_numpy(revealed.astype(int)),
+        "pairing_ids": torch.from_numpy(rng.integers(0, 2, batch)),
+    }
+
+
+@torch.no_grad()
+def run(inputs, model=MODEL, **more):
+    return model(**inputs, **more)
+
+
+def assert_close(left, right, atol=1e-6):
+    for name in ("logits", "logvar", "linear_response"):
+        torch.testing.assert_close(left[name], right[name], atol=atol, rtol=0, msg=lambda text, name=name: name + text)
+
+
+def assert_same_bits(left, right):
+    for name in ("logits", "logvar", "linear_response", "encoder_last_hidden_state", "decoder_last_hidden_state"):
+        assert torch.equal(left[name], right[name]), name
+    assert torch.isfinite(left.logits).all()
+
+
+def column_rows(array, order):
+    """Reorders columns, row by row."""
+    return array.gather(1, order)
+
+
+# --- Invariant 1: unmeasured genes and padding may hold anything -----------------------------------------------------
+
+
+@PROPERTY
+@given(seeds, st.sampled_from([float("nan"), float("inf"), -float("inf"), 1e30, -7.0]))
+def test_garbage_in_unmeasured_genes_changes_no_bit(seed, garbage):
+    inputs = random_inputs(seed)
+    clean = run(inputs)
+    # Tokens of genes that the mask calls unmeasured, as real tokens and not as padding.
+    extra = [torch.nonzero(~row)[:2, 0] for row in inputs["measured_mask"]]
+    width = max(map(len, extra))
+    ids, mask = torch.zeros(3, width, dtype=torch.long), torch.zeros(3, width, dtype=torch.long)
+    for row, genes in enumerate(extra):
+        ids[row, : len(genes)], mask[row, : len(genes)] = genes, 1
+    spoilt = {
+        **inputs,
+        "input_ids": torch.cat([inputs["input_ids"], ids], dim=1),
+        "expression_values": torch.cat([inputs["expression_values"], torch.full(ids.shape, garbage)], dim=1),
+        "attention_mask": torch.cat([inputs["attention_mask"], mask], dim=1),
+    }
+    assert_same_bits(clean, run(spoilt))
+
+
+@PROPERTY
+@given(seeds, st.sampled_from([float("nan"), float("inf"), 1e30]), st.integers(0, V - 1))
+def test_garbage_in_padding_changes_no_bit(seed, garbage, gene):
+    inputs = random_inputs(seed)
+    spoilt = dict(inputs)
+    for ids, values, mask in (
+        ("input_ids", "expression_values", "attention_mask"),
+        ("perturbation_ids", "perturbation_values", "perturbation_mask"),
+    ):
+        padding = inputs[mask] == 0
+        spoilt[ids] = inputs[ids].masked_fill(padding, gene)
+        spoilt[values] = inputs[values].masked_fill(padding, garbage)
+    assert_same_bits(run(inputs), run(spoilt))
+
+
+def test_a_measured_zero_is_not_an_unmeasured_gene():
+    inputs = random_inputs(0)
+    gene = int(torch.nonzero(~inputs["measured_mask"][0])[0, 0])
+    known = inputs["measured_mask"].clone()
+    known[0, gene] = True
+    change = (run(inputs).logits - run({**inputs, "measured_mask": known}).logits).abs()
+    assert change[0].max() > 1e-4
+    assert change[1:].max() == 0
+
+
+def test_gradients_survive_garbage():
+    inputs = random_inputs(1)
+    model = random_model()
+    padding = inputs["attention_mask"] == 0
+    inputs["expression_values"] = inputs["expression_values"].masked_fill(padding, float("nan"))
+    padding = inputs["perturbation_mask"] == 0
+    inputs["perturbation_values"] = inputs["perturbation_values"].masked_fill(padding, float("nan"))
+    model(**inputs, labels=torch.zeros(3, V)).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert torch.isfinite(parameter.grad).all(), name
+
+
+# --- Invariants 2 to 4: order, padding, batch, queries ---------------------------------------------------------------
+
+
+@PROPERTY
+@given(seeds, seeds)
+def test_the_order_of_tokens_perturbations_and_queries_does_not_matter(seed, other):
+    inputs = random_inputs(seed)
+    generator = torch.Generator().manual_seed(other)
+    shuffled = dict(inputs)
+    for names in (
+        ("input_ids", "expression_values", "attention_mask"),
+        ("perturbation_ids", "perturbation_values", "perturbation_mask"),
+    ):
+        order = torch.rand(inputs[names[0]].shape, generator=generator).argsort(dim=1)
+        shuffled.update({name: column_rows(inputs[name], order) for name in names})
+    assert_close(run(inputs), run(shuffled))
+    queries = torch.randperm(V, generator=generator)
+    asked = run(inputs, query_ids=queries)
+    whole = run(inputs)
+    for name in ("logits", "logvar", "linear_response"):
+        torch.testing.assert_close(asked[name], whole[name][:, queries], atol=1e-6, rtol=0)
+
+
+@PROPERTY
+@given(seeds, st.integers(0, 4), st.integers(0, 4))
+def test_padding_does_not_matter(seed, tokens, perturbations):
+    inputs = random_inputs(seed)
+    padded = dict(inputs)
+    for width, names in (
+        (tokens, ("input_ids", "expression_values", "attention_mask")),
+        (perturbations, ("perturbation_ids", "perturbation_values", "perturbation_mask")),
+    ):
+        padded.update({name: torch.nn.functional.pad(inputs[name], (0, width)) for name in names})
+    assert_close(run(inputs), run(padded))
+
+
+@PROPERTY
+@given(seeds)
+def test_batch_mates_do_not_matter(seed):
+    inputs = random_inputs(seed, batch=5)
+    whole = run(inputs)
+    order = torch.randperm(5, generator=torch.Generator().manual_seed(seed))[:3]
+    part = run({name: tensor[order] for name, tensor in inputs.items()})
+    for name in ("logits", "logvar", "linear_response"):
+        torch.testing.assert_close(part[name], whole[name][order], atol=1e-6, rtol=0)
+
+
+@PROPERTY
+@given(seeds, st.lists(st.integers(0, V - 1), min_size=1, max_size=V))
+def test_a_gene_does_not_depend_on_the_other_queries(seed, genes):
+    inputs = random_inputs(seed)
+    whole, asked = run(inputs), run(inputs, query_ids=torch.tensor(genes))
+    for name in ("logits", "logvar", "linear_response"):
+        torch.testing.assert_close(asked[name], whole[name][:, genes], atol=1e-6, rtol=0)
+
+
+@PROPERTY
+@given(seeds)
+def test_panels_say_what_masks_say(seed):
+    inputs = random_inputs(seed, batch=2)
+    masks = inputs.pop("measured_mask")
+    inputs = {name: tensor[[0, 1, 0, 1, 1]] for name, tensor in inputs.items()}
+    index = torch.tensor([0, 1, 0, 1, 1])
+    by_panel = run(inputs, measured_mask=masks, panel_index=index)
+    assert_close(run(inputs, measured_mask=masks[index]), by_panel)
+
+
+def test_without_a_mask_the_tokens_are_what_is_measured():
+    inputs = random_inputs(3)
+    measured = torch.zeros(3, V, dtype=torch.bool)
+    for row in range(3):
+        measured[row, inputs["input_ids"][row][inputs["attention_mask"][row].bool()]] = True
+    del inputs["measured_mask"]
+    assert_close(run({**inputs, "measured_mask": measured}), run(inputs))
+
+
+# --- Invariant 6, imposed genes, encode and decode -------------------------------------------------------------------
+
+
+def test_an_empty_perturbation_is_allowed():
+    inputs = random_inputs(4)
+    state = {name: tensor for name, tensor in inputs.items() if not name.startswith("perturbation")}
+    padded = {**inputs, "perturbation_mask": torch.zeros(3, 3, dtype=torch.long)}
+    empty = {name: inputs[f"perturbation_{name}"][:, :0] for name in ("ids", "values", "mask")}
+    absent = run(state)
+    assert torch.isfinite(absent.logits).all()
+    assert_close(absent, run(padded))
+    assert_close(absent, run({**state, **{f"perturbation_{name}": tensor for name, tensor in empty.items()}}))
+
+
+@PROPERTY
+@given(seeds)
+def test_imposed_genes_read_their_level(seed):
+    inputs = random_inputs(seed)
+    values = torch.zeros(3, V)
+    for row in range(3):
+        real = inputs["attention_mask"][row].bool()
+        values[row, inputs["input_ids"][row][real]] = inputs["expression_values"][row][real]
+    # The level before is the cell's own where measured and what its other genes suggest where not.
+    response = MODEL.model.linear_response
+    factors = MODEL.encode(
+        **{name: inputs[name] for name in ("input_ids", "expression_values", "attention_mask", "measured_mask")}
+    ).factor_mean
+    values = torch.where(inputs["measured_mask"], values, response.gene_mean + factors @ response.loadings.T)
+    output = run(inputs)
+    for row, column in torch.nonzero(inputs["perturbation_mask"]).tolist():
+        gene = inputs["perturbation_ids"][row, column]
+        wanted = float(values[row, gene] + inputs["perturbation_values"][row, column])
+        assert float(output.logits[row, gene]) == pytest.approx(wanted, abs=1e-5)
+        assert float(output.linear_response[row, gene]) == pytest.approx(wanted, abs=1e-5)
+
+
+@PROPERTY
+@given(seeds)
+def test_one_state_and_many_perturbations(seed):
+    inputs = random_inputs(seed, batch=4)
+    names = ("input_ids", "expression_values", "attention_mask", "measured_mask")
+    with torch.no_grad():
+        encoded = MODEL.encode(**{name: inputs.pop(name)[:1] for name in names})
+        together = MODEL.decode(encoded, **inputs)
+        queried = MODEL.decode(encoded, **inputs, query_ids=torch.tensor([5, 2]))
+        for row in range(4):
+            alone = MODEL.decode(encoded, **{name: tensor[row : row + 1] for name, tensor in inputs.items()})
+            for name in ("logits", "logvar", "linear_response"):
+                torch.testing.assert_close(together[name][row], alone[name][0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(queried.logits, together.logits[:, [5, 2]], atol=1e-6, rtol=0)
+
+
+def test_encode_and_decode_are_forward():
+    inputs = random_inputs(5)
+    names = ("input_ids", "expression_values", "attention_mask", "measured_mask")
+    with torch.no_grad():
+        encoded = MODEL.encode(**{name: inputs[name] for name in names})
+        perturbations = {name: tensor for name, tensor in inputs.items() if name not in names}
+        assert_same_bits(run(inputs), MODEL.decode(encoded, **perturbations))
+        index = torch.tensor([2, 0, 2])
+        chosen = MODEL.decode(encoded, **perturbations, state_index=index)
+    assert_close(run({**inputs, **{name: inputs[name][index] for name in names}}), chosen)
+
+
+def test_the_base_model_gives_the_same_latents():
+    inputs = random_inputs(6)
+    with torch.no_grad():
+        output = MODEL.model(**inputs)
+    assert torch.equal(output.last_hidden_state, run(inputs).decoder_last_hidden_state)
+    assert output.factor_covariance.shape == (3, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"perturbation_values": None}, "`perturbation_values` has shape None; wanted \\(3, 3\\)"),
+        ({"perturbation_values": torch.zeros(3, 2)}, "`perturbation_values` has shape \\(3, 2\\)"),
+        ({"perturbation_ids": torch.zeros(2, 3, dtype=torch.long)}, "wanted \\(2, 3\\)|2 rows for 3"),
+    ],
+)
+def test_shapes_that_disagree_are_refused(changed, message):
+    with pytest.raises(ValueError, match=message):
+        run({**random_inputs(7), **changed})
+
+
+def test_states_and_perturbations_that_disagree_are_refused():
+    inputs = random_inputs(7)
+    names = ("input_ids", "expression_values", "attention_mask", "measured_mask")
+    encoded = MODEL.encode(**{name: inputs[name] for name in names})
+    with pytest.raises(ValueError, match="2 rows for 3 encoded states"):
+        MODEL.decode(encoded, torch.zeros(2, 1, dtype=torch.long), torch.zeros(2, 1))
+
+
+# --- Invariant 8 and training ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_eager_equals_sdpa(seed):
+    eager, sdpa = random_model(), random_model()
+    eager.set_attn_implementation("eager")
+    sdpa.set_attn_implementation("sdpa")
+    assert (eager.config._attn_implementation, sdpa.config._attn_implementation) == ("eager", "sdpa")
+    inputs = random_inputs(seed)
+    assert_close(run(inputs, eager), run(inputs, sdpa), atol=1e-5)
+
+
+def gradients(model, inputs):
+    model.zero_grad()
+    model(**inputs, labels=torch.ones(3, V)).loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    options = {"hidden_dropout_prob": 0.0, "encoder_layers": 2, "decoder_layers": 2}
+    model, inputs = random_model(**options).train(), random_inputs(8)
+    plain = gradients(model, inputs)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert all(block.gradient_checkpointing for block in [*model.model.encoder, *model.model.decoder])
+    checkpointed = gradients(model, inputs)
+    for name, gradient in plain.items():
+        assert gradient.abs().max() > 0, name
+        torch.testing.assert_close(checkpointed[name], gradient, atol=1e-7, rtol=1e-5)
+
+
+def test_dropout_acts_in_training_only():
+    model, inputs = random_model(hidden_dropout_prob=0.5), random_inputs(9)
+    assert torch.equal(run(inputs, model).logits, run(inputs, model).logits)
+    model.train()
+    assert not torch.equal(run(inputs, model).logits, run(inputs, model).logits)
+
+
+def test_the_loss_by_hand():
+    inputs, rng = random_inputs(10), np.random.default_rng(0)
+    labels = torch.from_numpy(rng.normal(size=(3, V))).float()
+    labels[torch.from_numpy(rng.random((3, V)) < 0.4)] = -100.0
+    output = run(inputs, labels=labels)
+    squared, likelihood, count = 0.0, 0.0, 0
+    for row in range(3):
+        for gene in range(V):
+            if float(labels[row, gene]) == -100.0:
+                continue
+            error = float(output.logits[row, gene]) - float(labels[row, gene])
+            logvar = float(output.logvar[row, gene])
+            squared += error**2
+            likelihood += 0.5 * (logvar + error**2 / np.exp(logvar))
+            count += 1
+    assert count < 3 * V
+    assert float(output.loss) == pytest.approx((squared + 0.1 * likelihood) / count, rel=1e-5)
+    plain = random_model(variance_loss_weight=0.0)
+    assert float(run(inputs, plain, labels=labels).loss) == pytest.approx(squared / count, rel=1e-5)
+
+
+def test_the_loss_of_nothing_is_zero():
+    output = run(random_inputs(10), labels=torch.full((3, V), -100.0))
+    assert float(output.loss) == 0.0
+
+
+def test_the_mean_is_not_moved_by_the_likelihood():
+    inputs, labels = random_inputs(11), torch.ones(3, V)
+    grads = []
+    for weight in (0.0, 10.0):
+        model = random_model(variance_loss_weight=weight)
+        model(**inputs, labels=labels).loss.backward()
+        grads.append((model.readout.gene_vectors.grad.clone(), model.readout.gene_vectors_logvar.grad))
+    torch.testing.assert_close(grads[0][0], grads[1][0], atol=1e-7, rtol=1e-5)
+    assert grads[0][1] is None or grads[0][1].abs().max() == 0
+    assert grads[1][1].abs().max() > 0
+
+
+def test_a_fresh_model_predicts_the_linear_response():
+    torch.manual_seed(0)
+    config = GppcConfig(vocab_size=V, pairings=["same_type", "same_dataset"], **SIZES)
+    fresh = GppcForPerturbationPrediction(config).eval()
+    for name, buffer in random_model().model.linear_response.named_buffers():
+        getattr(fresh.model.linear_response, name).copy_(buffer)
+    output = run(random_inputs(12), fresh)
+    assert torch.equal(output.logits, output.linear_response)
+    assert not torch.equal(output.logits, run(random_inputs(12)).logits)
+
+
+# --- The linear response is exact ------------------------------------------------------------------------------------
+
+
+def numpy_response(model, pairing):
+    response = {
+        name: buffer.double().numpy() for name, buffer in model.model.linear_response.named_buffers()
+    }
+    factors = FactorModel(response["gene_mean"], response["loadings"], response["noise"])
+    return factors, PairCoupling(response["coupling"][pairing], response["factor_shift"][pairing])
+
+
+def dense_source(inputs):
+    values = np.zeros((len(inputs["input_ids"]), V))
+    for row, mask in enumerate(inputs["attention_mask"].bool()):
+        values[row, inputs["input_ids"][row][mask]] = inputs["expression_values"][row][mask]
+    return values
+
+
+def measured_perturbations(inputs):
+    """The same inputs with only measured genes perturbed, and the levels that are imposed."""
+    values, measured = dense_source(inputs), inputs["measured_mask"].numpy()
+    ids, mask = inputs["perturbation_ids"].numpy(), inputs["perturbation_mask"].numpy()
+    mask = mask * np.take_along_axis(measured, ids, axis=1)
+    levels = np.take_along_axis(values, ids, axis=1) + inputs["perturbation_values"].numpy()
+    return {**inputs, "perturbation_mask": torch.from_numpy(mask)}, values, levels
+
+
+def not_imposed(inputs):
+    keep = np.ones((len(inputs["input_ids"]), V), dtype=bool)
+    for row, column in torch.nonzero(inputs["perturbation_mask"]).tolist():
+        keep[row, inputs["perturbation_ids"][row, column]] = False
+    return keep
+
+
+@PROPERTY
+@given(seeds, st.integers(0, 1))
+def test_linear_response_equals_the_numpy_reference(seed, pairing):
+    inputs, values, levels = measured_perturbations(random_inputs(seed, batch=4))
+    inputs["pairing_ids"] = torch.full((4,), pairing)
+    model = random_model(use_departure=False)
+    output = run(inputs, model)
+    mean, variance = predict_factor_model(
+        *numpy_response(model, pairing),
+        values,
+        np.arange(4),
+        inputs["measured_mask"].numpy(),
+        inputs["perturbation_ids"].numpy(),
+        levels,
+        inputs["perturbation_mask"].numpy(),
+    )
+    keep = not_imposed(inputs)
+    np.testing.assert_allclose(output.linear_response.numpy()[keep], mean[keep], atol=1e-5)
+    np.testing.assert_allclose(output.logits.numpy()[keep], mean[keep], atol=1e-5)
+    np.testing.assert_allclose(output.logvar.exp().numpy()[keep], variance[keep], atol=1e-5)
+
+
+@PROPERTY
+@given(seeds, st.integers(0, 1))
+def test_linear_response_equals_the_dense_conditional_gaussian(seed, pairing):
+    inputs, values, levels = measured_perturbations(random_inputs(seed, batch=1))
+    inputs["pairing_ids"] = torch.tensor([pairing])
+    factors, coupling = numpy_response(MODEL, pairing)
+    # Joint distribution of (source, target), written out over all genes.
+    loadings, noise, matrix = factors.loadings, np.diag(factors.noise), coupling.matrix
+    cross = loadings @ matrix @ loadings.T
+    joint = np.block([[loadings @ loadings.T + noise, cross.T], [cross, loadings @ loadings.T + noise]])
+    mean = np.concatenate([factors.mean, factors.mean + loadings @ coupling.shift])
+    mask = inputs["perturbation_mask"][0].bool().numpy()
+    revealed = inputs["perturbation_ids"][0].numpy()[mask]
+    source = np.flatnonzero(inputs["measured_mask"][0].numpy())
+    seen = np.concatenate([source, V + revealed])
+    known = np.concatenate([values[0, source], levels[0, mask]])
+    wanted = np.setdiff1d(np.arange(V), revealed)
+    gain = np.linalg.solve(joint[np.ix_(seen, seen)], joint[np.ix_(seen, V + wanted)]).T
+    expected = mean[V + wanted] + gain @ (known - mean[seen])
+    covariance = joint[np.ix_(V + wanted, V + wanted)] - gain @ joint[np.ix_(seen, V + wanted)]
+    output = run(inputs, random_model(use_departure=False))
+    np.testing.assert_allclose(output.logits.numpy()[0, wanted], expected, atol=1e-5)
+    np.testing.assert_allclose(output.logvar.exp().numpy()[0, wanted], np.diag(covariance), atol=1e-5)
+
+
+def test_without_the_linear_response_the_start_is_the_mean():
+    model = random_model(use_linear_response=False, use_departure=False)
+    inputs = random_inputs(13)
+    output = run({**inputs, "perturbation_mask": torch.zeros(3, 3, dtype=torch.long)}, model)
+    torch.testing.assert_close(output.logits, model.model.linear_response.gene_mean.expand(3, -1))
+
+
+# --- The origin's form -----------------------------------------------------------------------------------------------
+
+
+def origin_model(**options):
+    return tiny_model(architecture="origin", encoder_layers=2, decoder_layers=2, **options)
+
+
+@PROPERTY
+@given(seeds)
+def test_the_origin_cannot_tell_unperturbed_genes_apart(seed):
+    inputs = random_inputs(seed)
+    logits, keep = run(inputs, origin_model()).logits.numpy(), not_imposed(inputs)
+    for row in range(3):
+        unperturbed = logits[row, keep[row]]
+        assert np.ptp(unperturbed) < 1e-6
+    # The latents do tell them apart.
+    assert np.ptp(run(inputs).logits.numpy()[0, keep[0]]) > 1e-2
+
+
+def test_the_origin_tells_perturbed_genes_apart():
+    inputs = random_inputs(0)
+    inputs["perturbation_mask"] = torch.ones(3, 3, dtype=torch.long)
+    inputs["perturbation_ids"] = torch.tensor([[1, 4, 6]] * 3)
+    inputs["perturbation_values"] = torch.tensor([[1.0, -1.0, 2.0]] * 3)
+    logits = run(inputs, origin_model()).logits
+    assert (logits[:, [1, 4, 6]] - logits[:, [2]]).abs().min() > 1e-4
+
+
+@PROPERTY
+@given(seeds)
+def test_the_origin_ignores_garbage_in_unmeasured_genes_and_padding(seed):
+    inputs, model = random_inputs(seed), origin_model()
+    spoilt = dict(inputs)
+    for values, mask in (("expression_values", "attention_mask"), ("perturbation_values", "perturbation_mask")):
+        spoilt[values] = inputs[values].masked_fill(inputs[mask] == 0, float("nan"))
+    assert torch.equal(run(inputs, model).logits, run(spoilt, model).logits)
+
+
+# --- Precision -------------------------------------------------------------------------------------------------------
+
+
+def test_half_precision_keeps_the_linear_response_whole():
+    model, inputs = random_model(), random_inputs(14)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = run(inputs, model)
+    whole = run(inputs, model)
+    torch.testing.assert_close(low.linear_response.float(), whole.linear_response, atol=1e-5, rtol=0)
+    torch.testing.assert_close(low.logits.float(), whole.logits, atol=0.1, rtol=0.05)
