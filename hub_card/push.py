@@ -5,7 +5,6 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from hub_card.dataset_card import stage_dataset
 from hub_card.hub_upload import PushReport, Retries, Upload, push
 from hub_card.model_card import PLACEHOLDER, read_json
 from hub_card.upload_scan import DATASET_FILES, MODEL_FILES, SPACE_FILES, select_files
@@ -52,6 +51,8 @@ def push_dataset(
 
     Arguments, result and errors as [`push_model`]; `license` is the Hub's identifier of the data's licence.
     """
+    from hub_card.dataset_card import stage_dataset  # imports datasets, which only data sets need
+
     with tempfile.TemporaryDirectory(prefix="gppc-push-") as staging:
         files = stage_dataset(folder, staging, license)
         upload = {"kind": "dataset", "patterns": DATASET_FILES, "marker": "manifest.json"}

@@ -27,7 +27,7 @@ def hub(tmp_path):
 def client(hub, tmp_path):
     """Runs Python code in a new process against the loopback Hub; returns what it printed as JSON."""
 
-    def run(code: str, token: str = TOKEN, home: str = "home", cwd=None, isolated: bool = False, **environment):
+    def run(code: str, token: str = TOKEN, home: str = "home", **environment):
         keep = {key: os.environ[key] for key in ("PATH", "LD_LIBRARY_PATH", "LANG") if key in os.environ}
         environment = {
             **keep,
@@ -36,10 +36,8 @@ def client(hub, tmp_path):
             **hub.environment(tmp_path / home, token),
             **environment,
         }
-        command = [sys.executable, *(["-P"] if isolated else []), "-c", code]
-        result = subprocess.run(
-            command, env=environment, cwd=cwd or tmp_path, capture_output=True, text=True, timeout=240
-        )
+        command = [sys.executable, "-c", code]
+        result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240)
         assert result.returncode == 0, result.stderr[-4000:]
         return json.loads(result.stdout.splitlines()[-1])
 
