@@ -34,7 +34,7 @@ class SyntheticConfig:
         n_genes (`int`, *optional*, defaults to 200): Regulators included.
         n_regulators (`int`, *optional*, defaults to 10): Size of the latent cell state.
         n_cell_types (`int`, *optional*, defaults to 32): Types occur in every donor.
-        n_donors (`int`, *optional*, defaults to 60): Over all data sets; every donor belongs to one data set.
+        n_donors (`int`, *optional*, defaults to 150): Over all data sets; every donor belongs to one data set.
         n_datasets (`int`, *optional*, defaults to 3): Data sets measure different genes.
         n_cells (`int`, *optional*, defaults to 12,000): Over all data sets.
         measured_share (`float`, *optional*, defaults to 0.8): Share of the targets each data set measures.
@@ -62,7 +62,7 @@ class SyntheticConfig:
     n_genes: int = 200
     n_regulators: int = 10
     n_cell_types: int = 32
-    n_donors: int = 60
+    n_donors: int = 150
     n_datasets: int = 3
     n_cells: int = 12_000
     measured_share: float = 0.8
