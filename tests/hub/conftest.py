@@ -28,7 +28,7 @@ def client(hub, tmp_path):
     """Runs Python code in a new process against the loopback Hub; returns what it printed as JSON."""
 
     def run(code: str, token: str = TOKEN, home: str = "home", **environment):
-        keep = {key: os.environ[key] for key in ("PATH", "LD_LIBRARY_PATH", "LANG") if key in os.environ}
+        keep = {key: os.environ[key] for key in ("PATH", "PYTHONPATH", "LANG") if key in os.environ}
         environment = {
             **keep,
             "HOME": str(tmp_path),

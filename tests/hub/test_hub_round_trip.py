@@ -1,6 +1,7 @@
 """To the Hub and back: `gppc push`, then everything loaded in a fresh process that has no package and an empty cache."""
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from hub_card.push import push_model
 from hub_card.upload_scan import ABSOLUTE_PATH, SECRETS
 from modeling_gppc.cli import main
 
-ROOT = str(Path(__file__).resolve().parents[2])
+ROOT = Path(__file__).resolve().parents[2]
+WITH_PACKAGE = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 # The packages of this project cannot be imported, however they are installed.
 WITHOUT_PACKAGE = """
@@ -132,7 +134,7 @@ for arguments in {[["push", *map(str, arguments)] for arguments in commands]!r}:
     results.append([status, out.getvalue(), err.getvalue()])
 print(json.dumps(results))
 """
-        return client(code, home="pusher", PYTHONPATH=ROOT)
+        return client(code, home="pusher", PYTHONPATH=WITH_PACKAGE)
 
     return run
 
@@ -189,7 +191,7 @@ def test_everything_loads_without_the_package(hub, client, commands, model_folde
 def test_with_the_package_the_same_checkpoint_predicts_the_same(hub, client, in_process, model_folder):
     push_model(model_folder, "tester/model", token="hf_test_token", endpoint=hub.url)
     code = "\n".join(["import json, modeling_gppc", "answer = {}", LOAD_MODEL, PRINT])
-    assert_predicts(client(code, PYTHONPATH=ROOT)["main"], seed=0)
+    assert_predicts(client(code, PYTHONPATH=WITH_PACKAGE)["main"], seed=0)
 
 
 @pytest.fixture
