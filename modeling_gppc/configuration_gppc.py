@@ -26,6 +26,8 @@ class GppcConfig(PreTrainedConfig):
         attention_probs_dropout_prob (`float`, *optional*, defaults to 0.0): Dropout on attention weights; anything
             above zero disables the fused kernels on CPU.
         num_factors (`int`, *optional*, defaults to 32): Shared factors of the linear response.
+        num_components (`int`, *optional*, defaults to 16): Unsupervised cell states of the linear response, each of
+            which responds linearly; 1 is the plain conditional Gaussian.
         use_linear_response (`bool`, *optional*, defaults to `True`): Predict linear response + learned departure;
             otherwise gene mean + learned departure.
         use_departure (`bool`, *optional*, defaults to `True`): Learn a departure from the linear response at all.
@@ -59,6 +61,7 @@ class GppcConfig(PreTrainedConfig):
     hidden_dropout_prob: float | int = 0.1
     attention_probs_dropout_prob: float | int = 0.0
     num_factors: int = 32
+    num_components: int = 16
     use_linear_response: bool = True
     use_departure: bool = True
     pairings: list[str] | None = None
@@ -82,7 +85,15 @@ class GppcConfig(PreTrainedConfig):
                 f"`hidden_size` is {self.hidden_size}; wanted a multiple of `num_attention_heads` "
                 f"({self.num_attention_heads})."
             )
-        for name in ("vocab_size", "hidden_size", "pool_size", "num_latents", "readout_size", "num_factors"):
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "pool_size",
+            "num_latents",
+            "readout_size",
+            "num_factors",
+            "num_components",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; wanted at least 1.")
 

@@ -28,14 +28,19 @@ class GppcEncoderOutput(ModelOutput):
         last_hidden_state (`torch.FloatTensor` of shape `(B, L, hidden_size)`): Latents.
         values (`torch.FloatTensor` of shape `(B, vocab_size)`): Log values, zero where not measured.
         measured (`torch.BoolTensor` of shape `(B, vocab_size)`): Which genes were measured.
+        component_logits (`torch.FloatTensor` of shape `(B, num_components)`): Log probability of each cell state.
         factor_mean (`torch.FloatTensor` of shape `(B, num_factors)`): Posterior mean of the cell's factors.
-        factor_covariance (`torch.FloatTensor` of shape `(B, num_factors, num_factors)`): Posterior covariance.
+        factor_residual (`torch.FloatTensor` of shape `(B, num_factors)`): The same around the state's own mean.
+        factor_covariance (`torch.FloatTensor` of shape `(B, num_factors, num_factors)`): Posterior covariance
+            within a state.
     """
 
     last_hidden_state: torch.FloatTensor | None = None
     values: torch.FloatTensor | None = None
     measured: torch.BoolTensor | None = None
+    component_logits: torch.FloatTensor | None = None
     factor_mean: torch.FloatTensor | None = None
+    factor_residual: torch.FloatTensor | None = None
     factor_covariance: torch.FloatTensor | None = None
 
     def select(self, index: torch.Tensor) -> "GppcEncoderOutput":
@@ -146,24 +151,43 @@ class GppcLinearResponse(nn.Module):
     """
     Closed-form part: a factor model of expression, conditioned exactly on the source state and the imposed levels.
 
-    Expression = gene_mean + loadings z + noise, with z ~ N(0, I) and Cov(z_target, z_source) = coupling[pairing].
-    The parameters are fitted from training cells, see `training/factor_model.py`; any set of measured genes and any
-    number of imposed genes is exact. Cost a cell: O(V r) for the state, O(k r^2 + k^3) for k imposed genes.
+    Expression = gene_mean + loadings z + noise. The factors z follow a mixture of `num_components` cell states that
+    share one covariance, z | c ~ N(component_means[c], I). Source and target are coupled between states by transition
+    probabilities and within them by Cov(z_target, z_source) = coupling, one of each a pairing. With one component this
+    is the conditional Gaussian; with more, each state responds linearly and the levels tell how probable it is.
+
+    The parameters are fitted from training cells without labels, see `training/linear_start.py`; any set of measured
+    genes and any number of imposed genes is exact. Cost a cell: O(V r) for the state, O(k r^2 + k^3 + C k r) for k
+    imposed genes.
     """
 
     def __init__(self, config: GppcConfig):
         super().__init__()
-        size, factors, pairings = config.vocab_size, config.num_factors, len(config.pairings)
+        size, factors, components = config.vocab_size, config.num_factors, config.num_components
+        pairings = len(config.pairings)
         self.register_buffer("gene_mean", torch.zeros(size))
         self.register_buffer("loadings", torch.zeros(size, factors))
         self.register_buffer("noise", torch.ones(size))
+        self.register_buffer("component_means", torch.zeros(components, factors))
+        self.register_buffer("component_logits", torch.zeros(components))
+        self.register_buffer("transition_logits", torch.zeros(pairings, components, components))
         self.register_buffer("coupling", torch.zeros(pairings, factors, factors))
-        self.register_buffer("factor_shift", torch.zeros(pairings, factors))
+        # Counts are not Gaussian: what the levels say about the state is trusted only so far.
+        self.register_buffer("evidence_scale", torch.ones(pairings))
+
+    def _apply(self, fn, recurse=True):
+        """Moves the buffers and keeps their precision: matrices are factorised here, whatever `half()` asks for."""
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep, recurse)
 
     def encode(
         self, centred: torch.Tensor, measured: torch.Tensor, panel_index: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Posterior of the source's factors.
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Posterior of the source's state and factors.
 
         Args:
             centred (`torch.FloatTensor` of shape `(B, vocab_size)`): Value minus gene mean, zero where not measured.
@@ -171,7 +195,8 @@ class GppcLinearResponse(nn.Module):
             panel_index (`torch.LongTensor` of shape `(B,)`, *optional*): Panel of each cell.
 
         Returns:
-            Mean `(B, r)` and covariance `(B, r, r)`.
+            Log probabilities of the components `(B, C)`, mean of the factors `(B, r)`, mean around the component's
+            own mean `(B, r)` and covariance within a component `(B, r, r)`.
         """
         factors = self.loadings.shape[1]
         weighted = self.loadings / self.noise[:, None]
@@ -181,45 +206,62 @@ class GppcLinearResponse(nn.Module):
         covariance = torch.cholesky_inverse(torch.linalg.cholesky(precision))
         if panel_index is not None:
             covariance = covariance[panel_index]
-        mean = torch.einsum("brs,bs->br", covariance, centred @ weighted)
-        return mean, covariance
+        means = self.component_means
+        information = (centred @ weighted)[:, None] + means
+        by_component = torch.einsum("brs,bcs->bcr", covariance, information)
+        evidence = 0.5 * ((information * by_component).sum(-1) - means.square().sum(-1))
+        logits = torch.log_softmax(evidence + self.component_logits, dim=-1)
+        shares = logits.exp()
+        mean = torch.einsum("bc,bcr->br", shares, by_component)
+        return logits, mean, mean - shares @ means, covariance
 
     def condition(
         self,
-        factor_mean: torch.Tensor,
+        component_logits: torch.Tensor,
+        factor_residual: torch.Tensor,
         factor_covariance: torch.Tensor,
         pairing_ids: torch.Tensor,
         ids: torch.Tensor,
         levels: torch.Tensor,
         mask: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Posterior of the target's factors given the source's and the imposed levels.
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Posterior of the target's state and factors given the source's and the imposed levels.
 
         Args:
-            factor_mean, factor_covariance (`torch.FloatTensor` of shapes `(B, r)` and `(B, r, r)`): From `encode`.
+            component_logits, factor_residual, factor_covariance (`torch.FloatTensor`): From `encode`.
             pairing_ids (`torch.LongTensor` of shape `(B,)`): Shared context.
             ids, levels, mask (`torch.Tensor` of shape `(B, K)`): Imposed genes, their log values, 1 where real.
 
         Returns:
-            Mean `(B, r)` and covariance `(B, r, r)`.
+            Log probabilities of the components `(B, C)`, mean `(B, r)` and covariance `(B, r, r)` of the factors.
         """
         coupling = self.coupling[pairing_ids]
-        mean = torch.einsum("brs,bs->br", coupling, factor_mean) + self.factor_shift[pairing_ids]
-        identity = torch.eye(coupling.shape[-1], dtype=mean.dtype, device=mean.device)
+        transition = torch.log_softmax(self.transition_logits, dim=-1)[pairing_ids]
+        logits = torch.logsumexp(component_logits[:, :, None] + transition, dim=1)
+        within = torch.einsum("brs,bs->br", coupling, factor_residual)
+        means = self.component_means + within[:, None]
+        identity = torch.eye(coupling.shape[-1], dtype=means.dtype, device=means.device)
         covariance = identity - coupling @ (identity - factor_covariance) @ coupling.transpose(1, 2)
-        if ids.shape[1] == 0:
-            return mean, covariance
-        mask = mask.to(mean.dtype)
-        design = self.loadings[ids] * mask[:, :, None]
-        # A padded entry becomes an observation of nothing: zero row, unit noise, zero surprise.
-        noise = self.noise[ids] * mask + (1 - mask)
-        surprise = (levels - self.gene_mean[ids]) * mask - torch.einsum("bkr,br->bk", design, mean)
-        projected = design @ covariance
-        total = projected @ design.transpose(1, 2) + torch.diag_embed(noise)
-        factor = torch.linalg.cholesky(total)
-        gain = torch.cholesky_solve(projected, factor)
-        mean = mean + torch.einsum("bkr,bk->br", gain, surprise)
-        return mean, covariance - projected.transpose(1, 2) @ gain
+        if ids.shape[1] > 0:
+            mask = mask.to(means.dtype)
+            design = self.loadings[ids] * mask[:, :, None]
+            # A padded entry becomes an observation of nothing: zero row, unit noise, zero surprise.
+            noise = self.noise[ids] * mask + (1 - mask)
+            centred = (levels - self.gene_mean[ids]) * mask
+            surprise = centred[:, :, None] - design @ means.transpose(1, 2)
+            projected = design @ covariance
+            total = projected @ design.transpose(1, 2) + torch.diag_embed(noise)
+            factor = torch.linalg.cholesky(total)
+            solved = torch.cholesky_solve(surprise, factor)
+            evidence = -0.5 * (surprise * solved).sum(1)
+            logits = torch.log_softmax(logits + self.evidence_scale[pairing_ids, None] * evidence, dim=-1)
+            means = means + solved.transpose(1, 2) @ projected
+            covariance = covariance - projected.transpose(1, 2) @ torch.cholesky_solve(projected, factor)
+        shares = logits.exp()
+        mean = torch.einsum("bc,bcr->br", shares, means)
+        around = means - mean[:, None]
+        covariance = covariance + torch.einsum("bc,bcr,bcs->brs", shares, around, around)
+        return logits, mean, covariance
 
     def read(
         self, mean: torch.Tensor, covariance: torch.Tensor, query_ids: torch.Tensor
@@ -264,6 +306,7 @@ class GppcPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
     _no_split_modules = ["GppcBlock"]
+    _keep_in_fp32_modules_strict = ["linear_response"]
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
@@ -284,8 +327,11 @@ class GppcPreTrainedModel(PreTrainedModel):
             init.zeros_(module.gene_mean)
             init.zeros_(module.loadings)
             init.ones_(module.noise)
+            init.zeros_(module.component_means)
+            init.zeros_(module.component_logits)
+            init.zeros_(module.transition_logits)
             init.zeros_(module.coupling)
-            init.zeros_(module.factor_shift)
+            init.ones_(module.evidence_scale)
         elif isinstance(module, GppcModel):
             init.normal_(module.latents, mean=0.0, std=spread)
         elif isinstance(module, GppcReadout):
@@ -308,7 +354,7 @@ class GppcModel(GppcPreTrainedModel):
         self.encoder = nn.ModuleList([GppcBlock(config) for _ in range(config.encoder_layers)])
         self.perturbation_embedding = nn.Embedding(config.vocab_size, width)
         self.perturbation_proj = nn.Linear(3 * width, width)
-        self.factor_proj = nn.Linear(config.num_factors, width)
+        self.factor_proj = nn.Linear(config.num_factors + config.num_components, width)
         self.pairing_embedding = nn.Embedding(len(config.pairings), width)
         self.decoder = nn.ModuleList([GppcBlock(config) for _ in range(config.decoder_layers)])
         self.final_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
@@ -351,7 +397,7 @@ class GppcModel(GppcPreTrainedModel):
         centred = torch.where(measured, values - self.linear_response.gene_mean, torch.zeros_like(values))
         panels = measured if measured_mask is None or panel_index is None else measured_mask.bool()
         with torch.autocast(device_type=values.device.type, enabled=False):
-            factor_mean, factor_covariance = self.linear_response.encode(
+            component_logits, factor_mean, factor_residual, factor_covariance = self.linear_response.encode(
                 centred.float(), panels, None if measured_mask is None else panel_index
             )
         pooled = centred.to(self.gene_pool.weight.dtype) @ self.gene_pool.weight
@@ -363,7 +409,9 @@ class GppcModel(GppcPreTrainedModel):
             last_hidden_state=hidden_states,
             values=values,
             measured=measured,
+            component_logits=component_logits,
             factor_mean=factor_mean,
+            factor_residual=factor_residual,
             factor_covariance=factor_covariance,
         )
 
@@ -398,8 +446,9 @@ class GppcModel(GppcPreTrainedModel):
         """
         levels = self.imposed_levels(encoded, perturbation_ids, perturbation_values)
         with torch.autocast(device_type=levels.device.type, enabled=False):
-            factor_mean, factor_covariance = self.linear_response.condition(
-                encoded.factor_mean.float(),
+            component_logits, factor_mean, factor_covariance = self.linear_response.condition(
+                encoded.component_logits.float(),
+                encoded.factor_residual.float(),
                 encoded.factor_covariance.float(),
                 pairing_ids,
                 perturbation_ids,
@@ -411,7 +460,8 @@ class GppcModel(GppcPreTrainedModel):
         surprise = (levels - response.gene_mean[perturbation_ids]).to(identity.dtype)[:, :, None]
         change = perturbation_values.to(identity.dtype)[:, :, None]
         tokens = self.perturbation_proj(torch.cat([identity, surprise * identity, change * identity], dim=-1))
-        linear_token = self.factor_proj(factor_mean.to(identity.dtype))[:, None]
+        expected = torch.cat([factor_mean, component_logits.exp()], dim=-1)
+        linear_token = self.factor_proj(expected.to(identity.dtype))[:, None]
         latents = encoded.last_hidden_state + self.pairing_embedding(pairing_ids)[:, None]
         hidden_states = torch.cat([latents, linear_token, tokens], dim=1)
         ones = perturbation_mask.new_ones(perturbation_mask.shape[0], latents.shape[1] + 1)

@@ -75,8 +75,8 @@ class PairDataset(torch.utils.data.Dataset):
         """Tells the pass over the data; redrawn perturbations depend on it."""
         self.epoch = epoch
 
-    def __getitem__(self, index: int) -> PairRows:
-        return self.__getitems__([index])
+    def __getitem__(self, index) -> PairRows:
+        return self.__getitems__(np.atleast_1d(index))
 
     def __getitems__(self, indices) -> PairRows:
         rows = np.asarray(indices, dtype=np.int64)
