@@ -33,8 +33,8 @@ def options_for(store: str, genes_file: str | None, out_format: str, shard_cells
 
 def drain(store: str, n_cells: int, **_) -> dict:
     """Merely reads `X("raw").tables()`, all genes."""
-    import tiledbsoma
     import cellxgene_census
+    import tiledbsoma
 
     from data_scripts.census_query import TILEDB_CONFIG
 
@@ -48,7 +48,9 @@ def drain(store: str, n_cells: int, **_) -> dict:
     return {"cells": n_cells, "seconds": time.perf_counter() - start, "entries": rows}
 
 
-def ours(store: str, n_cells: int, genes_file: str | None, num_proc: int, file_format: str, shard_cells: int, **_) -> dict:
+def ours(
+    store: str, n_cells: int, genes_file: str | None, num_proc: int, file_format: str, shard_cells: int, **_
+) -> dict:
     """`build_pairs` at a given panel: read, checked, normalised, matched, sampled, written."""
     import dataclasses
 
@@ -175,7 +177,9 @@ def run_all(arguments: argparse.Namespace) -> None:
         wide = common | {"genes_file": None, "file_format": file_format, "shard_cells": min(part, 4096)}
         result = measure("ours", **wide, n_cells=part, num_proc=1)
         show(f"ours, all genes, {file_format}", result)
-        print(f"    {result['bytes_per_pair'] / result['dense_bytes_per_pair']:.4f} of dense float32 (wanted <= 0.125)")
+        print(
+            f"    {result['bytes_per_pair'] / result['dense_bytes_per_pair']:.4f} of dense float32 (wanted <= 0.125)"
+        )
 
 
 def smoke() -> None:
@@ -186,7 +190,14 @@ def smoke() -> None:
         store = Path(folder) / "store"
         write_synthetic(store, SyntheticConfig(form="count", n_cells=600, n_genes=120), progress=False)
         arguments = argparse.Namespace(
-            store=store, cells=600, genes=50, rounds=1, origin_cells=600, shares=(0.5, 1.0), wide_cells=600, shard_cells=300
+            store=store,
+            cells=600,
+            genes=50,
+            rounds=1,
+            origin_cells=600,
+            shares=(0.5, 1.0),
+            wide_cells=600,
+            shard_cells=300,
         )
         run_all(arguments)
 

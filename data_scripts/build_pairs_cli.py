@@ -39,6 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--num-proc", type=int, default=1, help="processes; the rows do not depend on it")
 
+    parser.add_argument("--dask", metavar="ADDRESS", help="run the shards on this dask.distributed scheduler")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be built, and how long it would take")
+
 
 def options_from(arguments: argparse.Namespace) -> PairOptions:
     """Options of a config file, overridden by flags, overridden by `--set`.
@@ -90,9 +93,15 @@ def describe(report: dict) -> str:
 def run(arguments: argparse.Namespace) -> int:
     """Builds the folder and says what it holds."""
     options = options_from(arguments)
-    from data_scripts.census_pairs import build_pairs  # slow imports, after the options are known to be good
+    # Imported late: these take seconds, and bad options should be told at once.
+    if arguments.dry_run:
+        from data_scripts.dry_run import estimate, tell
 
-    folder = build_pairs(options, arguments.out, arguments.num_proc)
+        print(tell(estimate(options, arguments.num_proc)))
+        return 0
+    from data_scripts.census_pairs import build_pairs
+
+    folder = build_pairs(options, arguments.out, arguments.num_proc, dask=arguments.dask)
     print(describe(folder.manifest["report"]))
     print(
         f"{len(folder.gene_ids):,} genes, {len(folder.panels)} sets of measured genes, digest {folder.manifest['digest']}"

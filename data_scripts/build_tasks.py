@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from data_scripts.cell_stream import CellStream
 from data_scripts.gene_selection import PanelPart, count_genes
 from data_scripts.pair_folder import write_bytes_atomically, write_table_atomically
-from data_scripts.pair_plan import PairPlan
+from data_scripts.pair_plan import PairPlan, digest_of
 from data_scripts.pair_shard import ShardRows, gene_moments, read_shard_values
 from data_scripts.schema import PAIR_SCHEMA, SPLITS
 
@@ -106,6 +106,7 @@ def run_tasks(
     num_proc: int,
     progress: bool,
     description: str,
+    dask: str | None = None,
 ) -> None:
     """Runs one task for every shard, stopping at the first error.
 
@@ -116,13 +117,17 @@ def run_tasks(
         num_proc (`int`): Processes.
         progress (`bool`): Show a bar, in cells.
         description (`str`): Its name.
+        dask (`str`, *optional*): Address of a `dask.distributed` scheduler, whose workers see the same folders; then
+            `num_proc` does not matter.
     """
-    from data_scripts.pair_plan import digest_of
-
     identity = digest_of(plan.content["identity"])
     out, bounds = str(plan.out), plan.content["bounds"]
     done_cells = bounds[-1] - sum(bounds[index + 1] - bounds[index] for index in indices)
     with tqdm(total=bounds[-1], initial=done_cells, desc=description, unit="cell", disable=not progress) as bar:
+        if dask is not None:
+            for index in _run_on_dask(task, out, identity, indices, dask):
+                bar.update(bounds[index + 1] - bounds[index])
+            return
         if num_proc == 1 or len(indices) < 2:
             for index in indices:
                 task(out, identity, index)
@@ -143,3 +148,21 @@ def run_tasks(
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
+
+
+def _run_on_dask(task: Callable, out: str, identity: str, indices: list[int], address: str) -> Iterator[int]:
+    """Yields the shards as the cluster finishes them; those of a lost worker are run again by another."""
+    try:
+        from dask.distributed import Client, as_completed
+    except ImportError as error:
+        raise ValueError("`dask` needs the package `distributed`: pip install 'gppc[dask]'.") from error
+    try:
+        client = Client(address, timeout="10s")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`dask` {address} is no scheduler that answers ({' '.join(str(error).split())}).") from error
+    with client:
+        # Tasks write files and return nothing: a task that ran twice has written the same bytes twice.
+        futures = {client.submit(task, out, identity, index, pure=False, retries=2): index for index in indices}
+        for future in as_completed(futures):
+            future.result()
+            yield futures[future]

@@ -13,6 +13,7 @@ from data_scripts.pair_options import QueryOptions
 from modeling_gppc.feature_extraction_gppc import check_raw_counts, normalize_counts
 
 BLOCK_CELLS = 4_096
+SMALL_COUNTS = 32  # counts below are normalised once a cell and looked up
 
 
 @dataclass
@@ -23,9 +24,9 @@ class CellBlock:
     Attributes:
         start (`int`): Position of the first cell among the cells asked for.
         n_cells (`int`): Number of cells.
-        rows (`np.ndarray`): Cell of each entry within the block, ascending, shape `(n_entries,)`.
-        genes (`np.ndarray`): `soma_joinid` of each entry's gene, ascending within a cell.
-        values (`np.ndarray`): Stored values, float32.
+        rows (`np.ndarray`): Cell of each entry within the block, in the order of the store's tiles, `(n_entries,)`.
+        genes (`np.ndarray`): `soma_joinid` of each entry's gene.
+        values (`np.ndarray`): Stored values, float32, none of them zero.
     """
 
     start: int
@@ -114,21 +115,15 @@ class CellStream:
                 f"layer `{self.options.layer}` cannot be read for cells {first} to {last}: the store is damaged ({reason})."
             ) from error
         cells, genes, values = (
-            np.concatenate([chunk.to_numpy() for table in tables for chunk in table.column(name).chunks] or [[]])
+            _joined([chunk for table in tables for chunk in table.column(name).chunks])
             for name in ("soma_dim_0", "soma_dim_1", "soma_data")
         )
-        rows = cells.astype(np.int64) - first if contiguous else np.searchsorted(joinids, cells)
-        genes, values = genes.astype(np.int64, copy=False), values.astype(np.float32, copy=False)
-        key_step = np.diff(rows)
-        if len(rows) and ((key_step < 0).any() or ((key_step == 0) & (np.diff(genes) <= 0)).any()):
-            order = np.lexsort((genes, rows))
-            rows, genes, values = rows[order], genes[order], values[order]
-        if self.options.layer == "raw":
-            check_raw_counts(values, f"X['raw'] of cells {first} to {last}")
-        elif len(values) and not np.isfinite(values).all():
-            raise ValueError(f"X[{self.options.layer!r}] of cells {first} to {last} holds NaN or infinite values.")
-        expressed = values != 0
-        if not expressed.all():
+        del tables
+        rows = cells - first if contiguous else np.searchsorted(joinids, cells)
+        values = values.astype(np.float32, copy=False)
+        where = f"X[{self.options.layer!r}] of cells {first} to {last}"
+        if len(values) and not self._check(values, where):
+            expressed = values != 0
             rows, genes, values = rows[expressed], genes[expressed], values[expressed]
         if self.n_expressed is not None:
             found = np.bincount(rows, minlength=len(joinids))
@@ -139,6 +134,26 @@ class CellStream:
                     f"obs.nnz says {self.n_expressed[start + wrong[0]]}: the store is damaged, write it again."
                 )
         return CellBlock(start, len(joinids), rows, genes, values)
+
+    def _check(self, values: np.ndarray, where: str) -> bool:
+        """Refuses values that cannot be what the layer holds; says whether none is zero."""
+        smallest = values.min()
+        if self.options.layer == "raw":
+            # Positive, and equal to itself as an integer: counts, told by two quick passes. Else say what is wrong.
+            with np.errstate(invalid="ignore"):
+                if not smallest >= 0 or not (values.astype(np.int32) == values).all():
+                    check_raw_counts(values, where)
+        elif not np.isfinite(values.sum(dtype=np.float64)):
+            raise ValueError(f"{where} holds NaN or infinite values.")
+        return bool(smallest > 0) or bool(values.all())
+
+
+def _joined(chunks: list) -> np.ndarray:
+    """One numpy array of Arrow chunks; a single chunk is not copied."""
+    arrays = [chunk.to_numpy() for chunk in chunks]
+    if not arrays:
+        return np.zeros(0, dtype=np.int64)
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 def normalize_block(
@@ -191,22 +206,44 @@ def read_values(
     Returns:
         `sp.csr_matrix` of float32, shape `(n_cells, n_genes of the vocabulary)`, sorted indices, no stored zeros.
     """
-    counts, ids, values = [], [], []
-    for block in stream:
-        ids_of_entries = vocabulary[block.genes]
-        kept = ids_of_entries >= 0
-        if stream.options.normalization == "log_tpm":  # needs the rates of all genes
-            log_values = normalize_block(block, stream.options, None, gene_lengths)[kept]
-        else:
-            part = CellBlock(block.start, block.n_cells, block.rows[kept], block.genes[kept], block.values[kept])
-            library = library_size[block.start : block.start + block.n_cells]
-            log_values = normalize_block(part, stream.options, library, gene_lengths)
-        counts.append(np.bincount(block.rows[kept], minlength=block.n_cells))
-        ids.append(ids_of_entries[kept])
-        values.append(log_values)
-    indptr = np.concatenate([[0], np.cumsum(np.concatenate(counts))]).astype(np.int64)
     n_genes = int(vocabulary.max()) + 1
+    lengths, ids, values = [], [], []
+    for block in stream:
+        block_values = block.values
+        if stream.options.normalization == "log_tpm":  # needs the rates of all genes, so comes before their choice
+            block_values = normalize_block(block, stream.options, None, gene_lengths)
+        ids_of_entries = vocabulary.take(block.genes)
+        chosen = np.flatnonzero(ids_of_entries >= 0)
+        entries = (block_values.take(chosen), (block.rows.take(chosen), ids_of_entries.take(chosen)))
+        # The store's tiles lie along the genes in ascending order, so this counting sort by cell leaves them sorted.
+        part = sp.coo_matrix(entries, shape=(block.n_cells, n_genes)).tocsr()
+        part.sort_indices()
+        if stream.options.normalization == "log1p":
+            library = library_size[block.start : block.start + block.n_cells]
+            part.data = _log1p_rows(part, stream.options, library)
+        lengths.append(np.diff(part.indptr))
+        ids.append(part.indices)
+        values.append(part.data)
+    indptr = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
     matrix = sp.csr_matrix((np.concatenate(values), np.concatenate(ids), indptr), shape=(len(indptr) - 1, n_genes))
     matrix.has_sorted_indices = True
     matrix.has_canonical_format = True
     return matrix
+
+
+def _log1p_rows(part: sp.csr_matrix, options: QueryOptions, library_size: np.ndarray) -> np.ndarray:
+    """`normalize_counts` of a block's counts, most of them looked up: few distinct counts make up nearly all of it."""
+    library = np.ones(part.shape[0]) if options.layer == "normalized" else np.asarray(library_size, dtype=np.float64)
+    recipe = {"normalization": options.normalization, "target_sum": options.target_sum}
+    lengths = np.diff(part.indptr)
+    if options.layer != "raw":
+        return normalize_counts(part.data, np.repeat(library, lengths), **recipe)
+    table = normalize_counts(np.arange(SMALL_COUNTS)[None, :], library[:, None], **recipe).ravel()
+    first = np.repeat(np.arange(part.shape[0], dtype=np.int64) * SMALL_COUNTS, lengths)
+    large = np.flatnonzero(part.data >= SMALL_COUNTS)
+    first += np.minimum(part.data, SMALL_COUNTS - 1).astype(np.int64)
+    values = table.take(first)
+    if len(large):
+        own = library[first[large] // SMALL_COUNTS]
+        values[large] = normalize_counts(part.data[large], own, **recipe)
+    return values

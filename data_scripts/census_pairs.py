@@ -39,7 +39,9 @@ def exclusive(folder: Path) -> Iterator[None]:
         yield
 
 
-def build_pairs(options: PairOptions, out: str | Path, num_proc: int = 1, progress: bool = True) -> PairFolder:
+def build_pairs(
+    options: PairOptions, out: str | Path, num_proc: int = 1, progress: bool = True, dask: str | None = None
+) -> PairFolder:
     """Builds a pairs folder, or finishes or opens the one that the same options began.
 
     Args:
@@ -47,11 +49,13 @@ def build_pairs(options: PairOptions, out: str | Path, num_proc: int = 1, progre
         out (`str` or `Path`): The folder: new, or of the same run.
         num_proc (`int`, *optional*, defaults to 1): Processes; the rows do not depend on it.
         progress (`bool`, *optional*, defaults to `True`): Show progress bars.
+        dask (`str`, *optional*): Address of a `dask.distributed` scheduler to run the shards on; its workers must see
+            the store and `out` under the same paths.
 
     Raises:
         ValueError: For bad options, a bad store or a folder of another run; before long work where it can be known.
     """
-    out = Path(out)
+    out = Path(out) if dask is None else Path(out).resolve()
     if num_proc < 1:
         raise ValueError(f"`num_proc` is {num_proc}; wanted at least 1.")
     query = query_for(options)
@@ -65,14 +69,14 @@ def build_pairs(options: PairOptions, out: str | Path, num_proc: int = 1, progre
         for leftover in out.rglob(".*.tmp"):
             leftover.unlink()
         plan = PairPlan(out) if state == "unfinished" else PairPlan.create(out, query, options, identity)
-        choose_genes(plan, num_proc, progress)
+        choose_genes(plan, num_proc, progress, dask)
         todo = [index for index in range(plan.n_shards) if not shard_done(plan, index)]
-        run_tasks(build_shard, plan, todo, num_proc, progress, "pairs")
+        run_tasks(build_shard, plan, todo, num_proc, progress, "pairs", dask)
         finish(plan)
     return PairFolder(out)
 
 
-def choose_genes(plan: PairPlan, num_proc: int, progress: bool) -> None:
+def choose_genes(plan: PairPlan, num_proc: int, progress: bool, dask: str | None = None) -> None:
     """Writes the vocabulary (`genes.npy`), after a pass over the training cells where the rule needs one."""
     if (plan.work / "genes.npy").is_file():
         return
@@ -86,7 +90,7 @@ def choose_genes(plan: PairPlan, num_proc: int, progress: bool) -> None:
             raise ValueError("`panel` leaves no gene: the data sets measure none of those that `var_filter` keeps.")
     else:
         todo = [index for index in range(plan.n_shards) if not (plan.work / f"panel-{index:05d}.npz").is_file()]
-        run_tasks(count_part, plan, todo, num_proc, progress, "gene panel")
+        run_tasks(count_part, plan, todo, num_proc, progress, "gene panel", dask)
         cells_per_dataset = np.bincount(
             plan.cells.column("dataset").to_numpy()[plan.cells.column("split").to_numpy() == 0],
             minlength=len(plan.measured),

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import xxhash
 
 from data_scripts.schema import GENE_SCHEMA, PAIR_SCHEMA, PANEL_SCHEMA, SCHEMA_VERSION, SPLITS
 from modeling_gppc.feature_extraction_gppc import close_matches
@@ -43,7 +44,7 @@ def write_table_atomically(batches: Iterable[pa.RecordBatch], schema: pa.Schema,
         path (`str` or `Path`): Where to; the ending chooses the format.
 
     Returns:
-        `dict` with `n_rows`, `n_bytes` and `digest` (blake2b, 16 bytes, hexadecimal) of the file.
+        `dict` with `n_rows`, `n_bytes` and `digest` of the file.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,9 +68,9 @@ def write_table_atomically(batches: Iterable[pa.RecordBatch], schema: pa.Schema,
 
 
 def file_digest(path: str | Path) -> str:
-    """Blake2b digest (16 bytes, hexadecimal) of a file's bytes."""
+    """Digest (xxh3, 16 bytes, hexadecimal) of a file's bytes: tells damage apart, at the speed of memory."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def read_table(path: str | Path) -> pa.Table:

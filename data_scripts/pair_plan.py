@@ -193,9 +193,13 @@ class PairPlan:
         write_table_atomically(cells.combine_chunks().to_batches(), cells.schema, work / "cells.arrow")
         write_array(work / "measured.npy", query.presence(dataset_ids))
         write_array(work / "selected.npy", query.var_selected)
+        written = dataclasses.asdict(options)
+        if options.query.uri is not None and "://" not in options.query.uri:
+            # Workers on other machines may have another working directory.
+            written["query"]["uri"] = str(Path(options.query.uri).resolve())
         content = {
             "identity": identity,
-            "options": dataclasses.asdict(options),
+            "options": written,
             "source": query.source,
             "dataset_ids": dataset_ids,
             "n_cells": len(query.obs),

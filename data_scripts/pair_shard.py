@@ -13,7 +13,9 @@ from data_scripts.perturbation_sampling import sample_from_changes
 from data_scripts.schema import CONTEXT_COLUMNS, PAIR_SCHEMA, SPLITS, TARGET_COLUMNS
 
 ROWS_PER_BATCH = 1_024
+# Why a cell is in no pair, besides the reasons of partner matching.
 NO_CHANGE = "no_differing_gene"
+LEFT_OVER = "too_few_for_a_state"
 
 
 class CellTable:
@@ -48,6 +50,49 @@ class CellTable:
         return column.take(pa.array(positions)).cast(pa.string())
 
 
+def average_states(
+    cells: CellTable, values: sp.csr_matrix, n: int, log_values: bool, rng: np.random.Generator
+) -> tuple[CellTable, sp.csr_matrix]:
+    """Averages random groups of `n` cells that agree in split, panel and every context.
+
+    Args:
+        cells (`CellTable`): Labels of the cells.
+        values (`sp.csr_matrix`): Normalised values, `(n_cells, n_genes)`.
+        n (`int`): Cells of a state.
+        log_values (`bool`): Values are logarithms of scaled counts, which are averaged before the logarithm; else the
+            values themselves are.
+        rng (`np.random.Generator`): Which cells go together.
+
+    Returns:
+        Tuple of labels (those of the state's first cell, with mean library size and mean number of expressed genes)
+        and values, one row a state. Cells that do not fill a state are left out.
+    """
+    keys = [cells.split, cells.panel, *cells.groups, *(code for code in cells.different if code is not None)]
+    known = np.flatnonzero(np.all([group >= 0 for group in cells.groups], axis=0))
+    _, context = np.unique(np.stack(keys)[:, known], axis=1, return_inverse=True)
+    context = context.reshape(-1)
+    order = np.lexsort((rng.random(len(known)), context))
+    sizes = np.bincount(context)
+    place = np.arange(len(known)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    full = place < np.repeat(sizes - sizes % n, sizes)
+    members = np.sort(known[order[full]].reshape(-1, n), axis=1)
+    members = members[np.argsort(members[:, 0])]
+    scaled = values.astype(np.float64)
+    if log_values:
+        scaled.data = np.expm1(scaled.data)
+    rows = np.repeat(np.arange(len(members)), n)
+    weights = np.full(members.size, 1.0 / n)
+    averaged = (sp.csr_matrix((weights, (rows, members.ravel())), shape=(len(members), len(cells))) @ scaled).tocsr()
+    averaged.data = (np.log1p(averaged.data) if log_values else averaged.data).astype(np.float32)
+    averaged.eliminate_zeros()
+    averaged.sort_indices()
+    table = cells.table.take(pa.array(members[:, 0]))
+    for name, column in (("library", cells.library), ("nnz", cells.n_expressed)):
+        means = pa.array(column[members].mean(1)).cast(table.schema.field(name).type, safe=False)
+        table = table.set_column(table.column_names.index(name), name, means)
+    return CellTable(table, len(cells.groups)), averaged.astype(np.float32)
+
+
 class ShardRows:
     """
     Pair rows of one shard, by split.
@@ -72,6 +117,11 @@ class ShardRows:
     ):
         self.cells, self.values, self.panels, self.options = cells, values, panels, options
         self.shard, self.revealable = shard, revealable
+        self.n_cells = np.bincount(cells.split, minlength=len(SPLITS))
+        if options.matching.pseudobulk > 1:
+            rng = np.random.default_rng([options.seed, shard, len(SPLITS)])
+            log_values = options.query.normalization != "none"
+            self.cells, self.values = average_states(cells, values, options.matching.pseudobulk, log_values, rng)
         self.shared_genes = panels.astype(np.int64) @ panels.T.astype(np.int64)
         self.pairings = list(options.matching.pairings)
         self.report: dict[str, dict] = {}
@@ -108,13 +158,16 @@ class ShardRows:
             n_dropped += int((~kept).sum())
             if batch.num_rows:
                 yield batch
-        unpaired = dict(pairs.unpaired)
-        lost = len(inside) - int(paired[inside].sum()) - sum(unpaired.values())
+        n = self.options.matching.pseudobulk
+        unpaired = {reason: count * n for reason, count in pairs.unpaired.items()}
+        lost = (len(inside) - int(paired[inside].sum())) * n - sum(unpaired.values())
         if lost:
             unpaired[NO_CHANGE] = lost
+        if len(inside) * n < self.n_cells[split]:
+            unpaired[LEFT_OVER] = int(self.n_cells[split]) - len(inside) * n
         self.report[SPLITS[split]] = {
-            "cells": len(inside),
-            "cells_paired": int(paired.sum()),
+            "cells": int(self.n_cells[split]),
+            "cells_paired": int(paired.sum()) * n,
             "cells_unpaired": unpaired,
             "pairs": int(per_pairing.sum()),
             "pairs_dropped": {NO_CHANGE: n_dropped} if n_dropped else {},
@@ -182,7 +235,7 @@ def _array(values, kind: pa.DataType) -> pa.Array:
 
 def gene_moments(values: sp.csr_matrix, chosen: np.ndarray) -> dict[str, np.ndarray]:
     """Number of cells that express each gene, sum and sum of squares of its values over the chosen cells."""
-    part = values[chosen]
+    part = values if chosen.all() else values[chosen]
     data = part.data.astype(np.float64)
     n_genes = part.shape[1]
     return {

@@ -1,10 +1,11 @@
 """Splits by stable hash: a cell's split depends on its own labels only, never on the other cells."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 
 from data_scripts.pair_options import SplitOptions
 from data_scripts.schema import SPLITS
@@ -45,6 +46,7 @@ def assign_splits(obs: pd.DataFrame, options: SplitOptions) -> np.ndarray:
         ValueError: If a rule names a column or value that obs does not hold.
     """
     split = np.full(len(obs), -1, dtype=np.int8)
+    held_out: list[tuple[str, np.ndarray, np.ndarray]] = []
     # Share of each column's hash range that earlier rules tried and passed on; the rest is spread over [0, 1) again,
     # so that a second rule by the same column takes its share of what the first one left.
     passed: dict[str, np.ndarray] = {}
@@ -59,11 +61,69 @@ def assign_splits(obs: pd.DataFrame, options: SplitOptions) -> np.ndarray:
         lower = 0.0
         for name in SPLITS:  # in a fixed order, so that the order in the file does not matter
             share = rule.fractions.get(name, 0.0)
-            split[chosen & (position >= lower) & (position < lower + share)] = SPLITS.index(name)
+            given = chosen & (position >= lower) & (position < lower + share)
+            split[given] = SPLITS.index(name)
             lower += share
+            if rule.by != "cell" and name != "train" and given.any():
+                held_out.append((rule.by, _matches(obs, rule.where), given))
         tried[chosen] += (1.0 - tried[chosen]) * lower
     split[split < 0] = SPLITS.index("train")
+    for column, scope, given in held_out:
+        check_held_out(obs[column].to_numpy()[scope], split[scope], given[scope], column)
     return split
+
+
+def check_held_out(values: np.ndarray, split: np.ndarray, given: np.ndarray, column: str) -> None:
+    """Refuses splits in which a held-out value turns up elsewhere.
+
+    Args:
+        values (`np.ndarray`): Value of the column for each cell, shape `(n_obs,)`.
+        split (`np.ndarray`): Split of each cell, shape `(n_obs,)`.
+        given (`np.ndarray`): Cells that were held out because of their value, bool of shape `(n_obs,)`.
+        column (`str`): Name of the column.
+
+    Raises:
+        ValueError: If such a value is also found in another split.
+    """
+    home = SPLITS[split[given][0]]
+    shared = pd.unique(values[np.isin(values, pd.unique(values[given])) & (split != split[given][0])])
+    if len(shared):
+        other = SPLITS[split[(values == shared[0]) & (split != split[given][0])][0]]
+        raise ValueError(
+            f"`splits.rules` hold out {column} {shared[0]!r} for {home}, but an earlier rule puts some of its cells in "
+            f"{other}; put the rule by {column!r} first, or limit it with `where`."
+        )
+
+
+def guard_splits(tables: Mapping[str, pa.Table], columns: Sequence[str]) -> None:
+    """Refuses pair tables whose splits share a cell or a held-out value.
+
+    Args:
+        tables (`Mapping[str, pa.Table]`): Split name -> rows in `PAIR_SCHEMA`.
+        columns (`Sequence[str]`): Columns whose values must not be in two splits, e.g. `donor_id`; a value is told
+            apart by all columns together.
+
+    Raises:
+        ValueError: Naming the value and the two splits.
+    """
+    sides = ("source_soma_joinid", "target_soma_joinid")
+    seen: dict[str, set] = {}
+    for name, table in tables.items():
+        cells = set(np.unique(np.concatenate([table.column(side).to_numpy() for side in sides])).tolist())
+        keys = {("soma_joinid", cell) for cell in cells}
+        if columns:
+            for prefix in ("", "target_"):
+                # The target lies in the data set of the source wherever the row does not name its own.
+                names = [prefix + column if prefix + column in table.column_names else column for column in columns]
+                rows = table.select(list(dict.fromkeys(names))).group_by(list(dict.fromkeys(names))).aggregate([])
+                keys |= {tuple(row[column] for column in names) for row in rows.to_pylist()}
+        for other, known in seen.items():
+            shared = sorted(keys & known, key=str)
+            if shared:
+                what = "soma_joinid" if shared[0][0] == "soma_joinid" else ", ".join(columns)
+                value = shared[0][-1] if what == "soma_joinid" else ", ".join(map(str, shared[0]))
+                raise ValueError(f"splits {other} and {name} share {what} {value} ({len(shared)} in all).")
+        seen[name] = keys
 
 
 def held_out_gene_split(gene_ids: Sequence[str], options: SplitOptions) -> np.ndarray:

@@ -6,13 +6,17 @@ import os
 import shutil
 
 import numpy as np
+import pyarrow as pa
 import pytest
+import scipy.sparse as sp
 from pair_store import DATASETS, GENES, dense_counts, make_store
 
 from data_scripts.census_pairs import CensusPairs, build_pairs
+from data_scripts.dry_run import estimate
 from data_scripts.options import from_mapping
 from data_scripts.pair_folder import PairFolder
 from data_scripts.pair_options import PairOptions, SplitOptions
+from data_scripts.pair_shard import CellTable, average_states
 from data_scripts.splits import held_out_gene_split
 
 RULES = [{"where": {"donor_id": "d1"}, "split": "test"}, {"by": "cell", "fractions": {"validation": 0.2}}]
@@ -194,6 +198,27 @@ def test_held_out_genes_are_revealed_in_their_split_only(store, tmp_path):
     assert not held_out & (revealed["train"] | revealed["validation"])
 
 
+def test_averaged_states(store, tmp_path):
+    pairs = build_pairs(make_options(store, matching__pseudobulk=3), tmp_path / "out", progress=False)
+    report = pairs.manifest["report"]["splits"]
+    for name, entry in report.items():
+        assert entry["cells"] == entry["cells_paired"] + sum(entry["cells_unpaired"].values())
+        assert entry["cells_paired"] % 3 == 0 and entry["cells_unpaired"]["too_few_for_a_state"] > 0
+        assert pairs.split(name).num_rows == entry["cells_paired"] // 3 * 3
+
+
+def test_a_state_is_the_mean_of_its_cells():
+    values = sp.csr_matrix(np.log1p([[2.0, 0, 8], [4, 0, 0], [100, 1, 1], [3, 9, 0], [5, 9, 0]]).astype(np.float32))
+    columns = {"soma_joinid": [10, 11, 12, 13, 14], "split": [0] * 5, "panel": [0] * 5, "group_0": [0, 0, 7, 1, 1]}
+    columns |= {"library": [1.0, 3, 5, 7, 9], "nnz": [2, 1, 3, 2, 2]}
+    cells = CellTable(pa.table(columns), 1)
+    states, averaged = average_states(cells, values, 2, True, np.random.default_rng(0))
+    np.testing.assert_allclose(averaged.toarray(), np.log1p([[3, 0, 4], [4, 9, 0]]), rtol=1e-6)
+    assert states.joinids.tolist() == [10, 13] and states.library.tolist() == [2, 8]
+    _, averaged = average_states(cells, values, 2, False, np.random.default_rng(0))
+    np.testing.assert_allclose(averaged.toarray()[1], values.toarray()[3:].mean(0), rtol=1e-6)
+
+
 def test_as_a_datasets_builder(store, folder, tmp_path):
     builder = CensusPairs.from_options(make_options(store), cache_dir=tmp_path / "cache")
     builder.download_and_prepare()
@@ -259,3 +284,18 @@ def test_command_line(store, tmp_path, capsys):
     assert options["seed"] == 4 and options["perturbation"]["max_genes"] == 2
     assert main([*arguments, "--set", "perturbation.max_gene=2"]) == 2
     assert "did you mean `max_genes`" in capsys.readouterr().err
+
+
+def test_dry_run(store, folder, tmp_path, capsys):
+    from modeling_gppc.cli import main
+
+    numbers = estimate(make_options(store))
+    report = folder.manifest["report"]["splits"]
+    assert numbers["cells"] == {name: entry["cells"] for name, entry in report.items()}
+    assert numbers["datasets"] == 2 and numbers["shards"] == 3
+    assert numbers["contexts"] == {"same_type": 4, "same_dataset": 5}
+    assert numbers["pairs_at_most"] >= sum(entry["pairs"] for entry in report.values())
+    # The sample of so small a store is all of it.
+    assert numbers["genes"]["common"] == len(folder.gene_ids) and numbers["genes"]["all"] == 40
+    assert main(["build-pairs", str(tmp_path / "out"), "--uri", str(store), "--dry-run"]) == 0
+    assert "data sets         2" in capsys.readouterr().out and not (tmp_path / "out").exists()

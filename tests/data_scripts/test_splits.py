@@ -2,13 +2,14 @@
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from data_scripts.pair_options import SplitOptions, SplitRule
 from data_scripts.schema import SPLITS
-from data_scripts.splits import assign_splits, held_out_gene_split, stable_uniform
+from data_scripts.splits import assign_splits, guard_splits, held_out_gene_split, stable_uniform
 
 OBS = pd.DataFrame(
     {
@@ -49,7 +50,7 @@ def test_rules_in_order():
 
 @given(st.integers(1, 2999), st.integers(0, 5))
 def test_other_cells_do_not_matter(n, seed):
-    options = SplitOptions(rules=[*RULES[2:], SplitRule(by="donor_id", fractions={"test": 0.5})], seed=seed)
+    options = SplitOptions(rules=[SplitRule(by="donor_id", fractions={"test": 0.5}), *RULES[2:]], seed=seed)
     whole = assign_splits(OBS, options)
     chosen = np.sort(np.random.default_rng(seed).permutation(len(OBS))[:n])
     part = OBS.iloc[chosen].reset_index(drop=True)
@@ -60,6 +61,30 @@ def test_other_cells_do_not_matter(n, seed):
 def test_a_donor_is_in_one_split():
     split = assign_splits(OBS, SplitOptions(rules=[SplitRule(by="donor_id", fractions={"test": 0.4})], seed=3))
     assert pd.Series(split).groupby(OBS["donor_id"]).nunique().max() == 1
+
+
+def test_a_held_out_donor_is_held_out_everywhere():
+    rules = [SplitRule(by="cell", fractions={"validation": 0.1}), SplitRule(by="donor_id", fractions={"test": 0.5})]
+    with pytest.raises(ValueError, match=r"hold out donor_id '\w+' for test, but an earlier rule .* in validation"):
+        assign_splits(OBS, SplitOptions(rules=rules))
+
+
+def pair_rows(cells, donors, targets=None):
+    n = len(cells)
+    targets = donors if targets is None else targets
+    columns = {"source_soma_joinid": cells, "target_soma_joinid": cells, "dataset_id": ["a"] * n, "donor_id": donors}
+    return pa.table(columns | {"target_donor_id": targets})
+
+
+def test_guard_over_pair_tables():
+    train, test = pair_rows([1, 2], ["d1", "d2"]), pair_rows([3, 4], ["d3", "d3"])
+    guard_splits({"train": train, "test": test}, ["donor_id"])
+    with pytest.raises(ValueError, match="splits train and test share soma_joinid 2"):
+        guard_splits({"train": train, "test": pair_rows([2], ["d3"])}, [])
+    leaking = pair_rows([5], ["d3"], targets=["d2"])  # only the target is of a training donor
+    guard_splits({"train": train, "test": leaking}, [])
+    with pytest.raises(ValueError, match="splits train and test share dataset_id, donor_id a, d2"):
+        guard_splits({"train": train, "test": leaking}, ["dataset_id", "donor_id"])
 
 
 def test_cell_hash_survives_new_joinids():
