@@ -6,7 +6,7 @@ from pathlib import Path
 import yaml
 
 from data_scripts.options import from_mapping, read_yaml
-from data_scripts.synthetic import FORMS, SyntheticConfig
+from data_scripts.synthetic_config import FORMS, SyntheticConfig
 
 FLAGS = {
     "form": "form",
