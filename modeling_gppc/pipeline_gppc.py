@@ -6,9 +6,11 @@ import numpy as np
 import torch
 from transformers import AutoModel, Pipeline
 
-from .feature_extraction_gppc import close_matches
+from .feature_extraction_gppc import change_of_log_value, close_matches
 
 TASK = "perturbation-prediction"
+REFERENCES = ("unperturbed", "held")
+OPTIONS = ("top_k", "reference", "batch_size")
 INPUTS = ("counts", "gene_ids", "perturbation", "library_size", "measured", "pairing")
 
 
@@ -37,10 +39,11 @@ class PerturbationPredictionPipeline(Pipeline):
 
     - `gene_ids`, `gene_symbols` (`list[str]`): the genes of the model;
     - `expression` (`np.ndarray` of shape `(vocab_size,)`): expected log values afterwards;
-    - `change` (`np.ndarray` of shape `(vocab_size,)`): difference to the prediction with the same genes held at the
-      cell's own level, so that nothing changes where nothing was imposed;
-    - `std` (`np.ndarray` of shape `(vocab_size,)`): predicted standard deviation of the log value of a single cell;
-      `None` where the model predicts none.
+    - `change` (`np.ndarray` of shape `(vocab_size,)`): difference to the reference, see `reference`;
+    - `std` (`np.ndarray` of shape `(vocab_size,)`): predicted standard deviation of the log value of a single cell,
+      zero where a level was imposed; `None` where the model predicts none.
+
+    These are the numbers of `gppc predict`.
     """
 
     _load_tokenizer = False
@@ -49,13 +52,16 @@ class PerturbationPredictionPipeline(Pipeline):
     _load_processor = False
     _load_feature_extractor = True
 
-    def _sanitize_parameters(self, top_k=None, cells_per_batch=None, **unknown):
+    def _sanitize_parameters(self, top_k=None, reference=None, cells_per_batch=None, **unknown):
         if unknown:
             name = next(iter(unknown))
-            raise ValueError(f"`{name}` is not an option{close_matches(name, ('top_k', 'batch_size'))}")
+            raise ValueError(f"`{name}` is not an option{close_matches(name, OPTIONS)}")
         if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
             raise ValueError(f"`top_k` is {top_k!r}; wanted a number of genes.")
-        forward = {} if cells_per_batch is None else {"cells_per_batch": cells_per_batch}
+        if reference is not None and reference not in REFERENCES:
+            raise ValueError(f"`reference` is {reference!r}; wanted one of {', '.join(REFERENCES)}.")
+        forward = {"reference": reference, "cells_per_batch": cells_per_batch}
+        forward = {name: value for name, value in forward.items() if value is not None}
         return {}, forward, {} if top_k is None else {"top_k": top_k}
 
     def __call__(self, inputs, batch_size: int | None = None, **kwargs):
@@ -63,6 +69,9 @@ class PerturbationPredictionPipeline(Pipeline):
         Args:
             inputs (mapping, or list of mappings): See the class.
             batch_size (`int`, *optional*, defaults to 64): Cells that the model sees at once.
+            reference (`str`, *optional*, defaults to `"unperturbed"`): What `change` is the difference from: the
+                prediction for the same cell without a perturbation, or (`"held"`) with the same genes imposed at the
+                cell's own level, which removes what merely knowing their level says.
             top_k (`int`, *optional*): Return instead the records (`gene_id`, `gene_symbol`, `expression`, `change`,
                 `std`) of the `top_k` genes that change most.
 
@@ -104,15 +113,11 @@ class PerturbationPredictionPipeline(Pipeline):
         features = self.feature_extractor(
             counts, inputs.get("gene_ids"), library_size=library_size, measured=inputs.get("measured")
         )
-        # The perturbations act on values of the whole vocabulary.
-        values = torch.zeros(len(counts), self.feature_extractor.vocab_size + 1)
-        columns = torch.where(features["attention_mask"].bool(), features["input_ids"], values.shape[1] - 1)
-        values = values.scatter(1, columns, features["expression_values"])[:, :-1].numpy()
-        perturbations = self.feature_extractor.perturbation_features(specs, values[state_index])
+        parsed = {repr(spec): self.feature_extractor.parse_perturbation(spec) for spec in specs}
         return {
             "state": dict(features),
-            "perturbations": dict(perturbations),
             "state_index": torch.from_numpy(state_index),
+            "perturbations": [parsed[repr(spec)] for spec in specs],
             "pairing": self._pairing(inputs.get("pairing")),
             "single": single,
         }
@@ -127,20 +132,38 @@ class PerturbationPredictionPipeline(Pipeline):
             )
         return pairings.index(name)
 
-    def _forward(self, model_inputs, cells_per_batch: int = 64):
-        """Predicts with the perturbation and with its genes held at the cell's own level."""
-        state_index, pairing = model_inputs["state_index"], model_inputs["pairing"]
+    def _forward(self, model_inputs, reference: str = "unperturbed", cells_per_batch: int = 64):
+        """Predicts with the perturbation and without it, batch by batch."""
+        state_index = model_inputs["state_index"]
         parts = []
         for start in range(0, len(state_index), cells_per_batch):
             rows = slice(start, start + cells_per_batch)
-            states, local_index = torch.unique(state_index[rows], return_inverse=True)
+            states, index = torch.unique(state_index[rows], return_inverse=True)
             state = {name: tensor[states] for name, tensor in model_inputs["state"].items()}
-            perturbations = {name: tensor[rows] for name, tensor in model_inputs["perturbations"].items()}
-            perturbations["pairing_ids"] = torch.full_like(local_index, pairing)
-            held = {**perturbations, "perturbation_values": torch.zeros_like(perturbations["perturbation_values"])}
-            after, before = self._predict(state, local_index, perturbations, held)
-            std = None if after.logvar is None else (0.5 * after.logvar).exp()
-            parts.append((after.logits, after.logits - before.logits, std))
+            encoded = self.model.encode(**state) if self.model.config.architecture == "latents" else None
+
+            def run(ids, changes, mask, state=state, encoded=encoded, index=index):
+                inputs = {
+                    "perturbation_ids": ids,
+                    "perturbation_values": changes,
+                    "perturbation_mask": mask,
+                    "pairing_ids": torch.full_like(index, model_inputs["pairing"]),
+                }
+                if encoded is not None:
+                    return self.model.decode(encoded, **inputs, state_index=index)
+                return self.model(**{name: tensor[index] for name, tensor in state.items()}, **inputs)
+
+            ids, changes, mask = self._imposed(model_inputs["perturbations"][rows], state, encoded, index)
+            after = run(ids, changes, mask)
+            if reference == "held":
+                before = run(ids, torch.zeros_like(changes), mask)
+            else:
+                before = run(ids[:, :0], changes[:, :0], mask[:, :0])
+            std = None
+            if after.logvar is not None:
+                imposed = torch.zeros(after.logvar.shape, device=ids.device).scatter_add(1, ids, mask.float())
+                std = (0.5 * after.logvar.float()).exp().masked_fill(imposed > 0, 0.0)
+            parts.append((after.logits.float(), after.logits.float() - before.logits.float(), std))
         expression, change, std = zip(*parts)
         return {
             "expression": torch.cat(expression),
@@ -149,18 +172,34 @@ class PerturbationPredictionPipeline(Pipeline):
             "single": model_inputs["single"],
         }
 
-    def _predict(self, state, state_index, *perturbations):
-        """Outputs for each set of perturbations, all acting on the same states."""
-        if self.model.config.architecture != "latents":
-            repeated = {name: tensor[state_index] for name, tensor in state.items()}
-            return [self.model(**repeated, **perturbation) for perturbation in perturbations]
-        encoded = self.model.encode(**state)
-        return [self.model.decode(encoded, **perturbation, state_index=state_index) for perturbation in perturbations]
+    def _imposed(self, parsed, state, encoded, index):
+        """Ids, changes of log value and mask, each `(rows, K)`, from the levels that the genes have in each cell."""
+        width = max(map(len, parsed))
+        device = index.device
+        ids = torch.zeros(len(parsed), width, dtype=torch.long, device=device)
+        mask = torch.zeros_like(ids)
+        for row, spec in enumerate(parsed):
+            mask[row, : len(spec)] = 1
+            for column, (gene, _, _) in enumerate(spec):
+                ids[row, column] = gene
+        changes = torch.zeros(ids.shape, device=device)
+        if encoded is not None:
+            # Where the cell did not measure a gene, the model says which level the rest of the cell suggests.
+            levels = self.model.model.imposed_levels(encoded.select(index), ids, changes)
+        else:
+            tokens, values = state["input_ids"], state["expression_values"]
+            dense = values.new_zeros(len(values), self.model.config.vocab_size).scatter_add(1, tokens, values)
+            levels = dense[index].gather(1, ids)
+        levels = levels.double().cpu().numpy()
+        for row, spec in enumerate(parsed):
+            for column, (_, action, amount) in enumerate(spec):
+                changes[row, column] = change_of_log_value(levels[row, column], action, amount)
+        return ids, changes, mask
 
     def postprocess(self, model_outputs, top_k: int | None = None):
         """Arrays a cell, or records of the genes that change most."""
-        expression, change = (model_outputs[name].float().numpy() for name in ("expression", "change"))
-        std = None if model_outputs["std"] is None else model_outputs["std"].float().numpy()
+        expression, change = (model_outputs[name].numpy() for name in ("expression", "change"))
+        std = None if model_outputs["std"] is None else model_outputs["std"].numpy()
         results = []
         for row in range(len(expression)):
             result = {

@@ -1,11 +1,14 @@
 """PerturbationPredictionPipeline: equal to the model's own predictions, strict about its input."""
 
+import anndata
 import numpy as np
 import pytest
 import scipy.sparse
 import torch
 from tiny_model import GENES, SYMBOLS, tiny_extractor, tiny_model, tiny_pipeline, write_model_folder
 from transformers import pipeline
+
+from modeling_gppc.inference.predict import predict_anndata
 
 RNG = np.random.default_rng(0)
 COUNTS = RNG.poisson(1.5, size=(4, len(GENES)))
@@ -16,7 +19,7 @@ def predict():
     return tiny_pipeline()
 
 
-def by_hand(counts, perturbation, pairing=0, library_size=None, **options):
+def by_hand(counts, perturbation, pairing=0, library_size=None, reference="unperturbed", **options):
     model, extractor = tiny_model(**options), tiny_extractor()
     state = extractor(counts[None], library_size=library_size)
     values = np.log1p(counts[None] / (counts.sum() if library_size is None else library_size[0]) * 1e4)
@@ -24,9 +27,12 @@ def by_hand(counts, perturbation, pairing=0, library_size=None, **options):
     pairing_ids = torch.tensor([pairing])
     with torch.no_grad():
         after = model(**state, **change, pairing_ids=pairing_ids)
-        change["perturbation_values"] = torch.zeros_like(change["perturbation_values"])
-        before = model(**state, **change, pairing_ids=pairing_ids)
-    std = None if after.logvar is None else torch.exp(after.logvar / 2)[0].numpy()
+        held = {**change, "perturbation_values": torch.zeros_like(change["perturbation_values"])}
+        before = model(**state, **(held if reference == "held" else {}), pairing_ids=pairing_ids)
+    std = None
+    if after.logvar is not None:
+        std = torch.exp(after.logvar / 2)[0].numpy()
+        std[change["perturbation_ids"][change["perturbation_mask"].bool()].numpy()] = 0
     return after.logits[0].numpy(), (after.logits - before.logits)[0].numpy(), std
 
 
@@ -57,9 +63,27 @@ def test_no_perturbation_changes_nothing(predict):
     assert np.abs(result["expression"]).max() > 0
 
 
-def test_the_imposed_gene_changes_by_what_was_imposed(predict):
-    result = predict({"counts": COUNTS[0], "perturbation": {"STAT1": -0.75}})
-    assert result["change"][0] == pytest.approx(-0.75, abs=1e-6)
+def test_against_the_same_genes_held_the_imposed_gene_changes_by_what_was_imposed(predict):
+    result = predict({"counts": COUNTS[0], "perturbation": {"STAT1": -0.75}}, reference="held")
+    assert_equal(result, by_hand(COUNTS[0], {"STAT1": -0.75}, reference="held"))
+    assert result["change"][0] == pytest.approx(-0.75, abs=1e-5)
+    assert result["std"][0] == 0
+
+
+@pytest.mark.parametrize("reference", ["unperturbed", "held"])
+def test_equals_gppc_predict(predict, reference):
+    specs = ["STAT1=ko", "IRF1=x2+CD3D=level:1", "LYZ=kd:0.5"]
+    kept = [0, 1, 2, 3, 5, 7, 8]  # LYZ is not measured
+    adata = anndata.AnnData(COUNTS[:, kept].astype(np.float32))
+    adata.var_names = [SYMBOLS[gene] for gene in kept]
+    wanted = predict_anndata((predict.model, predict.feature_extractor), adata, specs, reference=reference)
+    for position, spec in enumerate(specs):
+        given = {"counts": COUNTS[:, kept], "gene_ids": adata.var_names, "perturbation": spec}
+        rows = slice(position * 4, position * 4 + 4)
+        for row, result in enumerate(predict(given, reference=reference)):
+            np.testing.assert_allclose(result["expression"], wanted.X[rows][row], atol=1e-6)
+            np.testing.assert_allclose(result["change"], wanted.layers["delta"][rows][row], atol=1e-6)
+            np.testing.assert_allclose(result["std"], wanted.layers["std"][rows][row], atol=1e-6)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, None])
@@ -135,6 +159,7 @@ def test_an_empty_list_gives_an_empty_list(predict):
         ({"counts": COUNTS[0], "pairing": "same_typ"}, {}, "did you mean `same_type`"),
         ({"counts": COUNTS[0]}, {"top_k": 0}, "`top_k` is 0"),
         ({"counts": COUNTS[0]}, {"batch_size": 0}, "`batch_size` is 0"),
+        ({"counts": COUNTS[0]}, {"reference": "hold"}, "`reference` is 'hold'; wanted one of unperturbed, held"),
         ({"counts": COUNTS[0]}, {"topk": 2}, "`topk` is not an option; did you mean `top_k`"),
     ],
 )
