@@ -32,6 +32,7 @@ from modeling_gppc import GppcFeatureExtractor, GppcForPerturbationPrediction
 from modeling_gppc.evaluation.plots import plot_learning_curve, plot_scores
 from modeling_gppc.evaluation.report import render_results
 from modeling_gppc.evaluation.score_pairs import write_results
+from modeling_gppc.pipeline_gppc import PerturbationPredictionPipeline
 from modeling_gppc.training.arguments import RunOptions, build_parser, parse_options
 from modeling_gppc.training.data_collator import PairCollator
 from modeling_gppc.training.evaluate_run import evaluate_run, load_network_of
@@ -101,8 +102,8 @@ def save(trainer: GppcTrainer, options: RunOptions, folder: PairFolder, seconds:
     """Scores the model and writes everything that is kept into `<output_dir>/model`; returns that folder."""
     out = Path(options.output_dir) / "model"
     model, extractor = trainer.model, make_extractor(folder)
-    model.save_pretrained(out)
-    extractor.save_pretrained(out)
+    # Writes the model, the feature extractor, their code and the pipeline's.
+    PerturbationPredictionPipeline(model=model, feature_extractor=extractor, device=model.device).save_pretrained(out)
     results = evaluate_run(
         model, folder, options.evaluation, seed=options.seed, network=load_network_of(options.output_dir)
     )
