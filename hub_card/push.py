@@ -146,7 +146,12 @@ def check_model(folder: Path, files: Mapping[str, Path]) -> None:
     preprocessor = read_json(folder / "preprocessor_config.json")
     auto_map = {**config.get("auto_map", {}), **preprocessor.get("auto_map", {})}
     wanted = {entry.split("--")[-1].split(".")[0] + ".py" for entry in auto_map.values() if isinstance(entry, str)}
-    for task in config.get("custom_pipelines", {}).values():
+    if "perturbation-prediction" not in config.get("custom_pipelines", {}):
+        raise ValueError(
+            f"`folder` {folder} was saved without its pipeline; save with `PerturbationPredictionPipeline("
+            "model=..., feature_extractor=...).save_pretrained(folder)`."
+        )
+    for task in config["custom_pipelines"].values():
         wanted.add(task["impl"].split("--")[-1].split(".")[0] + ".py")
     if not any("AutoModel" in key for key in auto_map) or "AutoFeatureExtractor" not in auto_map:
         raise ValueError(

@@ -278,6 +278,7 @@ SPOILT = {
     "own token": (lambda folder: spoil_config(folder, note=TOKEN), "holds your access token"),
     "other model": (lambda folder: spoil_config(folder, model_type="bert"), "holds a `bert` model"),
     "no code": (lambda folder: spoil_config(folder, auto_map={}), "saved without its code"),
+    "no pipeline": (lambda folder: spoil_config(folder, custom_pipelines={}), "saved without its pipeline"),
     "code missing": (lambda folder: (folder / "pipeline_gppc.py").unlink(), "lacks `pipeline_gppc.py`"),
     "weights missing": (lambda folder: (folder / "model.safetensors").unlink(), "holds no `model.safetensors`"),
     "card missing": (lambda folder: (folder / "README.md").unlink(), "no `README.md`; render it"),
