@@ -17,10 +17,13 @@ TEMPLATES = Path(__file__).parent / "templates"
 # Stands for the repository's name until a push replaces it in what it uploads.
 PLACEHOLDER = "USER/REPOSITORY"
 MODEL_METHOD = "gppc"
+LABELLED = " (labels)"
 METRICS = {
     "mse": "mean squared error",
     "r2": "r2 against the gene mean",
     "pearson_delta": "Pearson correlation of the change",
+    "coverage90": "share inside the predicted 90 % interval",
+    "crps": "continuous ranked probability score",
 }
 # What `run.json` must say: key -> (type, what it is). `None` is allowed where a fact was not measured.
 RUN_FACTS = {
@@ -98,16 +101,18 @@ def shown(value: float | int | None) -> str:
 
 
 def score_tables(results: Mapping) -> str:
-    """One Markdown table a split: methods down, [`METRICS`] across, with intervals where they were computed."""
+    """One Markdown table a split: methods down, the [`METRICS`] that were computed across, with their intervals."""
     tables = []
     for split, content in results["splits"].items():
+        methods = content["methods"]
+        metrics = [metric for metric in METRICS if any(scores.get(metric) is not None for scores in methods.values())]
         tables.append(f"**{split}** ({shown(content['n_pairs'])} pairs, {shown(content['n_genes'])} genes)\n")
-        tables.append("| method | " + " | ".join(METRICS.values()) + " |")
-        tables.append("|---|" + "---|" * len(METRICS))
-        for method, scores in content["methods"].items():
-            cells = [_with_interval(scores, metric) for metric in METRICS]
+        tables.append("| method | " + " | ".join(METRICS[metric] for metric in metrics) + " |")
+        tables.append("|---|" + "---|" * len(metrics))
+        for method, scores in methods.items():
             name = f"**{method}**" if method == MODEL_METHOD else method
-            tables.append(f"| {name} | " + " | ".join(cells) + " |")
+            cells = [_with_interval(scores, metric) for metric in metrics]
+            tables.append(f"| {name}{LABELLED if scores.get('uses_labels') else ''} | " + " | ".join(cells) + " |")
         tables.append("")
     return "\n".join(tables)
 
@@ -115,7 +120,7 @@ def score_tables(results: Mapping) -> str:
 def _with_interval(scores: Mapping, metric: str) -> str:
     interval = scores.get(f"{metric}_ci95")
     text = shown(scores.get(metric))
-    return text if not interval else f"{text} [{shown(interval[0])}, {shown(interval[1])}]"
+    return text if not interval or text == "-" else f"{text} [{shown(interval[0])}, {shown(interval[1])}]"
 
 
 def evaluation_entries(results: Mapping, dataset_name: str) -> list[EvalResult]:
@@ -137,7 +142,7 @@ def evaluation_entries(results: Mapping, dataset_name: str) -> list[EvalResult]:
                         dataset_split=split,
                         metric_type=metric,
                         metric_value=value,
-                        metric_name=meaning if method == MODEL_METHOD else f"{meaning} of the floor {method}",
+                        metric_name=meaning if method == MODEL_METHOD else f"{meaning} (floor: {method})",
                         metric_args={"ci95": list(interval)} if interval else None,
                     )
                 )
@@ -175,11 +180,17 @@ def _facts(run: Mapping, config: Mapping, folder: Path) -> str:
 
 def _cost(run: Mapping) -> str:
     flop = "not counted" if run["flop"] is None else f"about {run['flop']:.3g} floating-point operations"
-    processes = f" on {run['processes']} process(es)" if run.get("processes") else ""
+    count = run.get("processes")
+    processes = f" on {count} process{'es' if count > 1 else ''}" if count else ""
     return (
         f"Training took {run['seconds']:,.0f} s{processes}; its cost whatever the hardware: {flop}. "
         "Energy was not measured."
     )
+
+
+def _figures(folder: Path) -> str:
+    figures = sorted((folder / "figures").glob("*.png"))
+    return "".join(f"![{path.stem.replace('_', ' ')}](figures/{path.name})\n\n" for path in figures)
 
 
 def _transfer(folder: Path) -> str:
@@ -232,6 +243,7 @@ def render_model_card(folder: str | Path) -> str:
         normalization=normalization,
         target_sum=target_sum,
         scores=score_tables(results),
+        figures=_figures(folder),
         transfer=_transfer(folder),
         vocab_size=shown(len(preprocessor.get("gene_ids", ()))),
         organism=preprocessor.get("organism", "homo_sapiens").replace("_", " "),

@@ -24,9 +24,22 @@ RESULTS = {
             "n_pairs": 1234,
             "n_genes": 765,
             "methods": {
-                "gppc": {"mse": 0.123456789, "mse_ci95": [0.12, 0.13], "r2": 0.2217, "pearson_delta": 0.46},
+                "gppc": {
+                    "mse": 0.123456789,
+                    "mse_ci95": [0.12, 0.13],
+                    "r2": 0.2217,
+                    "pearson_delta": 0.46,
+                    "coverage90": 0.88,
+                },
                 "mean": {"mse": 0.2, "mse_ci95": [0.19, 0.21], "r2": 0.0, "pearson_delta": float("nan")},
-                "knn": {"mse": 0.17, "mse_ci95": None, "r2": 0.15, "pearson_delta": 0.31},
+                "context_mean": {
+                    "mse": 0.17,
+                    "mse_ci95": None,
+                    "r2": 0.15,
+                    "pearson_delta": None,
+                    "pearson_delta_ci95": [None, None],
+                    "uses_labels": True,
+                },
             },
         },
         "validation": {"n_pairs": 7, "n_genes": 765, "methods": {"gppc": {"mse": 1.5, "r2": -0.1}}},
@@ -66,12 +79,12 @@ def test_metadata_are_valid_and_equal_results(folder):
     for split, content in RESULTS["splits"].items():
         for method, scores in content["methods"].items():
             for metric, meaning in METRICS.items():
-                if metric in scores and scores[metric] == scores[metric]:
-                    name = meaning if method == "gppc" else f"{meaning} of the floor {method}"
+                if scores.get(metric) is not None and scores[metric] == scores[metric]:
+                    name = meaning if method == "gppc" else f"{meaning} (floor: {method})"
                     interval = scores.get(f"{metric}_ci95")
                     wanted[split, name, metric] = (scores[metric], {"ci95": interval} if interval else None)
     assert found == wanted
-    assert len(found) == 10
+    assert len(found) == 10  # 4 of gppc, 2 of mean and of context_mean; 2 of the other split
 
 
 def test_every_figure_of_the_tables_is_that_of_results(folder):
@@ -83,13 +96,14 @@ def test_every_figure_of_the_tables_is_that_of_results(folder):
         content = RESULTS["splits"][split]
         assert (shown(content["n_pairs"]), shown(content["n_genes"])) == (n_pairs, n_genes)
         rows = {
-            cells[0].strip("* "): cells[1:]
+            cells[0].strip("* ").removesuffix(" (labels)"): cells[1:]
             for cells in (line.strip("| ").split(" | ") for line in body.splitlines() if line.startswith("|"))
             if cells[0] != "method" and not cells[0].startswith("---")
         }
         assert list(rows) == list(content["methods"])
+        metrics = list(METRICS)[:4] if split == "test" else ["mse", "r2"]
         for method, cells in rows.items():
-            for metric, cell in zip(METRICS, cells, strict=True):
+            for metric, cell in zip(metrics, cells, strict=True):
                 wanted = content["methods"][method].get(metric)
                 figures = [float(figure) for figure in re.findall(r"-?\d+\.\d+", cell)]
                 if wanted is None or wanted != wanted:
@@ -99,6 +113,7 @@ def test_every_figure_of_the_tables_is_that_of_results(folder):
                 assert figures == [round(value, 4) for value in [wanted, *interval]]
                 seen += len(figures)
     assert seen == 14
+    assert "| context_mean (labels) |" in text and "| **gppc** |" in text
 
 
 def test_facts_of_the_run_are_shown(folder):
@@ -110,6 +125,13 @@ def test_facts_of_the_run_are_shown(folder):
     assert "$" not in text
     assert "correlation is not causation" in text.lower()
     assert "was not scored on a real perturbation screen" in text
+
+
+def test_figures_are_shown_where_there_are_any(folder):
+    assert "![" not in render_model_card(folder)
+    (folder / "figures").mkdir()
+    (folder / "figures" / "learning_curve.png").write_bytes(b"")
+    assert "![learning curve](figures/learning_curve.png)" in render_model_card(folder)
 
 
 def test_transfer_scores_are_shown_when_known(folder):
