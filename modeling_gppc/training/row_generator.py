@@ -28,9 +28,9 @@ class RowGenerator:
     """
 
     def __init__(self, seed: int, epoch: int, rows: np.ndarray):
-        key = np.array([seed % 2**63, epoch], dtype=np.uint64) * _GAMMA
-        start = _mix(key[0] + _GAMMA) ^ _mix(key[1] + _FIRST)
-        self._keys = _mix(np.asarray(rows, dtype=np.uint64) * _GAMMA + start)
+        # Arrays, not scalars: on them 64-bit overflow, the arithmetic of the generator, passes without a warning.
+        first, second = _mix(np.array([seed % 2**63, epoch], dtype=np.uint64) * _GAMMA + np.array([_GAMMA, _FIRST]))
+        self._keys = _mix(np.asarray(rows, dtype=np.uint64) * _GAMMA + (first ^ second))
         self._draws = 0
 
     def random(self, size, dtype=np.float64) -> np.ndarray:
@@ -41,10 +41,8 @@ class RowGenerator:
                 f"`size` is {size}; wanted ({len(self._keys)},) or ({len(self._keys)}, n): a row's draws."
             )
         width = shape[1] if len(shape) == 2 else 1
-        # 64-bit overflow is the arithmetic of the generator.
-        with np.errstate(over="ignore"):
-            steps = (np.arange(1, width + 1, dtype=np.uint64) + np.uint64(self._draws)) * _GAMMA
-            bits = _mix(self._keys[:, None] + steps[None, :])
+        steps = (np.arange(1, width + 1, dtype=np.uint64) + np.uint64(self._draws)) * _GAMMA
+        bits = _mix(self._keys[:, None] + steps[None, :])
         self._draws += width
         if dtype == np.float32:
             output = (bits >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)
