@@ -147,7 +147,7 @@ def render_dataset_card(manifest: Mapping, files: Mapping[str, Path | bytes], li
     configs.to_dataset_card_data(data)
     normalization = manifest.get("normalization", "none")
     target_sum = f" to a sum of {manifest.get('target_sum', 0):,.0f}" if normalization != "none" else ""
-    report = manifest.get("report")
+    made = {key: manifest[key] for key in ("source", "options", "report") if manifest.get(key)}
     text = Template((TEMPLATES / "dataset_card.md").read_text()).substitute(
         name=data.pretty_name,
         placeholder=PLACEHOLDER,
@@ -160,20 +160,27 @@ def render_dataset_card(manifest: Mapping, files: Mapping[str, Path | bytes], li
         normalization=normalization,
         target_sum=target_sum,
         context=", ".join(f"`{name}`" for name in (*CONTEXT_COLUMNS, *TARGET_COLUMNS)),
-        report=f"```json\n{json.dumps(report, indent=2)}\n```" if report else "With `gppc build-pairs`.",
+        made=f"```json\n{json.dumps(made, indent=2)}\n```" if made else "",
         license_note=f" ({license})" if license != "other" else "",
     )
     return str(DatasetCard(f"---\n{data.to_yaml()}\n---\n\n{text}"))
 
 
 def _facts(manifest: Mapping, infos: DatasetInfosDict) -> str:
+    query = manifest.get("options", {}).get("query", {})
+    release = query.get("census_version")
     rows = {
+        "cells from": f"CELLxGENE Census {release}" if release else query.get("uri"),
+        "filters": f"`{query['obs_filter']}`" if query.get("obs_filter") else None,
         "genes": shown(infos["genes"].splits["train"].num_examples),
         "sets of measured genes": shown(infos["panels"].splits["train"].num_examples),
     }
     for key, value in manifest.items():
-        if key in ("splits", "report", "normalization", "target_sum") or value in (None, "", [], {}):
+        if key in ("normalization", "target_sum") or isinstance(value, Mapping):
             continue
-        text = value if isinstance(value, str) else json.dumps(value)
-        rows[key.replace("_", " ")] = f"`{text}`" if isinstance(value, (list, dict)) else text
-    return "\n".join(f"| {label} | {str(value).replace('|', '&#124;')} |" for label, value in rows.items())
+        rows[key.replace("_", " ")] = ", ".join(map(str, value)) if isinstance(value, list) else value
+    return "\n".join(
+        f"| {label} | {str(value).replace('|', '&#124;')} |"
+        for label, value in rows.items()
+        if value not in (None, "")
+    )

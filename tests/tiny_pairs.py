@@ -52,7 +52,7 @@ def write_pairs_folder(folder: Path, file_format: str = "arrow", seed: int = 0) 
         panels,
         pairings=["same_type"],
         file_format=file_format,
-        store="/somewhere/on/a/machine/cells.soma",
+        options={"query": {"uri": "/somewhere/on/a/machine/cells.soma", "obs_filter": "tissue == 'blood'"}},
         report={"cells": 20, "without_partner": {"no_context": 3}},
     )
     return folder

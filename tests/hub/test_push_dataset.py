@@ -56,7 +56,7 @@ def test_what_arrives_is_the_same_pairs_folder(hub, push, tmp_path, file_format)
         assert remote.split(split).equals(local.split(split))
     assert remote.genes.equals(local.genes)
     assert (remote.panels == local.panels).all()
-    assert remote.manifest["store"] == "cells.soma"
+    assert remote.manifest["options"]["query"] == {"uri": "cells.soma", "obs_filter": "tissue == 'blood'"}
     assert remote.manifest["report"] == local.manifest["report"]
     assert (remote.manifest["digest"] == local.manifest["digest"]) is (file_format == "parquet")
 
@@ -100,7 +100,14 @@ def test_the_card_counts_what_is_there(pairs_folder, tmp_path):
     assert infos["default"].download_size == sum(sizes)
     assert infos["default"].features.arrow_schema.remove_metadata() == PAIR_SCHEMA
     assert {entry["config_name"] for entry in card.data.configs} == set(infos)
-    for fact in ("| train | 7 | 1 |", "| test | 3 | 1 |", "| genes | 12 |", '"no_context": 3', "cells.soma"):
+    for fact in (
+        "| train | 7 | 1 |",
+        "| test | 3 | 1 |",
+        "| genes | 12 |",
+        '"no_context": 3',
+        "| cells from | cells.soma |",
+        "`tissue == 'blood'`",
+    ):
         assert fact in card.text
     assert "/somewhere" not in str(card) and "$" not in card.text
 
