@@ -124,12 +124,12 @@ def save(trainer: GppcTrainer, options: RunOptions, folder: PairFolder, seconds:
 def run_facts(trainer: GppcTrainer, options: RunOptions, folder: PairFolder, seconds: float) -> dict:
     """What the card says about the run."""
     manifest = folder.manifest
-    query = manifest.get("query", {})
-    cells = manifest.get("report", {}).get("cells", {})
+    query = manifest.get("options", {}).get("query", {})
+    cells = manifest.get("report", {}).get("splits", {}).get("train", {}).get("cells")
     return {
         "store": options.data.example or query.get("census_version") or Path(query.get("uri") or folder.path).name,
         "filters": query.get("obs_filter"),
-        "cells": int(sum(cells.values())) if cells else len(set(trainer.train_dataset.table["source_soma_joinid"])),
+        "cells": cells or len(set(trainer.train_dataset.table["source_soma_joinid"])),
         "genes": folder.genes.num_rows,
         "seconds": round(seconds, 1),
         "flop": float(trainer.state.total_flos) or None,
