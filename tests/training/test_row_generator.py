@@ -1,5 +1,7 @@
 """RowGenerator: exact values, independence of the batch, uniformity."""
 
+import warnings
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -82,6 +84,13 @@ def test_distributions():
     assert abs(np.corrcoef(first[1:], first[:-1])[0, 1]) < 0.03
     other = RowGenerator(11, 3, np.arange(n)).random(n)
     assert abs(np.corrcoef(RowGenerator(11, 2, np.arange(n)).random(n), other)[0, 1]) < 0.03
+
+
+def test_overflow_is_silent():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for seed in range(20):
+            draws(seed, seed, [0, 1, 2**40])
 
 
 def test_types_and_bounds():
