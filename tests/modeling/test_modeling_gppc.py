@@ -71,7 +71,9 @@ def run(inputs, model=MODEL, **more):
 
 def assert_close(left, right, atol=1e-6):
     for name in ("logits", "logvar", "linear_response"):
-        torch.testing.assert_close(left[name], right[name], atol=atol, rtol=1e-6, msg=lambda text, name=name: name + text)
+        torch.testing.assert_close(
+            left[name], right[name], atol=atol, rtol=1e-6, msg=lambda text, name=name: name + text
+        )
 
 
 def assert_same_bits(left, right):
@@ -88,24 +90,26 @@ def column_rows(array, order):
 # --- Invariant 1: unmeasured genes and padding may hold anything -----------------------------------------------------
 
 
+def with_garbage(inputs, garbage):
+    """Adds tokens, real ones and not padding, of genes that the mask calls unmeasured."""
+    extra = [torch.nonzero(~row)[:2, 0] for row in inputs["measured_mask"]]
+    shape = (len(extra), max(map(len, extra)))
+    ids, mask = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    for row, genes in enumerate(extra):
+        ids[row, : len(genes)], mask[row, : len(genes)] = genes, 1
+    return {
+        **inputs,
+        "input_ids": torch.cat([inputs["input_ids"], ids], dim=1),
+        "expression_values": torch.cat([inputs["expression_values"], torch.full(shape, garbage)], dim=1),
+        "attention_mask": torch.cat([inputs["attention_mask"], mask], dim=1),
+    }
+
+
 @PROPERTY
 @given(seeds, st.sampled_from([float("nan"), float("inf"), -float("inf"), 1e30, -7.0]))
 def test_garbage_in_unmeasured_genes_changes_no_bit(seed, garbage):
     inputs = random_inputs(seed)
-    clean = run(inputs)
-    # Tokens of genes that the mask calls unmeasured, as real tokens and not as padding.
-    extra = [torch.nonzero(~row)[:2, 0] for row in inputs["measured_mask"]]
-    width = max(map(len, extra))
-    ids, mask = torch.zeros(3, width, dtype=torch.long), torch.zeros(3, width, dtype=torch.long)
-    for row, genes in enumerate(extra):
-        ids[row, : len(genes)], mask[row, : len(genes)] = genes, 1
-    spoilt = {
-        **inputs,
-        "input_ids": torch.cat([inputs["input_ids"], ids], dim=1),
-        "expression_values": torch.cat([inputs["expression_values"], torch.full(ids.shape, garbage)], dim=1),
-        "attention_mask": torch.cat([inputs["attention_mask"], mask], dim=1),
-    }
-    assert_same_bits(clean, run(spoilt))
+    assert_same_bits(run(inputs), run(with_garbage(inputs, garbage)))
 
 
 @PROPERTY
@@ -566,9 +570,9 @@ def test_the_origin_tells_perturbed_genes_apart():
 @given(seeds)
 def test_the_origin_ignores_garbage_in_unmeasured_genes_and_padding(seed):
     inputs, model = random_inputs(seed), origin_model()
-    spoilt = dict(inputs)
+    spoilt = with_garbage(inputs, float("nan"))
     for values, mask in (("expression_values", "attention_mask"), ("perturbation_values", "perturbation_mask")):
-        spoilt[values] = inputs[values].masked_fill(inputs[mask] == 0, float("nan"))
+        spoilt[values] = spoilt[values].masked_fill(spoilt[mask] == 0, float("nan"))
     assert torch.equal(run(inputs, model).logits, run(spoilt, model).logits)
 
 
