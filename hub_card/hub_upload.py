@@ -304,13 +304,18 @@ def same_content(source: Path | bytes, remote) -> bool:
 
 
 def http_cause(error: BaseException) -> Exception | None:
-    """The HTTP or connection error behind an error of the client, which wraps those of its upload threads."""
+    """The HTTP or connection error behind an error of the client, which wraps those of its upload threads.
+
+    A `RuntimeError` with nothing local behind it is how the client's own storage protocol reports a failed transfer.
+    """
     current: BaseException | None = error
     while current is not None:
         if isinstance(current, (HTTP_ERROR, ConnectionError, TimeoutError)):
             return current
+        if isinstance(current, OSError):
+            return None
         current = current.__cause__ or current.__context__
-    return None
+    return error if isinstance(error, RuntimeError) else None
 
 
 def is_transient(error: Exception) -> bool:

@@ -37,12 +37,12 @@ def find_kind(kind: str, folder: Path | None) -> str:
     if kind != "auto":
         return kind
     is_model, is_pairs = (folder / "config.json").is_file(), (folder / "manifest.json").is_file()
-    if is_model == is_pairs:
+    if is_model and is_pairs:
+        raise ValueError(f"`folder` {folder} holds config.json and manifest.json; say --kind model or --kind dataset.")
+    if not is_model and not is_pairs:
         raise ValueError(
             f"`folder` {folder} holds neither a config.json (a model) nor a manifest.json (pairs); name the folder "
             "that training or `gppc build-pairs` wrote."
-            if not is_model
-            else f"`folder` {folder} holds config.json and manifest.json; say --kind model or --kind dataset."
         )
     return "model" if is_model else "dataset"
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 from tiny_model import write_model_folder
 
 from hub_card.hub_upload import Retries
@@ -89,6 +89,11 @@ def test_a_new_version_sends_what_changed_and_removes_what_is_gone(hub, push, mo
     assert hub.files("model", "tester/model", "v2")["model.safetensors"] == (newer / "model.safetensors").read_bytes()
 
 
+def wrapped(error, cause):
+    error.__cause__ = cause
+    return error
+
+
 STAGES = {
     "info": "GET /api/models/tester/model$",
     "create": "POST /api/repos/create",
@@ -161,6 +166,32 @@ def test_large_files_that_arrived_are_not_sent_again(hub, push, model_folder):
     assert not [path for method, path, _ in hub.requests if method == "PUT"]
 
 
+@pytest.mark.parametrize(
+    ("error", "completes"),
+    [
+        (RuntimeError("transfer failed"), True),
+        (wrapped(RuntimeError("upload failed"), TimeoutError("slow")), True),
+        (wrapped(RuntimeError("upload failed"), FileNotFoundError("model.safetensors")), False),
+    ],
+)
+def test_failed_transfers_of_other_protocols(hub, push, model_folder, monkeypatch, error, completes):
+    create_commit, errors = HfApi.create_commit, [error]
+
+    def fail_once(*args, **kwargs):
+        if errors:
+            raise errors.pop()
+        return create_commit(*args, **kwargs)
+
+    monkeypatch.setattr(HfApi, "create_commit", fail_once)
+    if completes:
+        push(model_folder)
+        assert_complete(hub, model_folder)
+    else:
+        with pytest.raises(RuntimeError, match="upload failed"):
+            push(model_folder)
+        assert push.waits == []
+
+
 @pytest.mark.parametrize("status", [409, 412])
 def test_a_commit_of_somebody_else_meanwhile_is_noticed(hub, push, model_folder, status):
     hub.fail(STAGES["commit"], status=status)
@@ -220,6 +251,12 @@ ERRORS = {
         "other/hidden",
         {},
         "may not write to model `other/hidden`",
+    ),
+    "no quota": (
+        lambda hub: hub.fail("POST /api/repos/create", status=402, message="storage limit reached"),
+        "tester/model",
+        {},
+        "the Hub refused model `tester/model`: .*402.*storage limit",
     ),
     "bad name": (None, "tester/a model!", {}, "`repo_id` is 'tester/a model!'"),
     "other model": (
