@@ -1,0 +1,145 @@
+"""Leak guards: a division of data that lets test information into training is refused, with the reason."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+
+@dataclasses.dataclass
+class SplitPlan:
+    """All that can leak, in one place; every field holds names, an empty one is not checked.
+
+    Args:
+        train_cells, validation_cells, test_cells (`Iterable[str]`): Barcodes or join ids.
+        train_perturbations, validation_perturbations, test_perturbations (`Iterable[str]`): Labels, `A+B` for
+            combinations.
+        held_out (`str`): What the split claims to hold out: `"cells"`, `"perturbations"`, `"combinations"`,
+            `"donors"`, `"datasets"`, `"batches"` or `"cell_lines"`.
+        seen_members (`int`, *optional*): For combinations: how many members were seen alone, as stated.
+        train_groups, test_groups (`Iterable[str]`): Donors, data sets, batches or cell lines, whichever is held out.
+        pretraining_datasets, test_datasets (`Iterable[str]`): Data sets that a model was pre-trained on, and scored.
+        pretraining_cells (`Iterable[str]`): Barcodes that a model was pre-trained on.
+        selection_cells (`Iterable[str]`): Cells that chose hyper-parameters, checkpoints or thresholds.
+        panel_cells (`Iterable[str]`): Cells that chose the genes.
+        normalisation_cells (`Iterable[str]`): Cells that fixed means, scales or residuals.
+        reference_perturbations (`Iterable[str]`): Perturbations averaged into a reference or a mean baseline.
+        scored_genes, target_genes (`Iterable[str]`): Genes that count, and targets of the whole panel.
+        perturbed_cells_read (`Iterable[str]`): Perturbed cells that an in-context or zero-shot model read.
+        mode (`str`): `"zero-shot"`, `"in-context"` or `"fine-tuned"`.
+    """
+
+    train_cells: Iterable[str] = ()
+    validation_cells: Iterable[str] = ()
+    test_cells: Iterable[str] = ()
+    train_perturbations: Iterable[str] = ()
+    validation_perturbations: Iterable[str] = ()
+    test_perturbations: Iterable[str] = ()
+    held_out: str = "perturbations"
+    seen_members: int | None = None
+    train_groups: Iterable[str] = ()
+    test_groups: Iterable[str] = ()
+    pretraining_datasets: Iterable[str] = ()
+    test_datasets: Iterable[str] = ()
+    pretraining_cells: Iterable[str] = ()
+    selection_cells: Iterable[str] = ()
+    panel_cells: Iterable[str] = ()
+    normalisation_cells: Iterable[str] = ()
+    reference_perturbations: Iterable[str] = ()
+    scored_genes: Iterable[str] = ()
+    target_genes: Iterable[str] = ()
+    perturbed_cells_read: Iterable[str] = ()
+    mode: str = "fine-tuned"
+
+
+def _members(labels: Iterable[str]) -> set[str]:
+    return {part.casefold() for label in labels for part in str(label).split("+")}
+
+
+def _canonical(labels: Iterable[str]) -> set[str]:
+    return {"+".join(sorted(str(label).casefold().split("+"))) for label in labels}
+
+
+def find_leaks(plan: SplitPlan) -> list[str]:
+    """Reasons why a plan leaks, each one sentence; an empty list is a clean plan."""
+    leaks = []
+
+    def overlap(first: Iterable, second: Iterable, reason: str) -> None:
+        shared = sorted(set(map(str, first)) & set(map(str, second)))
+        if shared:
+            shown = ", ".join(shared[:3]) + (", ..." if len(shared) > 3 else "")
+            leaks.append(f"{reason}: {len(shared)} shared ({shown})")
+
+    overlap(plan.train_cells, plan.test_cells, "a cell is in training and in test")
+    overlap(plan.validation_cells, plan.test_cells, "a cell is in validation and in test")
+    overlap(plan.train_cells, plan.validation_cells, "a cell is in training and in validation")
+    overlap(plan.pretraining_cells, plan.test_cells, "a cell of the pre-training atlas is in test")
+    overlap(plan.pretraining_datasets, plan.test_datasets, "a data set was pre-trained on and is scored")
+    overlap(plan.selection_cells, plan.test_cells, "cells of the test set, controls included, were used for selection")
+    overlap(plan.panel_cells, plan.test_cells, "the gene panel was chosen with test cells")
+    overlap(plan.normalisation_cells, plan.test_cells, "normalisation was fitted on test cells")
+    overlap(plan.scored_genes, plan.target_genes, "a target gene of the panel is scored")
+    if plan.held_out in ("perturbations", "combinations"):
+        test = _canonical(plan.test_perturbations)
+        overlap(_canonical(plan.train_perturbations), test, "a perturbation is in training and in test")
+        overlap(_canonical(plan.validation_perturbations), test, "a perturbation is in validation and in test")
+        overlap(_canonical(plan.reference_perturbations), test, "a test perturbation is part of the reference mean")
+    if plan.held_out == "perturbations":
+        test_genes = _members(plan.test_perturbations)
+        combined = [label for label in plan.train_perturbations if "+" in str(label)]
+        overlap(_members(combined), test_genes, "a test gene is perturbed in a training combination")
+        if any("+" in str(label) for label in plan.test_perturbations):
+            singles = {str(label).casefold() for label in plan.train_perturbations if "+" not in str(label)}
+            tested = _members(label for label in plan.test_perturbations if "+" in str(label))
+            overlap(singles, tested, "a member of a test combination was seen alone but the split calls it unseen")
+    if plan.held_out == "combinations":
+        leaks += _undeclared_members(plan)
+    if plan.held_out in ("donors", "datasets", "batches", "cell_lines"):
+        overlap(plan.train_groups, plan.test_groups, f"one of the {plan.held_out} is in training and in test")
+    if plan.mode in ("zero-shot", "in-context"):
+        read = list(plan.perturbed_cells_read)
+        if read:
+            leaks.append(f"mode {plan.mode!r} reads no perturbed cells, but {len(read)} were read ({read[0]}, ...)")
+    return leaks
+
+
+def _undeclared_members(plan: SplitPlan) -> list[str]:
+    if plan.seen_members is None:
+        return ["combinations are scored without saying how many of their members were seen (`seen_members`)"]
+    singles = {str(label).casefold() for label in plan.train_perturbations if "+" not in str(label)}
+    wrong = [
+        label
+        for label in plan.test_perturbations
+        if sum(part.casefold() in singles for part in str(label).split("+")) > plan.seen_members
+    ]
+    if not wrong:
+        return []
+    return [f"{len(wrong)} combinations had more members seen alone than the stated {plan.seen_members} ({wrong[0]})"]
+
+
+def refuse_leaks(plan: SplitPlan) -> None:
+    """Raises `ValueError` naming every leak of the plan, in one line."""
+    leaks = find_leaks(plan)
+    if leaks:
+        raise ValueError(f"`split` leaks: {'; '.join(leaks)}. Remove what is shared from training, or score less.")
+
+
+def guard_fold(
+    barcodes: Sequence[str],
+    train_cells,
+    test_cells,
+    train: Sequence[str],
+    test: Sequence[str],
+    scored_genes: Sequence[str],
+    target_genes: Sequence[str],
+) -> None:
+    """[`refuse_leaks`] for one fold over perturbations of a screen, cells given as rows of `barcodes`."""
+    refuse_leaks(
+        SplitPlan(
+            train_cells=[barcodes[row] for row in train_cells],
+            test_cells=[barcodes[row] for row in test_cells],
+            train_perturbations=train,
+            test_perturbations=test,
+            reference_perturbations=train,
+            scored_genes=scored_genes,
+            target_genes=target_genes,
+        )
+    )

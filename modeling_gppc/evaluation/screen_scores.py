@@ -1,0 +1,345 @@
+"""Observed responses of a screen, and the scores of predicted ones with their intervals, null and ceiling."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import scipy.special
+import scipy.stats
+
+from data_scripts.screens import CONTROL, Screen
+from modeling_gppc.evaluation import metrics
+
+# Order of columns in tables and files.
+METRICS = (
+    "pearson_delta",
+    "systema_pearson",
+    "direction_accuracy",
+    "normalised_squared_error",
+    "mae_delta",
+    "mse_delta",
+    "r2_delta",
+    "weighted_mse",
+    "l2_top_expressed",
+    "discrimination_l1",
+    "discrimination_cosine",
+    "centroid_accuracy",
+    "perturbench_rank",
+    "de_overlap",
+    "de_precision_at_50",
+    "energy_distance",
+    "coverage90",
+    "crps",
+)
+
+
+@dataclasses.dataclass
+class ScreenTruth:
+    """Observed responses of some perturbations.
+
+    Args:
+        labels (`list[str]`): The P perturbations.
+        delta (`np.ndarray`): Pseudobulk minus pseudobulk of all controls, shape `(P, V)`.
+        control (`np.ndarray`): Pseudobulk of the controls, shape `(V,)`.
+        sampling_variance (`np.ndarray`): Of `delta`, from the cells' variance, shape `(P, V)`.
+        mask (`np.ndarray` of bool): Genes that are scored: no target of any perturbation of the screen, shape `(V,)`.
+        ceiling (`np.ndarray`): Split-half correlation of the response, shape `(P,)`.
+        n_cells (`np.ndarray`): Shape `(P,)`.
+        de_scores, de_fdr, de_change (`np.ndarray`): Wilcoxon z, Benjamini-Hochberg FDR and log fold change of each
+            gene, shape `(P, V)`.
+    """
+
+    labels: list[str]
+    delta: np.ndarray
+    control: np.ndarray
+    sampling_variance: np.ndarray
+    mask: np.ndarray
+    ceiling: np.ndarray
+    n_cells: np.ndarray
+    de_scores: np.ndarray
+    de_fdr: np.ndarray
+    de_change: np.ndarray
+
+    def select(self, index: np.ndarray) -> "ScreenTruth":
+        """Some of the perturbations."""
+        shared = ("control", "mask")
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        fields["labels"] = [self.labels[i] for i in index]
+        return ScreenTruth(**{k: v if k in shared or k == "labels" else v[index] for k, v in fields.items()})
+
+
+@dataclasses.dataclass
+class ScreenPrediction:
+    """Predicted responses of some perturbations.
+
+    Args:
+        delta (`np.ndarray`): Shape `(P, V)`.
+        variance (`np.ndarray`, *optional*): Of `delta` as a prediction of the true mean response, shape `(P, V)`.
+        reads_perturbed_cells (`bool`, *optional*, defaults to `False`): Whether perturbed cells of the screen, other
+            than the change at the target itself, were used.
+    """
+
+    delta: np.ndarray
+    variance: np.ndarray | None = None
+    reads_perturbed_cells: bool = False
+
+
+def observe(screen: Screen, labels: Sequence[str], seed: int = 0, n_splits: int = 10) -> ScreenTruth:
+    """Observed responses, their sampling error, differential expression and split-half ceiling."""
+    values = screen.values
+    controls = screen.cells_of(CONTROL)
+    control = values[controls].mean(axis=0, dtype=np.float64)
+    control_variance = values[controls].var(axis=0, dtype=np.float64, ddof=1) / len(controls)
+    delta, variance, ceiling, counts = [], [], [], []
+    mask = np.ones(values.shape[1], dtype=bool)
+    mask[screen.panel_targets] = False
+    for label in labels:
+        cells = screen.cells_of(label)
+        delta.append(values[cells].mean(axis=0, dtype=np.float64) - control)
+        variance.append(values[cells].var(axis=0, dtype=np.float64, ddof=1) / len(cells) + control_variance)
+        ceiling.append(split_half(values[cells], values[controls], mask, n_splits, seed))
+        counts.append(len(cells))
+    scores, fdr, change = differential_expression(screen, labels)
+    return ScreenTruth(
+        labels=list(labels),
+        delta=np.array(delta),
+        control=control,
+        sampling_variance=np.array(variance),
+        mask=mask,
+        ceiling=np.array(ceiling),
+        n_cells=np.array(counts),
+        de_scores=scores,
+        de_fdr=fdr,
+        de_change=change,
+    )
+
+
+def split_half(cells: np.ndarray, controls: np.ndarray, mask: np.ndarray, n_splits: int, seed: int) -> float:
+    """Mean correlation of the responses of two halves of the cells (controls halved too): what a replicate scores."""
+    generator = np.random.default_rng(seed)
+    found = []
+    for _ in range(n_splits):
+        halves = []
+        order, control_order = generator.permutation(len(cells)), generator.permutation(len(controls))
+        for start in (0, 1):
+            halves.append(cells[order[start::2]].mean(axis=0) - controls[control_order[start::2]].mean(axis=0))
+        found.append(metrics.pearson_delta(halves[0][None], halves[1][None], mask)[0])
+    return float(np.nanmean(found)) if np.isfinite(found).any() else 0.0
+
+
+def differential_expression(screen: Screen, labels: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Wilcoxon rank-sum test of each perturbation against all controls, ties corrected, normal approximation.
+
+    Returns:
+        z, Benjamini-Hochberg FDR within the perturbation and log2 fold change of mean expm1, each `(P, V)`; the fold
+        change is scanpy's, the p-values are `scipy.stats.mannwhitneyu`'s without continuity correction.
+    """
+    controls = screen.values[screen.cells_of(CONTROL)]
+    output = np.zeros((3, len(labels), screen.values.shape[1]))
+    control_level = np.expm1(controls.astype(np.float64)).mean(axis=0)
+    for row, label in enumerate(labels):
+        cells = screen.values[screen.cells_of(label)]
+        z = rank_sum_z(cells, controls)
+        p = scipy.special.erfc(np.abs(z) / np.sqrt(2))
+        order = np.argsort(p)
+        adjusted = np.minimum.accumulate((p[order] * len(p) / np.arange(1, len(p) + 1))[::-1])[::-1]
+        output[0, row], output[1, row, order] = z, np.minimum(adjusted, 1.0)
+        level = np.expm1(cells.astype(np.float64)).mean(axis=0)
+        output[2, row] = np.log2((level + 1e-9) / (control_level + 1e-9))
+    return output[0], output[1], output[2]
+
+
+def rank_sum_z(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """z of the rank sum of `first` against `second`, column by column, variance corrected for ties."""
+    n, m = len(first), len(second)
+    ranks = scipy.stats.rankdata(np.concatenate([first, second]), axis=0)
+    # Var of the rank sum is n m / ((N - 1) N) x (sum of squared ranks - N (N + 1)^2 / 4), whatever the ties.
+    total = n + m
+    spread = (ranks**2).sum(axis=0) - total * (total + 1) ** 2 / 4
+    variance = n * m / (total * (total - 1)) * spread
+    difference = ranks[:n].sum(axis=0) - n * (total + 1) / 2
+    return np.divide(difference, np.sqrt(variance), out=np.zeros_like(difference), where=variance > 1e-9)
+
+
+def score_prediction(
+    prediction: ScreenPrediction,
+    truth: ScreenTruth,
+    reference: np.ndarray,
+    screen: Screen | None = None,
+    max_cells: int = 200,
+    seed: int = 0,
+) -> dict[str, np.ndarray]:
+    """Every metric of one method, one value a perturbation.
+
+    A prediction without any direction (no change at the scored genes) has no correlation; it scores 0 there.
+
+    Args:
+        prediction (`ScreenPrediction`): Of the perturbations of `truth`, in order.
+        truth (`ScreenTruth`): What was observed.
+        reference (`np.ndarray`): Systema's R as deltas: mean of the training perturbations, shape `(P, V)`.
+        screen (`Screen`, *optional*): For the energy distance, which needs cells: controls moved by the predicted
+            delta against perturbed cells, at most `max_cells` of each.
+        max_cells (`int`, *optional*, defaults to 200): See above.
+        seed (`int`, *optional*, defaults to 0): Draws those cells.
+    """
+    delta_hat, delta, mask = prediction.delta, truth.delta, truth.mask
+    kept = delta_hat[:, mask], delta[:, mask]
+    scores = {
+        "pearson_delta": np.nan_to_num(metrics.pearson_delta(*kept)),
+        "systema_pearson": metrics.systema_pearson(*kept, reference[:, mask]),
+        "direction_accuracy": metrics.direction_accuracy(*kept),
+        "normalised_squared_error": metrics.normalised_squared_error(*kept),
+        "mae_delta": metrics.mean_absolute_error(*kept),
+        "mse_delta": metrics.mean_squared_error(*kept),
+        "r2_delta": metrics.r2_score(*kept),
+        "weighted_mse": metrics.weighted_mse(*kept, truth.de_scores[:, mask]),
+        "l2_top_expressed": metrics.l2_top_expressed(*kept, truth.control[mask]),
+        "discrimination_l1": metrics.discrimination(*kept, "l1"),
+        "discrimination_cosine": metrics.discrimination(*kept, "cosine"),
+        "centroid_accuracy": metrics.centroid_accuracy(*kept),
+        "perturbench_rank": metrics.perturbench_rank(*kept),
+    }
+    observed_genes = [metrics.significant_genes(c, f) for c, f in zip(truth.de_change[:, mask], truth.de_fdr[:, mask])]
+    # Point predictions have no test of their own: genes rank by the size of the predicted change.
+    ranked = [np.argsort(-np.abs(row), kind="stable")[: np.count_nonzero(row)] for row in kept[0]]
+    scores["de_overlap"] = np.array(
+        [
+            metrics.de_overlap(genes, rank[: len(genes)]) if len(genes) else np.nan
+            for genes, rank in zip(observed_genes, ranked)
+        ]
+    )
+    scores["de_precision_at_50"] = np.array(
+        [np.isin(rank[:50], genes).sum() / 50 if len(genes) else np.nan for genes, rank in zip(observed_genes, ranked)]
+    )
+    if screen is not None:
+        generator = np.random.default_rng(seed)
+        controls = generator.permutation(screen.cells_of(CONTROL))[:max_cells]
+        distances = []
+        for row, label in enumerate(truth.labels):
+            cells = generator.permutation(screen.cells_of(label))[:max_cells]
+            moved = screen.values[controls][:, mask] + kept[0][row]
+            distances.append(metrics.energy_distance(moved, screen.values[cells][:, mask]))
+        scores["energy_distance"] = np.array(distances)
+    if prediction.variance is not None:
+        # The observed mean has an error of its own; an interval for it must hold both.
+        total = (prediction.variance + truth.sampling_variance)[:, mask]
+        scores["coverage90"] = metrics.interval_coverage(kept[0], total, kept[1]).mean(axis=1)
+        scores["crps"] = metrics.gaussian_crps(kept[0], total, kept[1]).mean(axis=1)
+    return scores
+
+
+def swapped_pearson(prediction: ScreenPrediction, truth: ScreenTruth) -> np.ndarray:
+    """Correlation of each response with the predictions made for the *other* perturbations, averaged; `(P,)`.
+
+    A hard null: it keeps what all perturbations of a screen have in common.
+    """
+    n = len(truth.labels)
+    if n < 2:
+        return np.full(n, np.nan)
+    centred = []
+    for values in (truth.delta[:, truth.mask], prediction.delta[:, truth.mask]):
+        values = values - values.mean(axis=1, keepdims=True)
+        norms = np.linalg.norm(values, axis=1, keepdims=True)
+        centred.append(np.divide(values, norms, out=np.zeros_like(values), where=norms > 1e-12))
+    table = centred[0] @ centred[1].T
+    return (table.sum(axis=1) - np.diag(table)) / (n - 1)
+
+
+def bootstrap_perturbations(values: np.ndarray, n_resamples: int = 2_000, seed: int = 0) -> list[float]:
+    """95 % interval of the mean over perturbations, perturbations drawn with replacement; NaN entries are left out."""
+    values = np.asarray(values, dtype=float)
+    values = values[np.isfinite(values)]
+    if len(values) < 2:
+        return [float("nan"), float("nan")]
+    samples = metrics.cluster_bootstrap(values, np.ones(len(values)), n_resamples, seed)
+    return metrics.percentile_interval(samples[:, 0])
+
+
+def resample_responses(screen: Screen, truth: ScreenTruth, n_resamples: int = 200, seed: int = 0) -> np.ndarray:
+    """Responses recomputed from cells drawn with replacement, controls too, at the scored genes: `(B, P, scored)`."""
+    generator = np.random.default_rng(seed)
+
+    def means(cells):
+        values = screen.values[cells][:, truth.mask]
+        times = generator.multinomial(len(cells), np.full(len(cells), 1 / len(cells)), size=n_resamples)
+        return (times.astype(np.float32) @ values) / len(cells)
+
+    controls = means(screen.cells_of(CONTROL))
+    return np.stack([means(screen.cells_of(label)) - controls for label in truth.labels], axis=1)
+
+
+def compare_methods(
+    first: ScreenPrediction,
+    second: ScreenPrediction,
+    truth: ScreenTruth,
+    resampled: np.ndarray,
+    seed: int = 0,
+) -> dict[str, float | list[float]]:
+    """Difference in mean pearson_delta, with a paired interval over perturbations x resampled cells.
+
+    Returns:
+        `dict` with `difference`, `ci95`, and the same for the perturbations whose ceiling exceeds 0.5 under
+        `above_ceiling_half` (`n`, `difference`, `ci95`).
+    """
+    point = _correlations(first, truth, truth.delta[None][:, :, truth.mask]) - _correlations(
+        second, truth, truth.delta[None][:, :, truth.mask]
+    )
+    drawn = _correlations(first, truth, resampled) - _correlations(second, truth, resampled)
+
+    def summarise(rows: np.ndarray) -> dict:
+        if len(rows) < 2:
+            difference = float(point[0, rows].mean()) if len(rows) else float("nan")
+            return {"n": len(rows), "difference": difference, "ci95": [float("nan"), float("nan")]}
+        generator = np.random.default_rng(seed)
+        picks = rows[generator.integers(0, len(rows), size=(2_000, len(rows)))]
+        samples = drawn[generator.integers(0, len(drawn), size=2_000)[:, None], picks].mean(axis=1)
+        return {
+            "n": len(rows),
+            "difference": float(point[0, rows].mean()),
+            "ci95": metrics.percentile_interval(samples),
+        }
+
+    everything = np.arange(len(truth.labels))
+    return summarise(everything) | {"above_ceiling_half": summarise(np.flatnonzero(truth.ceiling > 0.5))}
+
+
+def _correlations(prediction: ScreenPrediction, truth: ScreenTruth, observed: np.ndarray) -> np.ndarray:
+    """Correlation of one prediction with many versions `(B, P, scored)` of the observation; `(B, P)`, 0 if undefined."""
+    predicted = prediction.delta[:, truth.mask]
+    predicted = predicted - predicted.mean(axis=1, keepdims=True)
+    observed = observed - observed.mean(axis=2, keepdims=True)
+    product = np.einsum("pv,bpv->bp", predicted, observed)
+    norms = np.linalg.norm(predicted, axis=1) * np.linalg.norm(observed, axis=2)
+    return np.divide(product, norms, out=np.zeros_like(product), where=norms > 1e-12)
+
+
+def summarise_method(
+    prediction: ScreenPrediction,
+    truth: ScreenTruth,
+    scores: Mapping[str, np.ndarray],
+    shuffled: np.ndarray | None = None,
+    seed: int = 0,
+) -> dict:
+    """Means over perturbations with their 95 % intervals.
+
+    Args:
+        prediction (`ScreenPrediction`), truth (`ScreenTruth`): What was predicted and observed.
+        scores (`Mapping[str, np.ndarray]`): From [`score_prediction`].
+        shuffled (`np.ndarray`, *optional*): pearson_delta of the target-shuffled null, shape `(P,)`.
+        seed (`int`, *optional*, defaults to 0): Of the bootstrap.
+    """
+    entry: dict = {"n_perturbations": len(truth.labels), "reads_perturbed_cells": prediction.reads_perturbed_cells}
+    for name in METRICS:
+        if name in scores:
+            values = scores[name]
+            entry[name] = float(np.nanmean(values)) if np.isfinite(values).any() else None
+            entry[f"{name}_ci95"] = bootstrap_perturbations(values, seed=seed)
+    for name, null in (("swapped", swapped_pearson(prediction, truth)), ("shuffled", shuffled)):
+        if null is not None and np.isfinite(null).all():
+            entry[f"{name}_pearson"] = float(null.mean())
+            entry[f"matched_minus_{name}"] = float((scores["pearson_delta"] - null).mean())
+            entry[f"matched_minus_{name}_ci95"] = bootstrap_perturbations(scores["pearson_delta"] - null, seed=seed)
+    # Size of all responses together, which a few strong perturbations dominate instead of many weak ones.
+    gap = ((prediction.delta - truth.delta)[:, truth.mask] ** 2).sum()
+    entry["pooled_normalised_squared_error"] = float(gap / (truth.delta[:, truth.mask] ** 2).sum())
+    return entry

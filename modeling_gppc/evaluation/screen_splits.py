@@ -1,0 +1,90 @@
+"""Which perturbations are trained on and which are scored."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from data_scripts.screens import Screen
+
+
+@dataclasses.dataclass
+class Fold:
+    """One division of a screen: `train` and `test` perturbations, and the rows of cells that may be read for each."""
+
+    name: str
+    train: list[str]
+    test: list[str]
+    train_cells: np.ndarray
+    test_cells: np.ndarray
+
+
+def _cells(screen: Screen, labels: Sequence[str]) -> np.ndarray:
+    return np.flatnonzero(np.isin(screen.label, list(labels)))
+
+
+def perturbation_folds(screen: Screen, n_folds: int = 5, seed: int = 0) -> list[Fold]:
+    """k folds over perturbations: those of a fold, alone or in a combination, are seen nowhere in its training part.
+
+    Combinations that share a gene with a test perturbation are in neither part of that fold; every label is tested in
+    exactly one fold.
+
+    Raises:
+        ValueError: If there are fewer perturbations than folds.
+    """
+    labels = sorted(screen.perturbations)
+    if not 2 <= n_folds <= len(labels):
+        raise ValueError(
+            f"`folds` is {n_folds}; wanted 2 to {len(labels)}, the number of perturbations with enough cells."
+        )
+    order = np.random.default_rng(seed).permutation(len(labels))
+    folds = []
+    for index in range(n_folds):
+        test = sorted(labels[position] for position in order[index::n_folds])
+        hidden = {gene for label in test for gene in screen.perturbations[label].genes}
+        train = [
+            label for label in labels if label not in test and not hidden & set(screen.perturbations[label].genes)
+        ]
+        folds.append(Fold(f"fold {index + 1}", train, test, _cells(screen, train), _cells(screen, test)))
+    return folds
+
+
+def combination_folds(screen: Screen) -> dict[int, Fold]:
+    """Combinations scored by how many of their members were seen alone in training: 0, 1 or 2.
+
+    For 2 every single is trained on; for 1 and 0 the singles of one, or both, members are withheld, which takes one
+    fold a combination; here those folds are merged into one entry whose `train` holds what all of them may see.
+    """
+    singles = {label: p.genes[0] for label, p in screen.perturbations.items() if len(p.genes) == 1}
+    doubles = {label: p.genes for label, p in screen.perturbations.items() if len(p.genes) == 2}
+    folds = {}
+    for seen in (0, 1, 2):
+        test = [label for label, genes in doubles.items() if sum(g in singles.values() for g in genes) >= seen]
+        hidden = {gene for label in test for gene in doubles[label][seen:]}
+        train = [label for label, gene in singles.items() if gene not in hidden]
+        usable = [label for label in test if sum(g in {singles[t] for t in train} for g in doubles[label]) == seen]
+        if usable and train:
+            folds[seen] = Fold(f"{seen} seen", train, usable, _cells(screen, train), _cells(screen, usable))
+    return folds
+
+
+def held_out_group(screen: Screen, column: str, value: str) -> Fold:
+    """All perturbations, trained on the other batches (`column="batch"`) or cell lines and tested on `value`.
+
+    Raises:
+        ValueError: If the screen has no such batch or cell line, or only that one.
+    """
+    if column not in ("batch", "cell_line"):
+        raise ValueError(f"`column` is {column!r}; wanted 'batch' or 'cell_line'.")
+    groups = getattr(screen, column)
+    if value not in groups or len(np.unique(groups)) < 2:
+        raise ValueError(f"`{column}` {value!r} cannot be held out; there are {', '.join(np.unique(groups)[:8])}.")
+    labels = sorted(screen.perturbations)
+    perturbed = np.isin(screen.label, labels)
+    return Fold(
+        f"{column} {value}",
+        labels,
+        labels,
+        np.flatnonzero(perturbed & (groups != value)),
+        np.flatnonzero(perturbed & (groups == value)),
+    )
