@@ -12,7 +12,8 @@ import tiledbsoma
 from data_scripts.pair_options import QueryOptions
 from modeling_gppc.feature_extraction_gppc import check_raw_counts, normalize_counts
 
-BLOCK_CELLS = 4_096
+BLOCK_CELLS = 2_048
+TILE_CELLS = 2_048  # extent of Census's tiles along the cells; a tile cut by two blocks is decoded twice
 SMALL_COUNTS = 32  # counts below are normalised once a cell and looked up
 
 
@@ -49,7 +50,7 @@ class CellStream:
         joinids (`np.ndarray`): `soma_joinid` of the cells, ascending, shape `(n_cells,)`.
         n_expressed (`np.ndarray`, *optional*): Entries that each cell must have, shape `(n_cells,)`; a store that
             yields fewer is damaged.
-        block_cells (`int`, *optional*, defaults to 4,096): Cells read at once.
+        block_cells (`int`, *optional*, defaults to 2,048): Cells read at once.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class CellStream:
         self.n_expressed, self.block_cells = n_expressed, block_cells
 
     def __iter__(self) -> Iterator[CellBlock]:
-        starts = range(0, len(self.joinids), self.block_cells)
+        blocks = list(self.blocks())
         ahead: queue.Queue = queue.Queue(maxsize=1)
         stopped = threading.Event()
 
@@ -79,8 +80,8 @@ class CellStream:
 
         def read_ahead():
             try:
-                for start in starts:
-                    if not put(self.read(start)):
+                for start, stop in blocks:
+                    if not put(self.read(start, stop)):
                         return
                 put(None)
             except BaseException as error:  # handed to the caller, who raises it
@@ -97,13 +98,21 @@ class CellStream:
             stopped.set()
             reader.join()
 
-    def read(self, start: int) -> CellBlock:
-        """Reads the block that begins with cell `start`.
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """First cell and end of every block: as many cells as wanted, ending with a tile of the store if one ends."""
+        start = 0
+        while start < len(self.joinids):
+            stop = tile_boundary(self.joinids, start + self.block_cells, start + self.block_cells // 2)
+            yield start, stop
+            start = stop
+
+    def read(self, start: int, stop: int) -> CellBlock:
+        """Reads the cells from `start` to `stop`.
 
         Raises:
             ValueError: If the store is damaged, or the layer `raw` holds values that are not counts.
         """
-        joinids = self.joinids[start : start + self.block_cells]
+        joinids = self.joinids[start:stop]
         first, last = int(joinids[0]), int(joinids[-1])
         contiguous = last - first + 1 == len(joinids)
         coordinates = slice(first, last) if contiguous else joinids
@@ -146,6 +155,14 @@ class CellStream:
         elif not np.isfinite(values.sum(dtype=np.float64)):
             raise ValueError(f"{where} holds NaN or infinite values.")
         return bool(smallest > 0) or bool(values.all())
+
+
+def tile_boundary(joinids: np.ndarray, wanted: int, least: int) -> int:
+    """The last position up to `wanted` that begins a tile of the store, or `wanted` where that is not above `least`."""
+    if wanted >= len(joinids):
+        return len(joinids)
+    boundary = int(np.searchsorted(joinids, joinids[wanted] // TILE_CELLS * TILE_CELLS))
+    return boundary if boundary > least else wanted
 
 
 def _joined(chunks: list) -> np.ndarray:

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from data_scripts.build_tasks import build_shard, count_part, load_part, run_tasks, shard_done
+from data_scripts.census_query import CellQuery
 from data_scripts.gene_selection import find_genes, read_gene_list, select_genes
 from data_scripts.pair_folder import MANIFEST, PairFolder, finish_pair_folder, read_table
 from data_scripts.pair_options import PairOptions
@@ -66,14 +67,44 @@ def build_pairs(
         state = check_folder(out, identity)  # another build may have ended since
         if state == "finished":
             return PairFolder(out)
-        for leftover in out.rglob(".*.tmp"):
-            leftover.unlink()
-        plan = PairPlan(out) if state == "unfinished" else PairPlan.create(out, query, options, identity)
-        choose_genes(plan, num_proc, progress, dask)
+        plan = prepare(out, query, options, identity, state, num_proc, progress, dask)
         todo = [index for index in range(plan.n_shards) if not shard_done(plan, index)]
         run_tasks(build_shard, plan, todo, num_proc, progress, "pairs", dask)
         finish(plan)
     return PairFolder(out)
+
+
+def prepare(
+    out: Path,
+    query: CellQuery,
+    options: PairOptions,
+    identity: dict,
+    state: str,
+    num_proc: int,
+    progress: bool,
+    dask: str | None = None,
+) -> PairPlan:
+    """Makes or opens the plan of a folder that is held exclusively, and chooses the genes."""
+    for leftover in out.rglob(".*.tmp"):
+        leftover.unlink()
+    plan = PairPlan(out) if state == "unfinished" else PairPlan.create(out, query, options, identity)
+    choose_genes(plan, num_proc, progress, dask)
+    return plan
+
+
+def plan_pairs(options: PairOptions, out: str | Path, num_proc: int = 1, progress: bool = True) -> PairPlan:
+    """The first part of [`build_pairs`]: plan and gene panel without rows, for streaming them while training.
+
+    Args and errors are those of [`build_pairs`]; a folder that is finished already is refused.
+    """
+    out = Path(out)
+    query = query_for(options)
+    identity = plan_identity(options, query.source)
+    with exclusive(out):
+        state = check_folder(out, identity)
+        if state == "finished":
+            raise ValueError(f"`out` {out} holds the finished rows; train from them, or stream into another folder.")
+        return prepare(out, query, options, identity, state, num_proc, progress)
 
 
 def choose_genes(plan: PairPlan, num_proc: int, progress: bool, dask: str | None = None) -> None:

@@ -37,7 +37,7 @@ def estimate(options: PairOptions, num_proc: int = 1) -> dict:
     split = cells.column("split").to_numpy()
     if not (split == 0).any():
         raise ValueError("`splits` leave no cell for training, so no gene panel can be chosen; change the rules.")
-    bounds = shard_bounds(n_cells, options.shard_cells)
+    bounds = shard_bounds(query.obs["soma_joinid"].to_numpy(), options.shard_cells)
     shard = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
     contexts, has_partner = {}, np.zeros(n_cells, dtype=bool)
     for index, name in enumerate(options.matching.pairings):

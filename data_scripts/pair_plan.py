@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
+from data_scripts.cell_stream import tile_boundary
 from data_scripts.census_query import CellQuery, open_experiment, open_query
 from data_scripts.gene_selection import find_genes, gene_lengths_of, read_gene_list
 from data_scripts.options import from_mapping
@@ -160,10 +161,16 @@ def cell_table(query: CellQuery, options: PairOptions) -> pa.Table:
     return pa.table(columns)
 
 
-def shard_bounds(n_cells: int, shard_cells: int) -> np.ndarray:
-    """First cell of every shard and the end, int64 of shape `(n_shards + 1,)`; shards differ by at most one cell."""
+def shard_bounds(joinids: np.ndarray, shard_cells: int) -> np.ndarray:
+    """First cell of every shard and the end, int64 of shape `(n_shards + 1,)`.
+
+    Shards are equally large, but begin with a tile of the store where one begins near.
+    """
+    n_cells = len(joinids)
     n_shards = max(1, round(n_cells / shard_cells))
-    return np.arange(n_shards + 1, dtype=np.int64) * n_cells // n_shards
+    even = np.arange(n_shards + 1, dtype=np.int64) * n_cells // n_shards
+    inner = [tile_boundary(joinids, int(wanted), int(wanted) - shard_cells // 4) for wanted in even[1:-1]]
+    return np.array([0, *inner, n_cells], dtype=np.int64)
 
 
 class PairPlan:
@@ -203,7 +210,7 @@ class PairPlan:
             "source": query.source,
             "dataset_ids": dataset_ids,
             "n_cells": len(query.obs),
-            "bounds": shard_bounds(len(query.obs), options.shard_cells).tolist(),
+            "bounds": shard_bounds(query.obs["soma_joinid"].to_numpy(), options.shard_cells).tolist(),
         }
         write_bytes_atomically((json.dumps(content) + "\n").encode(), work / PLAN)
         return cls(out)
