@@ -199,7 +199,7 @@ def _transfer(folder: Path) -> str:
         return "Scored on real screens; intervals are over perturbations.\n\n" + score_tables(read_results(path))
     return (
         "This checkpoint was not scored on a real perturbation screen when the card was written: how far it carries "
-        "over to real interventions is not known. `gppc evaluate` measures it.\n"
+        "over to real interventions is not known. Score it on a screen like yours before relying on it.\n"
     )
 
 
