@@ -17,6 +17,7 @@ Go on after an interruption with the same command and --resume.
 """
 
 import json
+import os
 import shlex
 import sys
 import time
@@ -34,14 +35,16 @@ from modeling_gppc.evaluation.report import render_results
 from modeling_gppc.evaluation.score_pairs import write_results
 from modeling_gppc.pipeline_gppc import PerturbationPredictionPipeline
 from modeling_gppc.training.arguments import RunOptions, build_parser, parse_options
+from modeling_gppc.training.checkpoints import last_checkpoint
 from modeling_gppc.training.data_collator import PairCollator
 from modeling_gppc.training.evaluate_run import evaluate_run, load_network_of
 from modeling_gppc.training.first_prediction import first_prediction
+from modeling_gppc.training.launch import broadcast_buffers, main_first, start_processes
 from modeling_gppc.training.linear_start import initialize_linear_response
 from modeling_gppc.training.pair_dataset import PairDataset
 from modeling_gppc.training.prepare_data import prepare_pairs
 from modeling_gppc.training.run_folder import claim_folder, write_json
-from modeling_gppc.training.trainer import GppcTrainer, last_checkpoint, make_trainer
+from modeling_gppc.training.trainer import GppcTrainer, make_trainer
 
 
 def make_model(options: RunOptions, folder: PairFolder) -> GppcForPerturbationPrediction:
@@ -67,23 +70,13 @@ def make_extractor(folder: PairFolder) -> GppcFeatureExtractor:
     )
 
 
-def train(options: RunOptions, folder: PairFolder, resume: bool) -> GppcTrainer:
+def train(options: RunOptions, folder: PairFolder, state: PartialState, resume: bool) -> GppcTrainer:
     """Fits the linear response in closed form, then trains the departure from it; returns the finished trainer."""
     settings = options.training
     rows = PairDataset(folder.split("train"), folder.pairings)
     validation = PairDataset(folder.split("validation"), folder.pairings)
     redraw = options.pairs.perturbation if settings.redraw_perturbations else None
     model = make_model(options, folder)
-    checkpoint = last_checkpoint(options.output_dir) if resume else None
-    if model.model is not None and checkpoint is None:
-        initialize_linear_response(
-            model,
-            rows,
-            folder.panels,
-            max_cells=settings.linear_start_cells,
-            n_iterations=settings.linear_start_iterations,
-            seed=options.seed,
-        )
     trainer = make_trainer(
         model,
         settings,
@@ -94,14 +87,32 @@ def train(options: RunOptions, folder: PairFolder, resume: bool) -> GppcTrainer:
         PairCollator(folder.panels, redraw, seed=options.seed, n_query_genes=settings.n_query_genes),
         PairCollator(folder.panels),
     )
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    checkpoint = last_checkpoint(options.output_dir) if resume else None
+    if model.model is not None and checkpoint is None:
+        if state.is_main_process:
+            initialize_linear_response(
+                model,
+                rows,
+                folder.panels,
+                max_cells=settings.linear_start_cells,
+                n_iterations=settings.linear_start_iterations,
+                seed=options.seed,
+            )
+        broadcast_buffers(state, model)
+    trainer.train_or_load(checkpoint)
     return trainer
 
 
-def save(trainer: GppcTrainer, options: RunOptions, folder: PairFolder, seconds: float) -> Path:
+def save(
+    trainer: GppcTrainer,
+    model: GppcForPerturbationPrediction,
+    options: RunOptions,
+    folder: PairFolder,
+    seconds: float,
+) -> Path:
     """Scores the model and writes everything that is kept into `<output_dir>/model`; returns that folder."""
     out = Path(options.output_dir) / "model"
-    model, extractor = trainer.model, make_extractor(folder)
+    extractor = make_extractor(folder)
     # Writes the model, the feature extractor, their code and the pipeline's.
     PerturbationPredictionPipeline(model=model, feature_extractor=extractor, device=model.device).save_pretrained(out)
     results = evaluate_run(
@@ -147,18 +158,20 @@ def run_facts(trainer: GppcTrainer, options: RunOptions, folder: PairFolder, sec
 def main(argv: list[str] | None = None) -> int:
     """Runs one training; bad input ends with one line and exit status 2."""
     arguments, flags = build_parser(__doc__).parse_known_args(argv)
-    state = PartialState()
     transformers_logging.set_verbosity_error()
+    state = None
     try:
         options = parse_options(arguments.config, flags)
-        if state.is_main_process:
-            claim_folder(options, arguments.resume)
-        with state.main_process_first():
-            folder = prepare_pairs(options, progress=state.is_local_main_process)
+        state = start_processes(options.training.use_cpu)
+        main_first(
+            state, lambda: state.is_main_process and claim_folder(options, arguments.resume, state.num_processes)
+        )
+        folder = main_first(state, lambda: prepare_pairs(options, progress=state.is_main_process))
         start = time.monotonic()
-        trainer = train(options, folder, arguments.resume)
+        trainer = train(options, folder, state, arguments.resume)
+        model = trainer.whole_model()
         if state.is_main_process:
-            out = save(trainer, options, folder, time.monotonic() - start)
+            out = save(trainer, model, options, folder, time.monotonic() - start)
             print(f"Model folder: {out}")
             print(f'Load it with AutoModel.from_pretrained("{out}", trust_remote_code=True)')
             if arguments.push_to_hub:
@@ -167,11 +180,12 @@ def main(argv: list[str] | None = None) -> int:
                 print(json.dumps(push_model(out, arguments.push_to_hub).__dict__, default=str))
         state.wait_for_everyone()
     except (ValueError, OSError) as error:
-        if state.is_local_main_process:
+        if int(os.environ.get("RANK", "0")) == 0:
             print(f"train.py: error: {error}", file=sys.stderr)
         return 2
     finally:
-        state.destroy_process_group()
+        if state is not None:
+            state.destroy_process_group()
     return 0
 
 

@@ -587,8 +587,8 @@ class GppcOriginForm(nn.Module):
 class GppcForPerturbationPrediction(GppcPreTrainedModel):
     """Predicts the expression of every gene after imposed changes, with a variance."""
 
-    # The loss is a mean over the scored genes of the batch it sees; Trainer averages it over devices and steps.
-    accepts_loss_kwargs = False
+    # Trainer then passes the number of scored genes in all batches of an optimiser step, on all processes.
+    accepts_loss_kwargs = True
 
     def __init__(self, config: GppcConfig):
         super().__init__(config)
@@ -671,6 +671,7 @@ class GppcForPerturbationPrediction(GppcPreTrainedModel):
         pairing_ids: torch.LongTensor | None = None,
         query_ids: torch.LongTensor | None = None,
         labels: torch.FloatTensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
     ) -> GppcOutput:
         """
         Args:
@@ -687,6 +688,8 @@ class GppcForPerturbationPrediction(GppcPreTrainedModel):
             query_ids (`torch.LongTensor` of shape `(Q,)`, *optional*): Genes to predict; defaults to all.
             labels (`torch.FloatTensor` of shape `(B, Q)`, *optional*): Log values of the target, -100 where not
                 measured there.
+            num_items_in_batch (`torch.Tensor` or `int`, *optional*): Scored genes that the loss is divided by, where
+                this batch is one of several that make an optimiser step; defaults to those of this batch.
 
         Returns:
             [`GppcOutput`]
@@ -709,17 +712,19 @@ class GppcForPerturbationPrediction(GppcPreTrainedModel):
                 encoded, perturbation_ids, perturbation_values, perturbation_mask, pairing_ids, query_ids
             )
         if labels is not None:
-            output.loss = self.loss(output, labels)
+            output.loss = self.loss(output, labels, num_items_in_batch)
         return output
 
-    def loss(self, output: GppcOutput, labels: torch.Tensor) -> torch.Tensor:
+    def loss(
+        self, output: GppcOutput, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
         """Mean squared error over the scored genes; the variance's likelihood sees the mean as given.
 
         The mean is fitted by squared error alone: a Gaussian likelihood would let genes with a large predicted
         variance off.
         """
         scored = labels != IGNORED_LABEL
-        count = scored.sum().clamp(min=1)
+        count = (scored.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)).clamp(min=1)
         error = torch.where(scored, output.logits - labels, torch.zeros_like(labels)).float()
         loss = error.square().sum() / count
         if output.logvar is not None and self.config.variance_loss_weight > 0 and self.config.use_departure:

@@ -2,12 +2,15 @@
 
 import argparse
 import copy
+import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
+from transformers import SchedulerType
 
 from data_scripts.options import from_mapping, read_yaml
 from data_scripts.pair_options import PairOptions
@@ -19,7 +22,24 @@ CONFIGS = Path(__file__).parent / "configs"
 DEFAULT_CONFIG = "default"
 # What the data decide, not the person who starts a run.
 DERIVED_MODEL_FIELDS = ("vocab_size", "pairings")
-EXAMPLES = ("pbmc68k_reduced",)
+REPORTERS = ("tensorboard", "trackio", "wandb")
+# Numbers that must be above zero; `None` is what it says elsewhere.
+POSITIVE = (
+    "learning_rate",
+    "max_steps",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "eval_steps",
+    "save_steps",
+    "logging_steps",
+    "save_total_limit",
+    "max_validation_pairs",
+    "early_stopping_patience",
+    "n_query_genes",
+    "linear_start_cells",
+    "linear_start_iterations",
+)
 
 
 @dataclass
@@ -55,7 +75,8 @@ class TrainingOptions:
 
     Args:
         learning_rate, weight_decay, adam_beta2, max_grad_norm (`float`): AdamW.
-        lr_scheduler_type (`str`), warmup_steps (`int`): Schedule. Warm-up is not optional for the origin's form.
+        lr_scheduler_type (`str`), lr_scheduler_kwargs (`dict`), warmup_steps (`int`): Schedule. Warm-up is not
+            optional for the origin's form.
         max_steps (`int`): Optimiser steps.
         per_device_train_batch_size, per_device_eval_batch_size, gradient_accumulation_steps (`int`): Pairs.
         eval_steps, save_steps, logging_steps (`int`): How often.
@@ -72,6 +93,7 @@ class TrainingOptions:
         dataloader_num_workers (`int`): Processes that collate.
         report_to (`list[str]`): Any of `tensorboard`, `trackio`, `wandb`.
         use_cpu (`bool`): Train on the CPU even where an accelerator is.
+        deterministic (`bool`): Refuse algorithms whose result differs from run to run on a GPU; slower.
     """
 
     learning_rate: float = 1e-3
@@ -79,6 +101,7 @@ class TrainingOptions:
     adam_beta2: float = 0.98
     max_grad_norm: float = 1.0
     lr_scheduler_type: str = "cosine"
+    lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
     warmup_steps: int = 100
     max_steps: int = 1000
     per_device_train_batch_size: int = 128
@@ -101,21 +124,36 @@ class TrainingOptions:
     dataloader_num_workers: int = 0
     report_to: list[str] = field(default_factory=list)
     use_cpu: bool = False
+    deterministic: bool = False
 
     def __post_init__(self):
-        positive = ("learning_rate", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size")
-        for name in (*positive, "gradient_accumulation_steps", "eval_steps", "save_steps", "logging_steps"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"`training.{name}` is {getattr(self, name)}; wanted a positive number.")
+        for name in POSITIVE:
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"`training.{name}` is {value}; wanted a positive number.")
+        for name in ("weight_decay", "max_grad_norm", "warmup_steps", "dataloader_num_workers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`training.{name}` is {getattr(self, name)}; wanted 0 or more.")
+        schedules = [schedule.value for schedule in SchedulerType]
+        if self.lr_scheduler_type not in schedules:
+            raise ValueError(
+                f"`training.lr_scheduler_type` is {self.lr_scheduler_type!r}"
+                f"{close_matches(self.lr_scheduler_type, schedules)}"
+            )
+        if self.precision == "fp16" and (self.use_cpu or not torch.cuda.is_available()):
+            raise ValueError("`training.precision` is 'fp16', which needs a GPU; wanted fp32 or bf16 on the CPU.")
         if self.save_steps % self.eval_steps:
             raise ValueError(
                 f"`training.save_steps` is {self.save_steps}; wanted a multiple of `eval_steps` ({self.eval_steps}), "
                 "so that every checkpoint was evaluated."
             )
-        known = ("tensorboard", "trackio", "wandb")
         for name in self.report_to:
-            if name not in known:
-                raise ValueError(f"`training.report_to` names {name!r}{close_matches(name, known)}")
+            if name not in REPORTERS:
+                raise ValueError(f"`training.report_to` names {name!r}{close_matches(name, REPORTERS)}")
+            if importlib.util.find_spec(name) is None:
+                raise ValueError(
+                    f"`training.report_to` names {name!r}, which is not installed; `pip install {name}`, or leave it out."
+                )
 
 
 @dataclass

@@ -10,21 +10,37 @@ from modeling_gppc.training.arguments import RunOptions
 OPTIONS_FILE = "options.json"
 
 
-def claim_folder(options: RunOptions, resume: bool) -> Path:
+# What may change when a run goes on: it moves no number of the result.
+FREE = (
+    "output_dir",
+    "data.num_proc",
+    "training.dataloader_num_workers",
+    "training.report_to",
+    "training.use_cpu",
+)
+
+
+def claim_folder(options: RunOptions, resume: bool, processes: int = 1) -> Path:
     """Takes the run's folder, or refuses to mix two runs in one.
 
     Args:
         options (`RunOptions`): The run.
         resume (`bool`): Whether to go on with the run that the folder holds.
+        processes (`int`, *optional*, defaults to 1): Training processes; they decide which pairs make a step.
 
     Raises:
         ValueError: If the folder holds a run and `resume` is not set, or another run, naming the first difference.
     """
     folder = Path(options.output_dir)
-    mine = json.loads(json.dumps(dataclasses.asdict(options)))
+    mine = json.loads(json.dumps({**dataclasses.asdict(options), "processes": processes}))
     file = folder / OPTIONS_FILE
-    if file.is_file():
-        theirs = json.loads(file.read_text())
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"`output_dir` {folder} is a file; choose a folder.")
+    if file.is_file() and holds_work(folder):
+        try:
+            theirs = json.loads(file.read_text())
+        except ValueError as error:
+            raise ValueError(f"`output_dir` {folder} has a damaged {OPTIONS_FILE}; choose another folder.") from error
         difference = first_difference(theirs, mine)
         if difference is not None:
             raise ValueError(
@@ -36,21 +52,26 @@ def claim_folder(options: RunOptions, resume: bool) -> Path:
                 f"`output_dir` {folder} already holds this run; add `--resume` to go on with it, or choose another "
                 "`--output_dir`."
             )
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif holds_work(folder):
         raise ValueError(f"`output_dir` {folder} holds other files and no run; choose an empty or a new folder.")
-    elif folder.exists() and not folder.is_dir():
-        raise ValueError(f"`output_dir` {folder} is a file; choose a folder.")
     folder.mkdir(parents=True, exist_ok=True)
     write_json(mine, file)
     return folder
 
 
+def holds_work(folder: Path) -> bool:
+    """Whether a folder holds files that a run or a person made; a run that failed at once leaves its options only."""
+    return any(
+        path.is_file() and path.name != OPTIONS_FILE and not path.name.startswith(".") for path in folder.rglob("*")
+    )
+
+
 def first_difference(theirs, mine, where: str = "") -> str | None:
-    """The first option that differs, as text; the folder's own name may differ."""
+    """The first option that differs, as text, leaving out what moves no number."""
     if isinstance(theirs, dict) and isinstance(mine, dict):
         for key in sorted({*theirs, *mine}):
             name = f"{where}.{key}" if where else key
-            if name == "output_dir":
+            if name in FREE:
                 continue
             difference = first_difference(theirs.get(key), mine.get(key), name)
             if difference is not None:

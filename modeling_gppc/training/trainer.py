@@ -1,30 +1,83 @@
-"""GppcTrainer: the Trainer of transformers with exact held-out errors and checkpoints that are whole or ignored."""
+"""GppcTrainer: the Trainer of transformers with exact held-out errors, exact resumption and exact parallel runs."""
 
-import json
+import contextlib
 import logging
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch.utils.data import Subset
+from torch.utils.data import Sampler, Subset
 from tqdm.auto import tqdm
-from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+from transformers import EarlyStoppingCallback, ProgressCallback, Trainer, TrainerState, TrainingArguments
+from transformers.trainer_callback import TrainerControl
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from modeling_gppc.modeling_gppc import IGNORED_LABEL, GppcForPerturbationPrediction
 from modeling_gppc.training.arguments import TrainingOptions
+from modeling_gppc.training.checkpoints import clear_unfinished, publish, rotate, unfinished_folder
 from modeling_gppc.training.data_collator import PairCollator
 from modeling_gppc.training.pair_dataset import PairDataset
+from modeling_gppc.training.throughput import Throughput, summarize
 
 logger = logging.getLogger(__name__)
-# Written in this order; the last one tells that the others are there.
-CHECKPOINT_FILES = ("config.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
+STATE_FILE = "trainer_state.json"
+
+
+class EpochSampler(Sampler):
+    """
+    A new order of the rows in every epoch, cut to whole optimiser steps.
+
+    The order depends on the seed and the epoch alone, so any number of processes, any split of a step into
+    accumulated batches and a resumed run all see the same rows in the same step. The epoch is the data set's: the
+    loaders of accelerate tell a data set its epoch where they cannot reach a sampler behind skipped batches.
+
+    Args:
+        dataset ([`PairDataset`]): Rows.
+        rows_per_step (`int`): Pairs in an optimiser step, over all processes.
+        seed (`int`): Seed of the run.
+    """
+
+    def __init__(self, dataset: PairDataset, rows_per_step: int, seed: int):
+        self.dataset = dataset
+        self.seed = seed
+        self.n_rows = len(dataset) // rows_per_step * rows_per_step
+
+    def __len__(self) -> int:
+        return self.n_rows
+
+    def __iter__(self) -> Iterator[int]:
+        order = np.random.default_rng([self.seed, self.dataset.epoch]).permutation(len(self.dataset))
+        return iter(order[: self.n_rows].tolist())
+
+
+class PlainProgress(ProgressCallback):
+    """The bar of transformers with a line a person can read for each evaluation."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Loss and speed go beside the bar; validation errors get a line."""
+        if self.training_bar is None or not logs:
+            return
+        if "loss" in logs and "cells_per_second" in logs:
+            self.training_bar.set_postfix_str(
+                f"loss {logs['loss']:.4f}, {logs['cells_per_second']:,.0f} cells/s, "
+                f"data wait {logs['data_wait_share']:.1%}"
+            )
+        if "eval_mse" in logs:
+            self.training_bar.write(
+                f"step {state.global_step}: validation mse {logs['eval_mse']:.5f} "
+                f"(linear response {logs['eval_linear_mse']:.5f}), r2 {logs['eval_r2']:.4f}"
+            )
 
 
 class GppcTrainer(Trainer):
     """
     Trains on pair rows.
+
+    The loss of an optimiser step is a mean over the scored genes of all its pairs, however they are spread over
+    processes and accumulated batches. Checkpoints appear whole or not at all; the best and the last ones stay.
 
     Args:
         eval_collator ([`PairCollator`], *optional*): Collator of evaluation rows: stored perturbations, all genes.
@@ -33,6 +86,15 @@ class GppcTrainer(Trainer):
     def __init__(self, *args, eval_collator: PairCollator | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.eval_collator = eval_collator
+        self.throughput = Throughput()
+        self._writing = False
+
+    def _get_train_sampler(self, train_dataset=None) -> Sampler:
+        return EpochSampler(
+            self.train_dataset if train_dataset is None else train_dataset,
+            self.get_total_train_batch_size(self.args),
+            self.args.data_seed,
+        )
 
     def get_eval_dataloader(self, eval_dataset=None):
         """As in transformers, with the collator of evaluation."""
@@ -41,6 +103,37 @@ class GppcTrainer(Trainer):
             return super().get_eval_dataloader(eval_dataset)
         finally:
             self.data_collator = train_collator
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """As in transformers, with the time it takes."""
+        self.throughput.start()
+        batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.throughput.fetched(batches)
+        return batches, num_items_in_batch
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        """As in transformers; the operations of the first step are counted."""
+        # A compiled step hides its operations from the counter.
+        counted = self.throughput.flop_per_cell > 0 or self.args.torch_compile
+        cells = inputs["input_ids"].shape[0]
+        with contextlib.nullcontext() if counted else self.throughput.measure(cells):
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def floating_point_ops(self, inputs) -> float:
+        """Operations of a training step on these pairs, as counted in the first one."""
+        return self.throughput.flop_per_cell * inputs["input_ids"].shape[0]
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
+        self.throughput.stop()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in transformers; entries with a loss also say how fast training was, all processes together."""
+        if "loss" in logs:
+            totals = self.throughput.totals().to(self.args.device, torch.float32)
+            logs.update(summarize(self.accelerator.gather(totals[None]).cpu()))
+            self.throughput.reset()
+        super().log(logs, start_time)
 
     @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
@@ -76,6 +169,69 @@ class GppcTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _determine_best_metric(self, metrics, trial) -> bool:
+        best = super()._determine_best_metric(metrics, trial)
+        # The best is kept, also where a checkpoint was not due.
+        self.control.should_save = self.control.should_save or best
+        return best
+
+    def _get_output_dir(self, trial) -> str:
+        folder = super()._get_output_dir(trial)
+        return str(unfinished_folder(folder)) if self._writing else folder
+
+    def _save_checkpoint(self, model, trial) -> None:
+        self._writing = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._writing = False
+        self.accelerator.wait_for_everyone()
+        self.state.best_model_checkpoint = None if self.state.best_global_step is None else str(self._best_folder())
+        if self.args.should_save:
+            name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            written = unfinished_folder(self.args.output_dir) / name
+            self.state.save_to_json(str(written / STATE_FILE))
+            publish(written, self.args.output_dir)
+            rotate(self.args.output_dir, self.args.save_total_limit, self.state.best_global_step)
+        self.accelerator.wait_for_everyone()
+
+    def _best_folder(self) -> Path:
+        return Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+
+    def train_or_load(self, checkpoint: Path | None) -> None:
+        """Trains, goes on from a checkpoint, or takes the best model of a run that had come to its end.
+
+        Args:
+            checkpoint (`Path`, *optional*): From [`last_checkpoint`].
+        """
+        if self.is_world_process_zero():
+            clear_unfinished(self.args.output_dir)
+        self.accelerator.wait_for_everyone()
+        if checkpoint is None or not is_finished(checkpoint, self.args.max_steps):
+            self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            return
+        # One more call of `train` would take one step too many.
+        self.state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
+        best = self._best_folder() if self.state.best_global_step is not None else checkpoint
+        self._load_from_checkpoint(str(best))
+
+    def whole_model(self) -> GppcForPerturbationPrediction:
+        """The model with all its weights in one place; on every process, for sharded weights have to be gathered."""
+        if not self.is_fsdp_enabled:
+            return self.model
+        weights = self.accelerator.get_state_dict(self.model)
+        model = GppcForPerturbationPrediction(self.model.config)
+        if self.is_world_process_zero():
+            model.load_state_dict(weights)
+        return model.eval()
+
+
+def is_finished(checkpoint: Path, max_steps: int) -> bool:
+    """Whether training had come to its end, or stopped early, when the checkpoint was written."""
+    state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
+    control = state.stateful_callbacks.get(TrainerControl.__name__, {}).get("args", {})
+    return state.global_step >= max_steps or bool(control.get("should_training_stop"))
+
 
 def row_errors(model: GppcForPerturbationPrediction, output, labels: torch.Tensor) -> torch.Tensor:
     """Sums over the scored genes of each row: squared error, that of the linear response, that of the gene mean,
@@ -98,18 +254,24 @@ def row_errors(model: GppcForPerturbationPrediction, output, labels: torch.Tenso
     return torch.stack([part.sum(1) for part in parts], dim=1)
 
 
-def training_arguments(options: TrainingOptions, output_dir: str | Path, seed: int) -> TrainingArguments:
+def training_arguments(
+    options: TrainingOptions, output_dir: str | Path, seed: int, find_unused_parameters: bool = False
+) -> TrainingArguments:
     """Arguments of the Trainer for the options of a run."""
     return TrainingArguments(
         output_dir=str(output_dir),
+        run_name=Path(output_dir).name,
+        project="gppc",
         seed=seed,
         data_seed=seed,
+        full_determinism=options.deterministic,
         max_steps=options.max_steps,
         learning_rate=options.learning_rate,
         weight_decay=options.weight_decay,
         adam_beta2=options.adam_beta2,
         max_grad_norm=options.max_grad_norm,
         lr_scheduler_type=options.lr_scheduler_type,
+        lr_scheduler_kwargs=dict(options.lr_scheduler_kwargs),
         warmup_steps=options.warmup_steps,
         per_device_train_batch_size=options.per_device_train_batch_size,
         per_device_eval_batch_size=options.per_device_eval_batch_size,
@@ -132,7 +294,8 @@ def training_arguments(options: TrainingOptions, output_dir: str | Path, seed: i
         torch_compile=options.torch_compile,
         report_to=options.report_to or "none",
         use_cpu=options.use_cpu or not torch.cuda.is_available(),
-        ddp_find_unused_parameters=False,
+        ddp_find_unused_parameters=find_unused_parameters,
+        ddp_broadcast_buffers=False,  # they are equal from the start and never change
     )
 
 
@@ -146,46 +309,35 @@ def make_trainer(
     train_collator: PairCollator,
     eval_collator: PairCollator,
 ) -> GppcTrainer:
-    """A trainer over pair rows; evaluation reads at most `options.max_validation_pairs` evenly spaced rows."""
-    if len(train) < options.per_device_train_batch_size:
-        raise ValueError(
-            f"`training.per_device_train_batch_size` is {options.per_device_train_batch_size} with {len(train)} "
-            "training pairs; wanted at most as many, or more `pairs.matching.pairs_per_cell`."
-        )
+    """A trainer over pair rows; evaluation reads at most `options.max_validation_pairs` evenly spaced rows.
+
+    Raises:
+        ValueError: If the training pairs do not fill one optimiser step, or there is no validation pair.
+    """
+    if not len(validation):
+        raise ValueError("`pairs` hold no validation pair; give `pairs.splits` a share for `validation`.")
     step = max(1, math.ceil(len(validation) / options.max_validation_pairs))
     callbacks = []
     if options.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=options.early_stopping_patience))
-    return GppcTrainer(
+    # The variance's parameters get no gradient where its likelihood has no weight.
+    unused = model.model is not None and (model.config.variance_loss_weight == 0 or not model.config.use_departure)
+    trainer = GppcTrainer(
         model=model,
-        args=training_arguments(options, output_dir, seed),
+        args=training_arguments(options, output_dir, seed, find_unused_parameters=unused),
         train_dataset=train,
         eval_dataset=validation if step == 1 else Subset(validation, range(0, len(validation), step)),
         data_collator=train_collator,
         eval_collator=eval_collator,
         callbacks=callbacks,
     )
-
-
-def last_checkpoint(output_dir: str | Path) -> Path | None:
-    """The newest checkpoint that is whole; half-written ones are skipped with a warning."""
-    found = []
-    for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        step = path.name.rsplit("-", 1)[1]
-        if step.isdigit():
-            found.append((int(step), path))
-    for _, path in sorted(found, reverse=True):
-        if is_whole(path):
-            return path
-        logger.warning("checkpoint %s is half-written and skipped", path.name)
-    return None
-
-
-def is_whole(checkpoint: Path) -> bool:
-    """Whether every file of a checkpoint is there and its last one, the trainer's state, can be read."""
-    if not all((checkpoint / name).is_file() for name in CHECKPOINT_FILES):
-        return False
-    try:
-        return "global_step" in json.loads((checkpoint / CHECKPOINT_FILES[-1]).read_text())
-    except ValueError:
-        return False
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(PlainProgress)
+    rows_per_step = trainer.get_total_train_batch_size(trainer.args)
+    if len(train) < rows_per_step:
+        raise ValueError(
+            f"`training.per_device_train_batch_size` is {options.per_device_train_batch_size}, {rows_per_step} pairs in "
+            f"a step over {trainer.args.world_size} process(es), with {len(train)} training pairs; wanted at most as "
+            "many, or more `pairs.matching.pairs_per_cell`."
+        )
+    return trainer

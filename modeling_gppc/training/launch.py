@@ -1,0 +1,92 @@
+"""The processes of a run: how many there are, whether they are as many as asked for, and errors that all of them see."""
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+Result = TypeVar("Result")
+# One process may write a store or build pairs for hours while the others wait for it.
+PATIENCE = timedelta(hours=24)
+
+
+def start_processes(use_cpu: bool) -> PartialState:
+    """Joins the processes of a launch.
+
+    Args:
+        use_cpu (`bool`): Whether to train on the CPU even where a GPU is; without a GPU it is the CPU in any case.
+
+    Raises:
+        ValueError: If several processes were asked for and the launcher started a single one.
+    """
+    refuse_single_process(os.environ)
+    if use_cpu or not torch.cuda.is_available():
+        return PartialState(cpu=True, timeout=PATIENCE)
+    return PartialState(timeout=PATIENCE)
+
+
+def refuse_single_process(environment: dict[str, str]) -> None:
+    """Tells a launch that asked for several processes and made one, which would silently train on a part of the plan.
+
+    `accelerate launch --cpu --num_processes 2` starts one process (accelerate 1.15) and leaves a master's address
+    without a world; `srun python train.py` starts several that do not know of each other.
+
+    Args:
+        environment (`dict[str, str]`): Environment variables of this process.
+
+    Raises:
+        ValueError: Naming a launch that does start several processes.
+    """
+    if any(name in environment for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")):
+        return
+    if "ACCELERATE_USE_CPU" in environment and "MASTER_PORT" in environment:
+        raise ValueError(
+            "`accelerate launch` was asked for several processes and started one, as it does with `--cpu`; wanted "
+            "`accelerate launch --multi_gpu --num_processes 2 --num_machines 1 train.py --training.use_cpu true` "
+            "(`--multi_gpu` on a CPU too), or unset MASTER_PORT for one process."
+        )
+    tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
+    if tasks.isdigit() and int(tasks) > 1:
+        raise ValueError(
+            f"`srun` started {tasks} processes that do not know of each other; wanted one task a node that runs "
+            "`torchrun`, as in docs/training.md."
+        )
+
+
+def main_first(state: PartialState, function: Callable[[], Result]) -> Result:
+    """Calls `function` on the main process, then on the others; an error of the main process is raised on all.
+
+    Args:
+        state (`PartialState`): The processes.
+        function (`Callable`): What to do; on the others it finds done what the main process did.
+
+    Raises:
+        ValueError: Whatever input the main process found at fault, with the same words on every process.
+    """
+    if state.num_processes == 1:
+        return function()
+    result, message = None, [None]
+    if state.is_main_process:
+        try:
+            result = function()
+        except (ValueError, OSError) as error:
+            message = [str(error)]
+    broadcast_object_list(message)
+    if message[0] is not None:
+        raise ValueError(message[0])
+    return result if state.is_main_process else function()
+
+
+def broadcast_buffers(state: PartialState, model: torch.nn.Module) -> None:
+    """Gives every process the main process's buffers: what the closed-form start computed there."""
+    if state.num_processes == 1:
+        return
+    buffers = [{name: buffer.cpu() for name, buffer in model.named_buffers()} if state.is_main_process else None]
+    broadcast_object_list(buffers)
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[0][name])
