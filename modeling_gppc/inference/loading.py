@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModel
 
 import modeling_gppc  # noqa: F401  (registers the classes, so that no code from the checkpoint is run)
@@ -37,9 +38,15 @@ def load_model(
         config = AutoConfig.from_pretrained(name)
         _check_type(name, config.model_type)
         extractor = AutoFeatureExtractor.from_pretrained(name)
-        model = AutoModel.from_pretrained(name, config=config, dtype=torch.float32)
-    except (OSError, RuntimeError) as error:
+        model, loaded = AutoModel.from_pretrained(name, config=config, dtype=torch.float32, output_loading_info=True)
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"`model` {str(name)!r} cannot be loaded: {_first_line(error)}") from error
+    missing = sorted(loaded["missing_keys"])
+    if missing:  # they would be random numbers
+        raise ValueError(
+            f"`model` {str(name)!r} lacks {len(missing)} weights (e.g. `{missing[0]}`); it was saved by another version "
+            "or not completely: train or fetch it again."
+        )
     if extractor.vocab_size != model.config.vocab_size:
         raise ValueError(
             f"`model` {str(name)!r} knows {model.config.vocab_size} genes but its feature extractor names "

@@ -1,12 +1,15 @@
 """predict_anndata and `gppc predict`: equal to the model called by hand, complete, strict before long work."""
 
 import re
+import shutil
+from pathlib import Path
 
 import anndata
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from scipy import sparse
 from tiny_model import GENES, SYMBOLS, tiny_extractor, tiny_model, tiny_pipeline
 
@@ -400,6 +403,36 @@ def test_loading_refuses_what_is_not_a_gppc_model(model_folder, tmp_path):
         load_model(other)
     with pytest.raises(ValueError, match="is a file"):
         load_model(other / "config.json")
+
+
+def copy_of(model_folder, tmp_path):
+    return Path(shutil.copytree(model_folder, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("absent", ["readout.gene_vectors", "model.linear_response.loadings"])
+def test_damaged_weights_are_refused(model_folder, tmp_path, absent):
+    folder = copy_of(model_folder, tmp_path)
+    weights = folder / "model.safetensors"
+    tensors = load_file(weights)
+    save_file({name: tensors[name] for name in tensors if name != absent}, weights, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"lacks 1 weights .e.g. `{absent}`"):
+        load_model(folder)
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ValueError, match="cannot be loaded: "):
+        load_model(folder)
+
+
+def test_a_feature_extractor_of_another_model_is_refused(model_folder, tmp_path):
+    folder = copy_of(model_folder, tmp_path)
+    GppcFeatureExtractor(GENES[:5]).save_pretrained(folder)
+    with pytest.raises(ValueError, match="knows 12 genes but its feature extractor names 5"):
+        load_model(folder)
+
+
+def test_a_model_that_is_nowhere_is_refused_in_one_line():
+    with pytest.raises(ValueError, match="`model` 'nobody/nothing' cannot be loaded: ") as caught:
+        load_model("nobody/nothing")
+    assert "\n" not in str(caught.value)
 
 
 def test_the_installed_classes_are_used(model_folder):
