@@ -148,8 +148,10 @@ def run_all(arguments: argparse.Namespace) -> None:
     common = {"store": store, "genes_file": genes, "file_format": "arrow", "shard_cells": arguments.shard_cells}
     ways = {
         "drain X('raw').tables()": ("drain", {"n_cells": n_cells}),
-        f"ours, {arguments.genes} genes": ("ours", {"n_cells": n_cells, "num_proc": 1}),
-        f"ours, {arguments.genes} genes, 2 processes": ("ours", {"n_cells": n_cells, "num_proc": 2}),
+        **{
+            f"ours, {arguments.genes} genes, num_proc {number}": ("ours", {"n_cells": n_cells, "num_proc": number})
+            for number in arguments.num_proc
+        },
         "origin's way": ("origin", {"n_cells": min(n_cells, arguments.origin_cells)}),
     }
     results: dict[str, list[dict]] = {label: [] for label in ways}
@@ -198,6 +200,7 @@ def smoke() -> None:
             shares=(0.5, 1.0),
             wide_cells=600,
             shard_cells=300,
+            num_proc=[1],
         )
         run_all(arguments)
 
@@ -211,6 +214,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--origin-cells", type=int, default=100_000)
     parser.add_argument("--wide-cells", type=int, default=20_000)
+    parser.add_argument("--num-proc", type=int, nargs="+", default=[1])
     parser.add_argument("--shard-cells", type=int, default=16_384)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.0625, 0.25, 0.5, 1.0])
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)

@@ -1,0 +1,159 @@
+"""Arrow to batches of tensors: rows per second against `with_format("torch")`, and how random the batches are.
+
+gppc make-synthetic STORE --form count --cells 100000 --genes 20000
+python benchmarks/bench_collator.py --store STORE
+python benchmarks/bench_collator.py --smoke
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from data_scripts.census_pairs import build_pairs, plan_pairs
+from data_scripts.options import from_mapping
+from data_scripts.pair_options import PairOptions
+from data_scripts.stream_pairs import PairStream, StreamOptions
+from modeling_gppc.training.data_collator import PairCollator
+from modeling_gppc.training.pair_dataset import PairDataset
+
+BATCH = 128
+
+
+def options_for(store, n_cells: int, n_genes: int, shard_cells: int) -> PairOptions:
+    mapping = {
+        "query": {"uri": str(store), "obs_filter": f"soma_joinid < {n_cells}"},
+        "panel": {"n_genes": n_genes},
+        "splits": {"rules": []},
+        "shard_cells": shard_cells,
+    }
+    return from_mapping(PairOptions, mapping)
+
+
+def torch_format_batch(rows: dict, panels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What a collator makes of rows that came as Python lists of tensors: the same tensors, without redrawing."""
+    n_rows, n_genes = len(rows["source_gene_ids"]), panels.shape[1]
+    batch = {
+        "input_ids": pad_sequence(rows["source_gene_ids"], batch_first=True),
+        "expression_values": pad_sequence(rows["source_values"], batch_first=True),
+        "attention_mask": pad_sequence([torch.ones_like(ids) for ids in rows["source_gene_ids"]], batch_first=True),
+        "perturbation_ids": pad_sequence(rows["perturbation_gene_ids"], batch_first=True),
+        "perturbation_values": pad_sequence(rows["perturbation_values"], batch_first=True),
+        "measured_mask": panels[rows["source_panel"]],
+    }
+    labels = torch.zeros(n_rows, n_genes)
+    for row, (ids, values, revealed) in enumerate(
+        zip(rows["target_gene_ids"], rows["target_values"], rows["perturbation_gene_ids"])
+    ):
+        labels[row, ids] = values
+        labels[row, revealed] = -100.0
+    labels[~panels[rows["target_panel"]]] = -100.0
+    batch["labels"] = labels
+    return batch
+
+
+def rate(batches, n_rows: int) -> float:
+    began = time.perf_counter()
+    for _ in batches:
+        pass
+    return n_rows / (time.perf_counter() - began)
+
+
+def entropy(labels: np.ndarray) -> float:
+    shares = np.unique(labels, return_counts=True)[1] / len(labels)
+    return float(-(shares * np.log(shares)).sum())
+
+
+def randomness(batches: list[np.ndarray], everything: np.ndarray, rng: np.random.Generator) -> float:
+    """Mean entropy of a label within batches, over that of batches drawn from everything."""
+    perfect = np.mean([entropy(rng.choice(everything, len(batch), replace=False)) for batch in batches])
+    return float(np.mean([entropy(batch) for batch in batches]) / max(perfect, 1e-12))
+
+
+def run(store: Path, n_cells: int, n_genes: int, n_batches: int, rounds: int, shard_cells: int) -> None:
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory(dir=store.parent) as folder:
+        pairs = build_pairs(options_for(store, n_cells, n_genes, shard_cells), Path(folder) / "out", progress=False)
+        table = pairs.split("train")
+        order = rng.permutation(table.num_rows)[: n_batches * BATCH]
+        order = order[: len(order) // BATCH * BATCH].reshape(-1, BATCH)
+        ours, panels = PairDataset(table, pairs.pairings), torch.from_numpy(pairs.panels)
+        names = [name for name in table.column_names if "gene_ids" in name or "values" in name or "panel" in name]
+        theirs = pairs.dataset("train").select_columns(names).with_format("torch")
+        stored = PairCollator(pairs.panels)
+        redrawn = PairCollator(pairs.panels, redraw=pairs_options(pairs).perturbation)
+        ways = {
+            'with_format("torch"), rows padded': lambda: (torch_format_batch(theirs[rows], panels) for rows in order),
+            "Arrow buffers, as stored": lambda: (stored(ours.__getitems__(rows)) for rows in order),
+            "Arrow buffers, revealed genes redrawn": lambda: (redrawn(ours.__getitems__(rows)) for rows in order),
+        }
+        rates = {name: max(rate(way(), order.size) for _ in range(rounds)) for name, way in ways.items()}
+        baseline = next(iter(rates.values()))
+        print(f"{table.num_rows:,} pairs, {n_genes:,} genes, batches of {BATCH}, shuffled")
+        for name, value in rates.items():
+            print(f"  {name:<40}{value:>10,.0f} rows/s   x {value / baseline:.1f}", flush=True)
+
+        contexts = np.array(
+            [f"{a}|{b}" for a, b in zip(table.column("dataset_id").to_pylist(), table.column("cell_type").to_pylist())]
+        )
+        cells = table.column("source_soma_joinid").to_numpy()
+        lookup = dict(zip(cells.tolist(), contexts.tolist()))
+        plan = plan_pairs(options_for(store, n_cells, n_genes, shard_cells), Path(folder) / "plan", progress=False)
+        print("entropy of a batch over that of a perfect shuffle: contexts, blocks of 2,048 cells")
+        whole = [(contexts[rows], cells[rows] // 2048) for rows in order]
+        report("folder, shuffled rows", whole, contexts, cells, rng)
+        for pool in sorted({1, 2, max(1, plan.n_shards // 2), plan.n_shards}):
+            stream = PairStream(plan.out, StreamOptions(batch_size=BATCH, pool_shards=pool))
+            seen = [batch.column("source_soma_joinid").to_numpy() for batch in stream]
+            parts = [(np.array([lookup[cell] for cell in ids.tolist()]), ids // 2048) for ids in seen if len(ids) > 1]
+            report(f"stream, pools of {pool} of {plan.n_shards} shards", parts, contexts, cells, rng)
+
+
+def report(name, parts, contexts, cells, rng) -> None:
+    of_contexts = randomness([part[0] for part in parts], contexts, rng)
+    of_blocks = randomness([part[1] for part in parts], cells // 2048, rng)
+    print(f"  {name:<40}{of_contexts:>8.3f}{of_blocks:>8.3f}", flush=True)
+
+
+def pairs_options(pairs) -> PairOptions:
+    return from_mapping(PairOptions, pairs.manifest["options"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--store", type=Path)
+    parser.add_argument("--cells", type=int, default=32_768)
+    parser.add_argument("--genes", type=int, default=2_000)
+    parser.add_argument("--batches", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--shard-cells", type=int, default=4_096)
+    parser.add_argument("--smoke", action="store_true")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.smoke:
+        from data_scripts.synthetic import SyntheticConfig
+        from data_scripts.synthetic_store import write_synthetic
+
+        with tempfile.TemporaryDirectory() as folder:
+            store = Path(folder) / "store"
+            write_synthetic(store, SyntheticConfig(form="count", n_cells=600, n_genes=60), progress=False)
+            run(store, 600, 40, 4, 1, 150)
+    elif arguments.store is not None:
+        run(
+            arguments.store,
+            arguments.cells,
+            arguments.genes,
+            arguments.batches,
+            arguments.rounds,
+            arguments.shard_cells,
+        )
+    else:
+        parser.error("give --store STORE (see above) or --smoke")
+
+
+if __name__ == "__main__":
+    main()
