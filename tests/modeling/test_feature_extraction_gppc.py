@@ -196,6 +196,7 @@ def test_an_id_that_ends_in_a_number_is_not_cut():
         ["RP11-206L10.2", "RP11-206L10", "ENSG00000000001.5"]
     )
     assert found.tolist() == [0, -1, 1]
+    assert GppcFeatureExtractor(["LYZ", "RP11-206L10"]).find_genes(["LYZ.1", "RP11-206L10.2"]).tolist() == [-1, -1]
 
 
 def test_ambiguous_symbols_need_an_id():
