@@ -204,6 +204,8 @@ class PairPlan:
         if options.query.uri is not None and "://" not in options.query.uri:
             # Workers on other machines may have another working directory.
             written["query"]["uri"] = str(Path(options.query.uri).resolve())
+        if "census_version" in query.source:
+            written["query"]["census_version"] = query.source["census_version"]  # the alias may move meanwhile
         content = {
             "identity": identity,
             "options": written,
