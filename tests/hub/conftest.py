@@ -49,6 +49,7 @@ def in_process(monkeypatch):
     """Lets the real client of this process reach the loopback Hub, by plain HTTP and without waiting."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    huggingface_hub.utils.disable_progress_bars()
     monkeypatch.setattr(huggingface_hub.utils._http, "time", SimpleNamespace(sleep=lambda seconds: None))
 
 

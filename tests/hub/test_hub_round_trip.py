@@ -157,6 +157,7 @@ def scan(hub):
                     assert not re.search(pattern, text), where
 
 
+@pytest.mark.timeout(600)
 def test_everything_loads_without_the_package(hub, client, commands, model_folder, pairs_folder, tmp_path):
     newer = write_model_folder(tmp_path / "newer", seed=1)
     results = commands(

@@ -115,7 +115,7 @@ FAILURES = {
 }
 
 
-@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize("failure", ["dropped before", "answer lost", "429", "500"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_an_interrupted_push_completes_on_repetition(hub, push, model_folder, stage, failure):
     # More often than the client itself tries again, for both large files, so that the first push really fails.
