@@ -40,7 +40,7 @@ from modeling_gppc.training.data_collator import PairCollator
 from modeling_gppc.training.evaluate_run import evaluate_run, load_network_of
 from modeling_gppc.training.first_prediction import first_prediction
 from modeling_gppc.training.launch import broadcast_buffers, main_first, start_processes
-from modeling_gppc.training.linear_start import initialize_linear_response
+from modeling_gppc.training.linear_start import initialize_linear_response, keep_departure_if_it_pays
 from modeling_gppc.training.pair_dataset import PairDataset
 from modeling_gppc.training.prepare_data import prepare_pairs
 from modeling_gppc.training.run_folder import claim_folder, write_json
@@ -93,6 +93,7 @@ def train(options: RunOptions, folder: PairFolder, state: PartialState, resume: 
             initialize_linear_response(
                 model,
                 rows,
+                validation,
                 folder.panels,
                 max_cells=settings.linear_start_cells,
                 n_iterations=settings.linear_start_iterations,
@@ -100,6 +101,8 @@ def train(options: RunOptions, folder: PairFolder, state: PartialState, resume: 
             )
         broadcast_buffers(state, model)
     trainer.train_or_load(checkpoint)
+    if model.model is not None and not keep_departure_if_it_pays(model, trainer.state.log_history):
+        print("The learned departure did not lower the validation error; the model is its linear response alone.")
     return trainer
 
 

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from modeling_gppc.modeling_gppc import IGNORED_LABEL, GppcForPerturbationPrediction
+from modeling_gppc.modeling_gppc import IGNORED_LABEL, GppcForPerturbationPrediction, GppcLinearResponse
 from modeling_gppc.training.data_collator import PairCollator
-from modeling_gppc.training.factor_mixture import fit_factor_mixture, fit_mixture_coupling
+from modeling_gppc.training.factor_mixture import FactorMixture, fit_factor_mixture, fit_mixture_coupling
 from modeling_gppc.training.factor_model import fit_factor_model
 from modeling_gppc.training.pair_dataset import PairDataset
 
@@ -22,6 +22,7 @@ SCALE_PAIRS = 1_536
 def initialize_linear_response(
     model: GppcForPerturbationPrediction,
     dataset: PairDataset,
+    validation: PairDataset,
     panels: np.ndarray,
     max_cells: int = 20_000,
     n_iterations: int = 30,
@@ -30,9 +31,13 @@ def initialize_linear_response(
     """
     Fits gene means, loadings, noise, cell states and the coupling of every pairing on the training pairs; no gradient.
 
+    Cell states are kept only where they pay: the plain conditional Gaussian (one state) is fitted as well, and what
+    has the smaller squared error on validation pairs is taken, so that the start is not below it.
+
     Args:
         model ([`GppcForPerturbationPrediction`]): Changed in place.
         dataset ([`PairDataset`]): Training pairs.
+        validation ([`PairDataset`]): Validation pairs.
         panels (`np.ndarray` of bool): Measured-gene sets, shape `(P, V)`.
         max_cells (`int`, *optional*, defaults to 20,000): Cells, and pairs of each pairing, that are read.
         n_iterations (`int`, *optional*, defaults to 30): Passes over the cells.
@@ -42,7 +47,6 @@ def initialize_linear_response(
     n_genes = config.vocab_size
     rng = np.random.default_rng(seed)
     source_panel = dataset.table.column("source_panel").to_numpy()
-    target_panel = dataset.table.column("target_panel").to_numpy()
     _, rows = np.unique(dataset.table.column("source_soma_joinid").to_numpy(), return_index=True)
     rows = np.sort(_sample(rows, max_cells, rng))
     block = max(1, BLOCK_VALUES // n_genes)
@@ -55,64 +59,126 @@ def initialize_linear_response(
     factors = min(config.num_factors, n_genes - 1, max(len(rows) - 1, 1))
     fitted = fit_factor_model(blocks, None, panels, n_factors=factors, n_iterations=n_iterations, seed=seed)
     few = np.sort(_sample(rows, block, rng))
-    mixture = fit_factor_mixture(
-        fitted,
-        dataset.dense_cells("source", few, n_genes),
-        source_panel[few],
-        panels,
-        n_components=config.num_components,
-        seed=seed,
-    )
-    components = len(mixture.weights)
+    cells = dataset.dense_cells("source", few, n_genes), source_panel[few]
+    pairs = [
+        np.sort(_sample(np.flatnonzero(dataset.pairing_ids == pairing), min(max_cells, block), rng))
+        for pairing in range(len(config.pairings))
+    ]
+    held_out = _sample(np.arange(len(validation)), SCALE_PAIRS, rng)
+    best_error, best_state = np.inf, None
     response = model.model.linear_response
-    with torch.no_grad():
-        response.gene_mean.copy_(torch.from_numpy(mixture.model.mean))
-        response.noise.copy_(torch.from_numpy(mixture.model.noise))
-        response.loadings[:, :factors] = _tensor(mixture.model.loadings, response)
-        response.component_means[:components, :factors] = _tensor(mixture.means, response)
-        # Components that the data did not need are never entered.
-        response.component_logits.fill_(UNUSED)[:components] = _tensor(np.log(mixture.weights), response)
-        response.transition_logits.fill_(UNUSED)
-    for pairing in range(len(config.pairings)):
-        chosen = np.sort(_sample(np.flatnonzero(dataset.pairing_ids == pairing), min(max_cells, block), rng))
-        if not len(chosen):
-            response.transition_logits[pairing].zero_()
-            continue
-        transition, coupling = fit_mixture_coupling(
-            mixture,
-            dataset.dense_cells("source", chosen, n_genes),
-            source_panel[chosen],
-            dataset.dense_cells("target", chosen, n_genes),
-            target_panel[chosen],
-            panels,
-        )
-        with torch.no_grad():
-            response.coupling[pairing, :factors, :factors] = _tensor(coupling, response)
-            response.transition_logits[pairing, :components, :components] = _tensor(np.log(transition), response)
-        choose_evidence_scale(model, dataset, panels, pairing, chosen[:SCALE_PAIRS])
+    for n_components in sorted({1, config.num_components}):
+        mixture = fit_factor_mixture(fitted, *cells, panels, n_components=n_components, seed=seed)
+        _put_mixture(response, mixture)
+        for pairing, chosen in enumerate(pairs):
+            if len(chosen):
+                _put_coupling(response, pairing, mixture, dataset, panels, chosen)
+                choose_evidence_scale(model, dataset, panels, pairing, chosen[:: max(1, len(chosen) // SCALE_PAIRS)])
+        error = linear_error(model, validation, panels, held_out)
+        if error < best_error:
+            best_error = error
+            best_state = {name: tensor.clone() for name, tensor in response.state_dict().items()}
+    response.load_state_dict(best_state)
 
 
-@torch.inference_mode()
+@torch.no_grad()
+def _put_mixture(response: GppcLinearResponse, mixture: FactorMixture) -> None:
+    components, factors = mixture.means.shape
+    response.gene_mean.copy_(_tensor(mixture.model.mean, response))
+    response.noise.copy_(_tensor(mixture.model.noise, response))
+    response.loadings.zero_()[:, :factors] = _tensor(mixture.model.loadings, response)
+    response.component_means.zero_()[:components, :factors] = _tensor(mixture.means, response)
+    # Components that the data did not need are never entered.
+    response.component_logits.fill_(UNUSED)[:components] = _tensor(np.log(mixture.weights), response)
+    response.transition_logits.zero_()
+    response.coupling.zero_()
+
+
+@torch.no_grad()
+def _put_coupling(
+    response: GppcLinearResponse,
+    pairing: int,
+    mixture: FactorMixture,
+    dataset: PairDataset,
+    panels: np.ndarray,
+    rows: np.ndarray,
+) -> None:
+    n_genes = panels.shape[1]
+    transition, coupling = fit_mixture_coupling(
+        mixture,
+        dataset.dense_cells("source", rows, n_genes),
+        dataset.table.column("source_panel").to_numpy()[rows],
+        dataset.dense_cells("target", rows, n_genes),
+        dataset.table.column("target_panel").to_numpy()[rows],
+        panels,
+    )
+    components, factors = mixture.means.shape
+    response.coupling[pairing, :factors, :factors] = _tensor(coupling, response)
+    response.transition_logits[pairing].fill_(UNUSED)
+    response.transition_logits[pairing, :components, :components] = _tensor(np.log(transition), response)
+
+
 def choose_evidence_scale(
     model: GppcForPerturbationPrediction, dataset: PairDataset, panels: np.ndarray, pairing: int, rows: np.ndarray
 ) -> None:
     """Sets how far the imposed levels are trusted to tell the target's cell state, by squared error on `rows`."""
-    response = model.model.linear_response
-    if response.component_means.shape[0] == 1:
-        return
-    collate = PairCollator(panels)
-    model.eval()
+    scales = model.model.linear_response.evidence_scale
     errors = []
     for scale in EVIDENCE_SCALES:
-        response.evidence_scale[pairing] = scale
-        total = 0.0
-        for start in range(0, len(rows), 256):
-            batch = collate(dataset[rows[start : start + 256]])
-            labels = batch.pop("labels")
-            expected = model(**batch).linear_response
-            total += float(torch.where(labels != IGNORED_LABEL, expected - labels, torch.zeros(())).square().sum())
-        errors.append(total)
-    response.evidence_scale[pairing] = EVIDENCE_SCALES[int(np.argmin(errors))]
+        scales[pairing] = scale
+        errors.append(linear_error(model, dataset, panels, rows))
+        if model.config.num_components == 1:
+            return
+    scales[pairing] = EVIDENCE_SCALES[int(np.argmin(errors))]
+
+
+@torch.inference_mode()
+def linear_error(
+    model: GppcForPerturbationPrediction, dataset: PairDataset, panels: np.ndarray, rows: np.ndarray
+) -> float:
+    """Squared error of the linear response on some pairs, summed over their scored genes."""
+    collate = PairCollator(panels)
+    response = model.model.linear_response
+    total = 0.0
+    for start in range(0, len(rows), 256):
+        batch = collate(dataset[rows[start : start + 256]])
+        labels, perturbations = batch.pop("labels"), {}
+        for name in ("perturbation_ids", "perturbation_values", "perturbation_mask", "pairing_ids"):
+            perturbations[name] = batch.pop(name)
+        encoded = model.encode(**batch)
+        levels = model.model.imposed_levels(
+            encoded, perturbations["perturbation_ids"], perturbations["perturbation_values"]
+        )
+        _, mean, _ = response.condition(
+            encoded.component_logits,
+            encoded.factor_residual,
+            encoded.factor_covariance,
+            perturbations["pairing_ids"],
+            perturbations["perturbation_ids"],
+            levels,
+            perturbations["perturbation_mask"],
+        )
+        expected = response.gene_mean + mean @ response.loadings.T
+        total += float(torch.where(labels != IGNORED_LABEL, expected - labels, torch.zeros(())).square().sum())
+    return total
+
+
+def keep_departure_if_it_pays(model: GppcForPerturbationPrediction, log_history: list[dict]) -> bool:
+    """Switches the learned departure off where the best checkpoint's validation error is not below the linear one's.
+
+    Args:
+        model ([`GppcForPerturbationPrediction`]): The best checkpoint's; its configuration is changed in place.
+        log_history (`list[dict]`): The trainer's log, with `eval_mse` and `eval_linear_mse` of every evaluation.
+
+    Returns:
+        `bool`: Whether the departure is kept.
+    """
+    evaluations = [entry for entry in log_history if "eval_linear_mse" in entry]
+    if not model.config.use_departure or not evaluations:
+        return model.config.use_departure
+    best = min(evaluations, key=lambda entry: entry["eval_mse"])
+    model.config.use_departure = best["eval_mse"] < best["eval_linear_mse"]
+    return model.config.use_departure
 
 
 def _tensor(array: np.ndarray, response) -> torch.Tensor:
