@@ -235,61 +235,70 @@ class FineTunedModel:
     GPPC adapted on the controls, then on the training perturbations.
 
     response = size x (common direction + weight x in-context response of the target). The common direction is the mean
-    of the training responses after each was scaled to unit length, so that a strong perturbation has one vote; weight
-    and size are chosen by leave-one-out over the training perturbations, and their errors give the uncertainty.
+    of the training responses, each divided by `norm ** power`, so that strong perturbations do not drown the others;
+    weight and size are chosen by leave-one-out over the training perturbations, whose errors give the uncertainty.
 
     Args:
         in_context ([`InContextModel`]): Adapted on the controls of the same screen.
-        weights (`tuple[float, ...]`, *optional*): Candidates for the weight.
+        weights (`tuple[float, ...]`, *optional*): Candidates for the weight, both directions having unit length.
+        power (`float`, *optional*, defaults to 0.75): 0 is the plain mean, 1 gives every perturbation the same length.
     """
 
-    def __init__(self, in_context: InContextModel, weights: tuple[float, ...] = (0.0, 0.1, 0.2, 0.4)):
-        self.in_context, self.weights = in_context, weights
+    def __init__(
+        self,
+        in_context: InContextModel,
+        weights: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.6),
+        power: float = 0.75,
+    ):
+        self.in_context, self.weights, self.power = in_context, weights, power
 
     def predict(self, context: ScreenContext) -> ScreenPrediction:
-        """Responses of the test perturbations."""
-        mask = np.ones(context.train_delta.shape[1], dtype=bool)
-        mask[context.screen.panel_targets] = False
+        """Responses of the test perturbations.
+
+        Raises:
+            ValueError: If there are fewer than three training perturbations.
+        """
         train = context.train_delta
-        units = _unit(train, mask)
+        if len(train) < 3:
+            raise ValueError(
+                f"`train` holds {len(train)} perturbations; fine-tuning needs at least 3: use fewer folds."
+            )
+        mask = np.ones(train.shape[1], dtype=bool)
+        mask[context.screen.panel_targets] = False
+        norms = np.maximum(np.linalg.norm(train[:, mask], axis=1, keepdims=True), 1e-12)
+        votes = train / norms**self.power
         own = _unit(self._responses(context, context.train), mask)
         other = _unit(self._responses(context, context.test), mask)
-        n = len(train)
-        common_without = (units.sum(axis=0) - units) / (n - 1)
-        best, best_score = self.weights[0], -np.inf
-        for weight in self.weights:
-            found = _cosine(common_without + weight * own, train, mask).mean()
-            if found > best_score:
-                best, best_score = weight, found
-        self.weight = best
-        guess = common_without + best * own
-        self.scale = max(float((guess * train)[:, mask].sum() / (guess**2)[:, mask].sum()), 0.0)
-        residual = train - self.scale * guess
-        spread = np.sqrt((residual**2).mean(axis=0))
-        # Half the gene's own spread, half that of all genes: a spread from a handful of perturbations is itself noisy.
-        spread = np.sqrt(
-            0.5 * spread**2
-            + 0.5 * np.mean((residual[:, mask] / self.in_context.deviation[mask]) ** 2) * self.in_context.deviation**2
-        )
-        ratio = np.abs(residual[:, mask]) / np.maximum(spread[mask], 1e-9)
-        variance = (spread * np.quantile(ratio, 0.9) / 1.6448536) ** 2
-        cells = np.array([len(context.screen.cells_of(label)) for label in context.train])
-        noise = np.mean(
-            [
-                context.screen.values[context.screen.cells_of(label)].var(axis=0) / count
-                for label, count in zip(context.train, cells)
-            ],
-            axis=0,
-        )
-        delta = self.scale * (units.mean(axis=0) + best * other)
+        common_without = _unit(votes.sum(axis=0) - votes, mask)
+        agreement = [_cosine(common_without + weight * own, train, mask).mean() for weight in self.weights]
+        self.weight = self.weights[int(np.argmax(agreement))]
+        guess = common_without + self.weight * own
+        # Least squares with weights between "every gene alike" and "every perturbation alike".
+        weights = 1 / norms[:, 0]
+        products, squares = (guess * train)[:, mask].sum(axis=1), (guess**2)[:, mask].sum(axis=1)
+        self.scale = max(float(weights @ products / (weights @ squares)), 0.0)
+        delta = self.scale * (_unit(votes.sum(axis=0)[None], mask) + self.weight * other)
         for row, label in enumerate(context.test):
             genes, changes = context.changes(label)
             delta[row, genes] = changes
-        return ScreenPrediction(
-            delta,
-            np.tile(np.maximum(variance - noise, 0.05 * variance), (len(delta), 1)),
-            reads_perturbed_cells=True,
-        )
+        variance = self._variance(context, train - self.scale * guess, mask)
+        return ScreenPrediction(delta, np.tile(variance, (len(delta), 1)), reads_perturbed_cells=True)
+
+    def _variance(self, context: ScreenContext, residual: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """Variance of true responses about predicted ones, a gene, from leave-one-out errors; shape `(V,)`.
+
+        Half the gene's own error, half what genes of its spread have: a variance from a handful of perturbations is
+        itself noisy. Scaled so that 90 % of the errors lie within the 90 % interval, then freed of the sampling error
+        that the errors contain.
+        """
+        deviation = np.maximum(self.in_context.deviation, 1e-6)
+        shared = np.mean((residual[:, mask] / deviation[mask]) ** 2) * deviation**2
+        spread = np.sqrt(0.5 * (residual**2).mean(axis=0) + 0.5 * shared)
+        widening = np.quantile(np.abs(residual[:, mask]) / np.maximum(spread[mask], 1e-9), 0.9) / 1.6448536
+        variance = (spread * widening) ** 2
+        cells = [context.screen.cells_of(label) for label in context.train]
+        sampling = np.mean([context.screen.values[rows].var(axis=0) / len(rows) for rows in cells], axis=0)
+        return np.maximum(variance - sampling, 0.05 * variance)
 
     def _responses(self, context: ScreenContext, labels: list[str]) -> np.ndarray:
         return self.in_context.predict(dataclasses.replace(context, test=list(labels))).delta

@@ -49,23 +49,24 @@ def perturbation_folds(screen: Screen, n_folds: int = 5, seed: int = 0) -> list[
     return folds
 
 
-def combination_folds(screen: Screen) -> dict[int, Fold]:
-    """Combinations scored by how many of their members were seen alone in training: 0, 1 or 2.
+def combination_folds(screen: Screen) -> dict[int, list[Fold]]:
+    """Doubles scored by how many of their members were seen alone in training: 0, 1 or 2; one fold a double.
 
-    For 2 every single is trained on; for 1 and 0 the singles of one, or both, members are withheld, which takes one
-    fold a combination; here those folds are merged into one entry whose `train` holds what all of them may see.
+    Training holds singles only. To see fewer members than the screen offers, the singles of the others are withheld
+    from that double's fold; doubles that offer fewer members than asked for are not in that entry.
     """
-    singles = {label: p.genes[0] for label, p in screen.perturbations.items() if len(p.genes) == 1}
-    doubles = {label: p.genes for label, p in screen.perturbations.items() if len(p.genes) == 2}
-    folds = {}
-    for seen in (0, 1, 2):
-        test = [label for label, genes in doubles.items() if sum(g in singles.values() for g in genes) >= seen]
-        hidden = {gene for label in test for gene in doubles[label][seen:]}
-        train = [label for label, gene in singles.items() if gene not in hidden]
-        usable = [label for label in test if sum(g in {singles[t] for t in train} for g in doubles[label]) == seen]
-        if usable and train:
-            folds[seen] = Fold(f"{seen} seen", train, usable, _cells(screen, train), _cells(screen, usable))
-    return folds
+    singles = {p.genes[0]: label for label, p in sorted(screen.perturbations.items()) if len(p.genes) == 1}
+    doubles = {label: p.genes for label, p in sorted(screen.perturbations.items()) if len(p.genes) == 2}
+    folds: dict[int, list[Fold]] = {0: [], 1: [], 2: []}
+    for label, genes in doubles.items():
+        offered = [gene for gene in genes if gene in singles]
+        for seen in range(len(offered) + 1):
+            hidden = set(offered[seen:])
+            train = [single for gene, single in singles.items() if gene not in hidden]
+            if len(train) >= 2:
+                name = f"{label}, {seen} seen"
+                folds[seen].append(Fold(name, train, [label], _cells(screen, train), _cells(screen, [label])))
+    return {seen: entries for seen, entries in folds.items() if entries}
 
 
 def held_out_group(screen: Screen, column: str, value: str) -> Fold:

@@ -1,0 +1,257 @@
+"""What `gppc evaluate` leaves behind: tables, files that cell-eval reads, and a page that opens without a server."""
+
+import base64
+import csv
+import html
+import io
+import json
+import os
+import uuid
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+
+from data_scripts.screens import CONTROL
+from modeling_gppc.evaluation.report import markdown_table, text_table
+from modeling_gppc.evaluation.score_pairs import write_results
+from modeling_gppc.evaluation.screen_evaluation import ScreenEvaluation
+from modeling_gppc.evaluation.screen_figures import plot_calibration, plot_responses, plot_screen_scores
+from modeling_gppc.evaluation.screen_scores import METRICS
+
+TABLE_METRICS = (
+    ("pearson_delta", 3),
+    ("systema_pearson", 3),
+    ("direction_accuracy", 2),
+    ("normalised_squared_error", 3),
+    ("mae_delta", 4),
+    ("discrimination_cosine", 2),
+    ("de_overlap", 2),
+    ("coverage90", 2),
+)
+# cell-eval's names for its columns and labels.
+TARGET_COLUMN, CONTROL_LABEL = "target", "non-targeting"
+
+
+def table_rows(summary: dict) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the main table; the model first, the others by pearson_delta."""
+    subject = summary["subject"]
+    names = sorted(summary["methods"], key=lambda n: (n != subject, -(summary["methods"][n]["pearson_delta"] or 0)))
+    header = [
+        "method",
+        "pearson_delta",
+        "95 % interval",
+        *(name for name, _ in TABLE_METRICS[1:]),
+        "matched - shuffled",
+    ]
+    rows = []
+    for name in names:
+        entry = summary["methods"][name]
+        low, high = entry["pearson_delta_ci95"]
+        cells = [name + (" *" if entry["reads_perturbed_cells"] else ""), f"{entry['pearson_delta']:.3f}"]
+        cells.append(f"[{low:.3f}, {high:.3f}]")
+        for metric, digits in TABLE_METRICS[1:]:
+            value = entry.get(metric)
+            cells.append("" if value is None else f"{value:.{digits}f}")
+        if entry.get("matched_minus_shuffled") is not None and any(entry["matched_minus_shuffled_ci95"]):
+            low, high = entry["matched_minus_shuffled_ci95"]
+            cells.append(f"{entry['matched_minus_shuffled']:+.3f} [{low:.3f}, {high:.3f}]")
+        else:
+            cells.append("")
+        rows.append(cells)
+    return header, rows
+
+
+def sentences(summary: dict) -> list[str]:
+    """What the numbers allow to be said, one sentence each."""
+    ceiling = summary["ceiling"]
+    said = [
+        f"A replicate of half the cells would score {ceiling['split_half_pearson']:.3f} in pearson_delta; for "
+        f"{ceiling['n_above_half']} of {summary['n_perturbations']} perturbations it would exceed 0.5."
+    ]
+    subject = summary["subject"]
+    if subject is None:
+        return said
+    entry = summary["methods"][subject]
+    # `factor` is the model's own linear response, no rival.
+    rivals = {
+        n: m for n, m in summary["methods"].items() if n not in (subject, "factor") and n in summary["comparisons"]
+    }
+    if rivals:
+        best = max(rivals, key=lambda n: rivals[n]["pearson_delta"])
+        comparison = summary["comparisons"][best]
+        low, high = comparison["ci95"]
+        verdict = "beats" if low > 0 else "is below" if high < 0 else "cannot be told apart from"
+        said.append(
+            f"{subject} {verdict} the best baseline, {best}, in pearson_delta: {comparison['difference']:+.3f}, paired "
+            f"95 % interval over perturbations and cells [{low:.3f}, {high:.3f}]."
+        )
+    if entry.get("matched_minus_shuffled") is not None and summary["mode"] != "fine-tuned":
+        low, high = entry["matched_minus_shuffled_ci95"]
+        verdict = "matters" if low > 0 else "is not shown to matter"
+        said.append(
+            f"Which gene is perturbed {verdict}: matched minus target-shuffled {entry['matched_minus_shuffled']:+.3f} "
+            f"[{low:.3f}, {high:.3f}]."
+        )
+    size = entry["normalised_squared_error"]
+    said.append(
+        f"Size: normalised squared error {size:.3f} a perturbation ({entry['pooled_normalised_squared_error']:.3f} over "
+        f"all together), {'better' if size < 1 else 'worse'} than predicting no response (1)."
+    )
+    if "seeds" in entry:
+        seeds = entry["seeds"]
+        said.append(
+            f"{len(seeds['pearson_delta'])} seeds: pearson_delta {seeds['mean']:.3f}, standard deviation {seeds['sd']:.3f}."
+        )
+    return said
+
+
+def render_evaluation(summary: dict, markdown: bool = False) -> str:
+    """The run as readable text, for a terminal or in Markdown."""
+    header, rows = table_rows(summary)
+    title = (
+        f"{summary['screen']}, {summary['mode']}: {summary['n_perturbations']} perturbations, "
+        f"{summary['n_scored_genes']} of {summary['n_genes']} genes scored (targets of the panel removed)"
+    )
+    table = markdown_table(header, rows) if markdown else text_table(header, rows)
+    legend = "* reads perturbed cells of other perturbations; intervals: bootstrap over perturbations."
+    return "\n".join([title, "", table, "", *sentences(summary), legend.replace("*", "\\*") if markdown else legend])
+
+
+def write_per_perturbation(evaluation: ScreenEvaluation, path: Path) -> None:
+    """One row a perturbation and method, every metric a column."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer)
+    metrics = [m for m in METRICS if any(m in scores for scores in evaluation.scores.values())]
+    writer.writerow(["perturbation", "method", "n_cells", "target_measured", "ceiling", *metrics])
+    truth = evaluation.truth
+    for row, label in enumerate(truth.labels):
+        measured = evaluation.screen.perturbations[label].measured
+        for name, scores in evaluation.scores.items():
+            values = [f"{scores[m][row]:.6g}" if m in scores and np.isfinite(scores[m][row]) else "" for m in metrics]
+            writer.writerow([label, name, truth.n_cells[row], measured, f"{truth.ceiling[row]:.4f}", *values])
+    _write_text(path, buffer.getvalue())
+
+
+def response_anndatas(
+    evaluation: ScreenEvaluation, method: str, max_cells: int = 200, seed: int = 0
+) -> tuple[anndata.AnnData, anndata.AnnData]:
+    """Predicted and observed cells as cell-eval wants them: log values, `obs["target"]`, `non-targeting` controls.
+
+    Predicted cells are control cells moved by the predicted response; both sides hold the same control cells, so
+    predicted deltas are exactly those that were scored. Negative values stay as they are: clipping would change means.
+    """
+    screen, truth = evaluation.screen, evaluation.truth
+    generator = np.random.default_rng(seed)
+    controls = screen.cells_of(CONTROL)
+    base = screen.values[controls]
+    observed, predicted, labels = [base], [base], [np.full(len(controls), CONTROL_LABEL, dtype=object)]
+    sizes = [len(controls)]
+    for row, label in enumerate(truth.labels):
+        cells = generator.permutation(screen.cells_of(label))[:max_cells]
+        chosen = generator.choice(len(controls), len(cells), replace=len(cells) > len(controls))
+        part = base[chosen] - base[chosen].mean(axis=0) + base.mean(axis=0)
+        predicted.append((part + evaluation.predictions[method].delta[row]).astype(np.float32))
+        observed.append(screen.values[cells])
+        labels.append(np.full(len(cells), label, dtype=object))
+        sizes.append(len(cells))
+    names = screen.gene_symbols if len(set(screen.gene_symbols)) == len(screen.gene_symbols) else screen.gene_ids
+    outputs = []
+    for blocks in (predicted, observed):
+        adata = anndata.AnnData(np.concatenate(blocks))
+        adata.var_names = [str(name) for name in names]
+        adata.obs_names = [f"cell{index}" for index in range(adata.n_obs)]
+        adata.obs[TARGET_COLUMN] = pd.Categorical(np.concatenate(labels))
+        outputs.append(adata)
+    return outputs[0], outputs[1]
+
+
+def write_evaluation(evaluation: ScreenEvaluation, folder: str | Path) -> Path:
+    """Writes everything a run leaves into a folder; each file appears whole or not at all.
+
+    `evaluation.json`, `per_perturbation.csv`, `predicted.h5ad` and `observed.h5ad` (for cell-eval), `figures/*.png`,
+    `report.html`.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    summary = evaluation.summary
+    write_results(summary, folder / "evaluation.json")
+    write_per_perturbation(evaluation, folder / "per_perturbation.csv")
+    method = summary["subject"] or "covariance"
+    for adata, name in zip(response_anndatas(evaluation, method), ("predicted.h5ad", "observed.h5ad")):
+        temporary = folder / f".{name}.{uuid.uuid4().hex}.tmp"
+        try:
+            adata.write_h5ad(temporary)
+            os.replace(temporary, folder / name)
+        finally:
+            temporary.unlink(missing_ok=True)
+    figures = {
+        "Scores beside baselines, null and ceiling": plot_screen_scores(summary, folder / "figures" / "scores.png"),
+        f"Predicted ({method}) against observed responses": plot_responses(
+            evaluation, method, folder / "figures" / "responses.png"
+        ),
+    }
+    if summary["calibration"]:
+        figures["Coverage of intervals"] = plot_calibration(summary, folder / "figures" / "calibration.png")
+    _write_text(folder / "report.html", render_page(evaluation, figures))
+    return folder
+
+
+def render_page(evaluation: ScreenEvaluation, figures: dict[str, Path]) -> str:
+    """One HTML page with its figures inside; no server, script or network needed."""
+    summary = evaluation.summary
+    header, rows = table_rows(summary)
+    subject = summary["subject"]
+
+    def table(head, body, mark=None) -> str:
+        cells = "".join(f"<th>{html.escape(str(c))}</th>" for c in head)
+        lines = [
+            f"<tr{' class=model' if mark and r[0].split()[0] == mark else ''}>"
+            + "".join(f"<td>{html.escape(str(c))}</td>" for c in r)
+            + "</tr>"
+            for r in body
+        ]
+        return f"<div class=scroll><table><thead><tr>{cells}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+
+    truth = evaluation.truth
+    methods = [row[0].split()[0] for row in rows]
+    detail = [
+        [label, int(truth.n_cells[i]), f"{truth.ceiling[i]:.2f}"]
+        + [f"{evaluation.scores[name]['pearson_delta'][i]:.2f}" for name in methods]
+        for i, label in enumerate(truth.labels)
+    ]
+    excluded = [[e["reason"], e["cells"], e["examples"]] for e in summary["exclusions"]]
+    images = "".join(
+        f"<h2>{html.escape(name)}</h2><img alt='{html.escape(name)}' src='data:image/png;base64,"
+        f"{base64.b64encode(path.read_bytes()).decode()}'>"
+        for name, path in figures.items()
+    )
+    style = (
+        "body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}"
+        "table{border-collapse:collapse;font-size:13px}th,td{padding:.25rem .6rem;text-align:right;"
+        "border-bottom:1px solid #ddd;white-space:nowrap}th:first-child,td:first-child{text-align:left}"
+        ".model{background:#e6f2f7;font-weight:600}.scroll{overflow-x:auto}img{max-width:100%}"
+    )
+    title = f"{summary['screen']}: {summary['mode']}"
+    said = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in sentences(summary))
+    return (
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{style}</style>"
+        f"<h1>{html.escape(title)}</h1><p>{summary['n_perturbations']} perturbations, {summary['n_cells']} cells, "
+        f"{summary['n_controls']} controls; {summary['n_scored_genes']} of {summary['n_genes']} genes scored, every "
+        f"target of the panel removed.</p><ul>{said}</ul>{table(header, rows, subject)}"
+        "<p>* reads perturbed cells of other perturbations. Intervals: bootstrap over perturbations.</p>"
+        f"{images}<h2>Correlation of the response, by perturbation</h2>"
+        f"{table(['perturbation', 'cells', 'ceiling', *methods], detail)}"
+        + (f"<h2>Set aside</h2>{table(['reason', 'cells', 'examples'], excluded)}" if excluded else "")
+        + f"<h2>Options</h2><pre>{html.escape(json.dumps(summary['options'], indent=2))}</pre></html>\n"
+    )
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        temporary.write_text(text)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
