@@ -110,8 +110,14 @@ class GppcAttention(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         batch, tokens, width = hidden_states.shape
-        qkv = self.qkv_proj(hidden_states).view(batch, tokens, 3, self.num_heads, self.head_dim)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        qkv = nn.functional.linear(hidden_states, self.qkv_proj.weight)
+        query, key, value = qkv.view(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        # A bias of the keys moves no output: its gradient is rounding noise, which Adam would turn into steps that
+        # differ between one process and two.
+        query_bias, _, value_bias = (
+            self.qkv_proj.bias.to(qkv.dtype).view(3, self.num_heads, 1, self.head_dim).unbind(0)
+        )
+        query, value = query + query_bias, value + value_bias
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )

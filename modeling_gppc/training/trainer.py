@@ -293,6 +293,7 @@ def training_arguments(
         gradient_checkpointing=options.gradient_checkpointing,
         torch_compile=options.torch_compile,
         report_to=options.report_to or "none",
+        disable_tqdm=False,  # the bar belongs to the main process alone
         use_cpu=options.use_cpu or not torch.cuda.is_available(),
         ddp_find_unused_parameters=find_unused_parameters,
         ddp_broadcast_buffers=False,  # they are equal from the start and never change
