@@ -167,7 +167,7 @@ class EvaluationOptions:
         n_resamples (`int`): Bootstrap resamples.
         floors (`list[str]`, *optional*): Names of floors; defaults to all.
         optimum_pairs (`int`): Pairs on which the best predictor of count-form synthetic cells is estimated.
-        optimum_samples (`int`): Simulated cells of that estimate.
+        optimum_samples (`int`): States drawn for each cell of that estimate.
         splits (`list[str]`, *optional*): Names of the splits to score, as `results.json` calls them; defaults to all.
         perturbation (`str`, *optional*): The first prediction's perturbation; defaults to a knock-out of a gene that
             is commonly expressed and varies.
@@ -177,8 +177,8 @@ class EvaluationOptions:
     max_floor_pairs: int = 12_000
     n_resamples: int = 1_000
     floors: list[str] | None = None
-    optimum_pairs: int = 400
-    optimum_samples: int = 20_000
+    optimum_pairs: int = 150
+    optimum_samples: int = 512
     splits: list[str] | None = None
     perturbation: str | None = None
 
