@@ -8,15 +8,19 @@ python benchmarks/bench_matching.py --smoke
 import argparse
 import dataclasses
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import scipy.sparse as sp
 
 from data_scripts.census_pairs import build_pairs
 from data_scripts.options import from_mapping
 from data_scripts.pair_folder import PairFolder
 from data_scripts.pair_options import PairOptions
-from data_scripts.pair_shard import read_shard_values
+from data_scripts.pair_shard import CellTable, ShardRows, read_shard_values
+from data_scripts.schema import CONTEXT_COLUMNS
 
 POLICIES = ("random", "nearest", "farthest")
 PAIRINGS = {"same_type": ["dataset_id", "cell_type"], "same_dataset": ["dataset_id", "donor_id"]}
@@ -87,13 +91,61 @@ def run(store: Path, n_genes: int, averaged: int = 10) -> None:
     print(f"{'any two':<14}{'consecutive (origin)':<22}{1:>13.1%}{shared:>9.1f}{differing:>11.1f}{r2:>17.3f}")
 
 
+def seconds_of(n_cells: int, n_contexts: int, n_datasets: int, n_genes: int = 400, rounds: int = 3) -> float:
+    """Matching, sampling and making rows of one shard, the best of some rounds, in CPU seconds."""
+    rng = np.random.default_rng(0)
+    values = sp.random(n_cells, n_genes, density=0.2, format="csr", dtype=np.float32, random_state=0)
+    dataset = np.sort(rng.integers(0, n_datasets, n_cells))
+    columns = {
+        "soma_joinid": np.arange(n_cells),
+        "split": np.zeros(n_cells, dtype=np.int8),
+        "panel": dataset,
+        "library": np.ones(n_cells),
+        "nnz": np.diff(values.indptr),
+        "group_0": rng.integers(0, n_contexts, n_cells),
+        "group_1": dataset,
+    }
+    labels = pa.array(["label"] * n_cells).dictionary_encode()
+    table = pa.table(columns | dict.fromkeys(CONTEXT_COLUMNS, labels))
+    panels = rng.random((n_datasets, n_genes)) < 0.9
+    everything = [np.ones(n_genes, dtype=bool)] * 3
+    best = np.inf
+    for _ in range(rounds):
+        began = time.process_time()  # other work on the machine does not count
+        for _batch in ShardRows(CellTable(table, 2), values, panels, PairOptions(), 0, everything).batches(0):
+            pass
+        best = min(best, time.process_time() - began)
+    return best
+
+
+def cost(n_cells: int = 65_536) -> None:
+    steps = {
+        "cells": [(n_cells // factor, 64, 16) for factor in (16, 4, 1)],
+        "contexts": [(n_cells // 4, number, 16) for number in (64, 256, 1024)],
+        "data sets": [(n_cells // 4, 64, number) for number in (4, 16, 64)],
+    }
+    for place, (name, settings) in enumerate(steps.items()):
+        sizes = [setting[place] for setting in settings]
+        seconds = [seconds_of(*setting) for setting in settings]
+        per_cell = [second / setting[0] for second, setting in zip(seconds, settings)]
+        times = seconds if name == "cells" else per_cell
+        exponent = np.polyfit(np.log(sizes), np.log(times), 1)[0]
+        told = ", ".join(f"{size:,}: {1e6 * each:.1f} us a cell" for size, each in zip(sizes, per_cell))
+        kind = "time" if name == "cells" else "time a cell"
+        print(f"{name:<10} {told}; exponent of {kind} {exponent:.3f}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--store", type=Path)
     parser.add_argument("--genes", type=int, default=1_000)
     parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--cost", action="store_true")
     arguments = parser.parse_args()
-    if arguments.smoke:
+    if arguments.cost:
+        cost()
+    elif arguments.smoke:
+        cost(2_048)
         from data_scripts.synthetic import SyntheticConfig
         from data_scripts.synthetic_store import write_synthetic
 

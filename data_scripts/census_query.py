@@ -215,10 +215,11 @@ def store_digest(uri: str) -> str:
     if "://" in str(uri):
         digest.update(str(uri).encode())
         return digest.hexdigest()
-    root = Path(uri)
+    root = str(Path(uri))
     entries = []
     for folder, _, files in os.walk(root):
-        entries += [(os.path.relpath(os.path.join(folder, file), root), folder, file) for file in files]
-    for name, folder, file in sorted(entries):
-        digest.update(f"{name}|{os.stat(os.path.join(folder, file)).st_size}\n".encode())
+        inside = folder[len(root) :]
+        entries += [(f"{inside}/{file}", os.stat(f"{folder}/{file}").st_size) for file in files]
+    for name, size in sorted(entries):
+        digest.update(f"{name}|{size}\n".encode())
     return digest.hexdigest()

@@ -13,6 +13,7 @@ from data_scripts.perturbation_sampling import sample_from_changes
 from data_scripts.schema import CONTEXT_COLUMNS, PAIR_SCHEMA, SPLITS, TARGET_COLUMNS
 
 ROWS_PER_BATCH = 1_024
+MOMENT_ENTRIES = 1 << 17  # summed at once: few enough to stay in the processor's cache
 # Why a cell is in no pair, besides the reasons of partner matching.
 NO_CHANGE = "no_differing_gene"
 LEFT_OVER = "too_few_for_a_state"
@@ -122,7 +123,10 @@ class ShardRows:
             rng = np.random.default_rng([options.seed, shard, len(SPLITS)])
             log_values = options.query.normalization != "none"
             self.cells, self.values = average_states(cells, values, options.matching.pseudobulk, log_values, rng)
-        self.shared_genes = panels.astype(np.int64) @ panels.T.astype(np.int64)
+        # A shard holds few of a large store's panels: compare those only.
+        present, self.panel = np.unique(self.cells.panel, return_inverse=True)
+        own = panels[present].astype(np.float32)  # counts up to 2**24 are exact
+        self.shared_genes = np.rint(own @ own.T).astype(np.int64)
         self.pairings = list(options.matching.pairings)
         self.report: dict[str, dict] = {}
 
@@ -134,7 +138,7 @@ class ShardRows:
         pairs = match_partners(
             [group[inside] for group in self.cells.groups],
             [None if code is None else code[inside] for code in self.cells.different],
-            self.cells.panel[inside],
+            self.panel[inside],
             self.shared_genes,
             matching,
             rng,
@@ -184,7 +188,7 @@ class ShardRows:
             before, after, changes = before[kept], after[kept], changes[kept]
         offsets, genes, deltas = sample_from_changes(changes, rng, self.options.perturbation)
         cells = self.cells
-        sums["shared_genes"] += int(self.shared_genes[cells.panel[source], cells.panel[target]].sum())
+        sums["shared_genes"] += int(self.shared_genes[self.panel[source], self.panel[target]].sum())
         sums["differing_genes"] += int(changes.nnz)
         sums["revealed_genes"] += len(genes)
         columns = {
@@ -236,13 +240,15 @@ def _array(values, kind: pa.DataType) -> pa.Array:
 def gene_moments(values: sp.csr_matrix, chosen: np.ndarray) -> dict[str, np.ndarray]:
     """Number of cells that express each gene, sum and sum of squares of its values over the chosen cells."""
     part = values if chosen.all() else values[chosen]
-    data = part.data.astype(np.float64)
     n_genes = part.shape[1]
-    return {
-        "n_expressed": np.bincount(part.indices, minlength=n_genes).astype(np.int64),
-        "sums": np.bincount(part.indices, weights=data, minlength=n_genes),
-        "squares": np.bincount(part.indices, weights=data**2, minlength=n_genes),
-    }
+    totals = {"n_expressed": np.zeros(n_genes, np.int64), "sums": np.zeros(n_genes), "squares": np.zeros(n_genes)}
+    for first in range(0, part.nnz, MOMENT_ENTRIES):
+        genes = part.indices[first : first + MOMENT_ENTRIES].astype(np.intp)
+        data = part.data[first : first + MOMENT_ENTRIES].astype(np.float64)
+        totals["n_expressed"] += np.bincount(genes, minlength=n_genes)
+        totals["sums"] += np.bincount(genes, weights=data, minlength=n_genes)
+        totals["squares"] += np.bincount(genes, weights=data * data, minlength=n_genes)
+    return totals
 
 
 def read_shard_values(
