@@ -101,9 +101,9 @@ def train(options: RunOptions, folder: PairFolder, state: PartialState, resume: 
             )
         broadcast_buffers(state, model)
     trainer.train_or_load(checkpoint)
-    if model.model is not None and not keep_departure_if_it_pays(model, trainer.state.log_history):
-        if state.is_main_process:
-            print("The learned departure did not lower the validation error; the model is its linear response alone.")
+    kept = model.model is None or keep_departure_if_it_pays(model, trainer.state.log_history)
+    if not kept and state.is_main_process:
+        print("The learned departure did not lower the validation error; the model is its linear response alone.")
     return trainer
 
 

@@ -286,7 +286,6 @@ def training_arguments(
         metric_for_best_model="eval_mse",
         greater_is_better=False,
         remove_unused_columns=False,
-        dataloader_drop_last=True,
         dataloader_num_workers=options.dataloader_num_workers,
         bf16=options.precision == "bf16",
         fp16=options.precision == "fp16",
