@@ -14,6 +14,7 @@ from modeling_gppc.feature_extraction_gppc import check_raw_counts, normalize_co
 
 BLOCK_CELLS = 2_048
 TILE_CELLS = 2_048  # extent of Census's tiles along the cells; a tile cut by two blocks is decoded twice
+CHOSEN_AT_ONCE = 1 << 17  # entries cut to the panel at once: few enough to stay in the processor's cache
 SMALL_COUNTS = 32  # counts below are normalised once a cell and looked up
 
 
@@ -24,17 +25,31 @@ class CellBlock:
 
     Attributes:
         start (`int`): Position of the first cell among the cells asked for.
-        n_cells (`int`): Number of cells.
-        rows (`np.ndarray`): Cell of each entry within the block, in the order of the store's tiles, `(n_entries,)`.
+        joinids (`np.ndarray`): `soma_joinid` of the cells, ascending, shape `(n_cells,)`.
+        contiguous (`bool`): The cells follow each other in the store.
+        cells (`np.ndarray`): `soma_joinid` of each entry's cell, in the order of the store's tiles, `(n_entries,)`.
         genes (`np.ndarray`): `soma_joinid` of each entry's gene.
         values (`np.ndarray`): Stored values, float32, none of them zero.
     """
 
     start: int
-    n_cells: int
-    rows: np.ndarray
+    joinids: np.ndarray
+    contiguous: bool
+    cells: np.ndarray
     genes: np.ndarray
     values: np.ndarray
+
+    @property
+    def n_cells(self) -> int:
+        """Number of cells."""
+        return len(self.joinids)
+
+    def rows(self, part: slice = slice(None), chosen: np.ndarray | None = None) -> np.ndarray:
+        """Cell of each entry (of a part, and of it the chosen ones) within the block, int32."""
+        cells = self.cells[part] if chosen is None else self.cells[part].take(chosen)
+        if self.contiguous:
+            return (cells - self.joinids[0]).astype(np.int32)
+        return np.searchsorted(self.joinids, cells).astype(np.int32)
 
 
 class CellStream:
@@ -110,7 +125,7 @@ class CellStream:
         """Reads the cells from `start` to `stop`.
 
         Raises:
-            ValueError: If the store is damaged, or the layer `raw` holds values that are not counts.
+            ValueError: If the store is damaged: cannot be read, or holds other numbers of entries than obs says.
         """
         joinids = self.joinids[start:stop]
         first, last = int(joinids[0]), int(joinids[-1])
@@ -128,33 +143,41 @@ class CellStream:
             for name in ("soma_dim_0", "soma_dim_1", "soma_data")
         )
         del tables
-        rows = cells - first if contiguous else np.searchsorted(joinids, cells)
         values = values.astype(np.float32, copy=False)
-        where = f"X[{self.options.layer!r}] of cells {first} to {last}"
-        if len(values) and not self._check(values, where):
+        if len(values) and not values.all():
             expressed = values != 0
-            rows, genes, values = rows[expressed], genes[expressed], values[expressed]
-        if self.n_expressed is not None:
-            found = np.bincount(rows, minlength=len(joinids))
-            wrong = np.flatnonzero(found != self.n_expressed[start : start + len(joinids)])
-            if len(wrong):
-                raise ValueError(
-                    f"cell {joinids[wrong[0]]} has {found[wrong[0]]} expressed genes in layer `{self.options.layer}`; "
-                    f"obs.nnz says {self.n_expressed[start + wrong[0]]}: the store is damaged, write it again."
-                )
-        return CellBlock(start, len(joinids), rows, genes, values)
+            cells, genes, values = cells[expressed], genes[expressed], values[expressed]
+        if self.n_expressed is not None and len(values) != self.n_expressed[start:stop].sum():
+            found = np.bincount(np.searchsorted(joinids, cells), minlength=len(joinids))
+            wrong = np.flatnonzero(found != self.n_expressed[start:stop])
+            raise ValueError(
+                f"cell {joinids[wrong[0]]} has {found[wrong[0]]} expressed genes in layer `{self.options.layer}`; "
+                f"obs.nnz says {self.n_expressed[start + wrong[0]]}: the store is damaged, write it again."
+            )
+        return CellBlock(start, joinids, contiguous, cells, genes, values)
 
-    def _check(self, values: np.ndarray, where: str) -> bool:
-        """Refuses values that cannot be what the layer holds; says whether none is zero."""
-        smallest = values.min()
-        if self.options.layer == "raw":
-            # Positive, and equal to itself as an integer: counts, told by two quick passes. Else say what is wrong.
-            with np.errstate(invalid="ignore"):
-                if not smallest >= 0 or not (values.astype(np.int32) == values).all():
-                    check_raw_counts(values, where)
-        elif not np.isfinite(values.sum(dtype=np.float64)):
-            raise ValueError(f"{where} holds NaN or infinite values.")
-        return bool(smallest > 0) or bool(values.all())
+
+def check_values(values: np.ndarray, options: QueryOptions, joinids: np.ndarray) -> None:
+    """Refuses values that cannot be what the layer holds.
+
+    Args:
+        values (`np.ndarray`): Stored values.
+        options (`QueryOptions`): Says the layer.
+        joinids (`np.ndarray`): The cells they are of, for the message.
+
+    Raises:
+        ValueError: For values of `raw` that are not counts, and NaN or infinite values anywhere.
+    """
+    if not len(values):
+        return
+    where = f"X[{options.layer!r}] of cells {joinids[0]} to {joinids[-1]}"
+    if options.layer == "raw":
+        # Not negative, and equal to itself as an integer: counts, told by two quick passes. Else say what is wrong.
+        with np.errstate(invalid="ignore"):
+            if not values.min() >= 0 or not (values.astype(np.int32) == values).all():
+                check_raw_counts(values, where)
+    elif not np.isfinite(values.sum(dtype=np.float64)):
+        raise ValueError(f"{where} holds NaN or infinite values.")
 
 
 def tile_boundary(joinids: np.ndarray, wanted: int, least: int) -> int:
@@ -195,10 +218,10 @@ def normalize_block(
     if options.normalization == "log_tpm":
         lengths = gene_lengths[block.genes]
         rates = block.values.astype(np.float64) / (lengths / 1_000.0)
-        library_size = np.bincount(block.rows, weights=rates, minlength=block.n_cells)
+        library_size = np.bincount(block.rows(), weights=rates, minlength=block.n_cells)
     return normalize_counts(
         block.values,
-        np.asarray(library_size, dtype=np.float64)[block.rows],
+        np.asarray(library_size, dtype=np.float64)[block.rows()],
         normalization=options.normalization,
         target_sum=options.target_sum,
         gene_lengths=lengths,
@@ -228,10 +251,18 @@ def read_values(
     for block in stream:
         block_values = block.values
         if stream.options.normalization == "log_tpm":  # needs the rates of all genes, so comes before their choice
+            check_values(block.values, stream.options, block.joinids)
             block_values = normalize_block(block, stream.options, None, gene_lengths)
-        ids_of_entries = vocabulary.take(block.genes)
-        chosen = np.flatnonzero(ids_of_entries >= 0)
-        entries = (block_values.take(chosen), (block.rows.take(chosen), ids_of_entries.take(chosen)))
+        parts = []
+        for first in range(0, len(block.genes), CHOSEN_AT_ONCE):
+            part = slice(first, first + CHOSEN_AT_ONCE)
+            ids_of_entries = vocabulary.take(block.genes[part])
+            chosen = np.flatnonzero(ids_of_entries >= 0)
+            parts.append((block_values[part].take(chosen), block.rows(part, chosen), ids_of_entries.take(chosen)))
+        entries = [np.concatenate(arrays) for arrays in zip(*parts)] if parts else [np.zeros(0, np.int32)] * 3
+        if stream.options.normalization != "log_tpm":
+            check_values(entries[0], stream.options, block.joinids)
+        entries = (entries[0].astype(np.float32, copy=False), (entries[1], entries[2]))
         # The store's tiles lie along the genes in ascending order, so this counting sort by cell leaves them sorted.
         part = sp.coo_matrix(entries, shape=(block.n_cells, n_genes)).tocsr()
         part.sort_indices()

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from data_scripts.cell_stream import CellStream, normalize_block
+from data_scripts.cell_stream import CellStream, check_values, normalize_block
 from data_scripts.pair_options import PanelOptions
 from modeling_gppc.feature_extraction_gppc import close_matches
 
@@ -58,13 +58,14 @@ def count_genes(
     expressed = np.zeros((len(datasets), n_vars), dtype=np.int32)
     sums, squares = (np.zeros((len(datasets), n_vars if moments else 0)) for _ in range(2))
     for block in stream if len(datasets) else ():
+        check_values(block.values, stream.options, block.joinids)
         inside = slice(block.start, block.start + block.n_cells)
         values = normalize_block(block, stream.options, library_size[inside], gene_lengths) if moments else None
         for index, code in enumerate(datasets):
             chosen = counted[inside] & (dataset[inside] == code)
             if not chosen.any():
                 continue
-            entries = slice(None) if chosen.all() else np.flatnonzero(chosen[block.rows])
+            entries = slice(None) if chosen.all() else np.flatnonzero(chosen[block.rows()])
             genes = block.genes[entries]
             expressed[index] += np.bincount(genes, minlength=n_vars).astype(np.int32)
             if moments:

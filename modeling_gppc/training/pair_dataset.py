@@ -91,28 +91,27 @@ class PairDataset(torch.utils.data.Dataset):
     def _gather(self, chunks: list, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         chunk_of_row = np.searchsorted(self._starts, rows, side="right") - 1
         local = rows - self._starts[chunk_of_row]
-        begins = np.empty(len(rows), dtype=np.int64)
-        lengths = np.empty(len(rows), dtype=np.int64)
-        present = np.unique(chunk_of_row)
-        for chunk in present:
-            members = chunk_of_row == chunk
-            offsets = chunks[chunk][0]
-            begins[members] = offsets[local[members]]
-            lengths[members] = offsets[local[members] + 1] - begins[members]
-        # Flat position of every value: its row's beginning plus its place within the row.
-        ends = np.cumsum(lengths)
-        flat = np.arange(ends[-1] if len(ends) else 0) + np.repeat(begins - (ends - lengths), lengths)
-        if len(present) == 1:
-            _, ids, values = chunks[present[0]]
+        if len(rows) and (chunk_of_row == chunk_of_row[0]).all():
+            offsets, ids, values = chunks[chunk_of_row[0]]
+            begins = offsets[local].astype(np.int64)
+            lengths = offsets[local + 1] - begins
+            # Flat position of every value: its row's beginning plus its place within the row.
+            ends = np.cumsum(lengths)
+            flat = np.arange(ends[-1]) + np.repeat(begins - (ends - lengths), lengths)
             return lengths, ids[flat], values[flat]
-        ids = np.empty(len(flat), dtype=np.int32)
-        values = np.empty(len(flat), dtype=np.float32)
-        owner = np.repeat(chunk_of_row, lengths)
-        for chunk in present:
-            members = owner == chunk
-            ids[members] = chunks[chunk][1][flat[members]]
-            values[members] = chunks[chunk][2][flat[members]]
-        return lengths, ids, values
+        # Rows from anywhere: one slice of a buffer each, at a cost that does not grow with the number of chunks.
+        spans = [
+            (chunks[chunk][0][row], chunks[chunk][0][row + 1], chunk)
+            for chunk, row in zip(chunk_of_row.tolist(), local.tolist())
+        ]
+        lengths = np.array([end - begin for begin, end, _ in spans], dtype=np.int64)
+        ids = [chunks[chunk][1][begin:end] for begin, end, chunk in spans]
+        values = [chunks[chunk][2][begin:end] for begin, end, chunk in spans]
+        return (
+            lengths,
+            np.concatenate(ids) if ids else np.empty(0, np.int32),
+            np.concatenate(values) if values else np.empty(0, np.float32),
+        )
 
     def dense_cells(self, which: str, rows: np.ndarray, n_genes: int) -> np.ndarray:
         """Values of the `source` or `target` cells of some rows over the vocabulary, float32 of shape `(B, V)`."""
