@@ -41,6 +41,7 @@ FLAGS = {
     "training.per_device_eval_batch_size": 8,
     "training.linear_start_iterations": 2,
     "training.use_cpu": "true",
+    "training.dataloader_num_workers": 0,
     "evaluation.n_resamples": 10,
     "evaluation.floors": "[mean]",
 }

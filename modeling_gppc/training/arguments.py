@@ -90,7 +90,7 @@ class TrainingOptions:
         precision (`str`): `fp32`, `bf16` or `fp16`.
         attn_implementation (`str`): `sdpa`, `eager` or `flex_attention`.
         gradient_checkpointing, torch_compile (`bool`): Trade time for memory; compile the model.
-        dataloader_num_workers (`int`): Processes that collate.
+        dataloader_num_workers (`int`): Processes that collate ahead, each training process its own; 0: none.
         report_to (`list[str]`): Any of `tensorboard`, `trackio`, `wandb`.
         use_cpu (`bool`): Train on the CPU even where an accelerator is.
         deterministic (`bool`): Refuse algorithms whose result differs from run to run on a GPU; slower.
@@ -121,7 +121,7 @@ class TrainingOptions:
     attn_implementation: Literal["sdpa", "eager", "flex_attention"] = "sdpa"
     gradient_checkpointing: bool = False
     torch_compile: bool = False
-    dataloader_num_workers: int = 0
+    dataloader_num_workers: int = 1
     report_to: list[str] = field(default_factory=list)
     use_cpu: bool = False
     deterministic: bool = False

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import math
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from modeling_gppc.training.throughput import Throughput, summarize
 
 logger = logging.getLogger(__name__)
 STATE_FILE = "trainer_state.json"
+LINUX = sys.platform == "linux"
 
 
 class EpochSampler(Sampler):
@@ -287,6 +289,8 @@ def training_arguments(
         greater_is_better=False,
         remove_unused_columns=False,
         dataloader_num_workers=options.dataloader_num_workers,
+        # Forked workers share the mapped rows; others would get a copy of them. They touch numpy only.
+        dataloader_multiprocessing_context="fork" if options.dataloader_num_workers and LINUX else None,
         bf16=options.precision == "bf16",
         fp16=options.precision == "fp16",
         gradient_checkpointing=options.gradient_checkpointing,

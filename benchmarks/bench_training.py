@@ -1,0 +1,110 @@
+"""Speed of training on a pairs folder: cells/s, share of time spent waiting for data, two processes against one.
+
+    python benchmarks/bench_training.py --pairs runs/pbmc/pairs --config pbmc --workers 0 1
+    python benchmarks/bench_training.py --pairs runs/pbmc/pairs --config pbmc --workers 1 --processes 1 2
+
+Each line is a run of its own process(es), one thread each; two processes share the batch of one. The first log entries
+are left out: they hold the start of the workers.
+"""
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+KEYS = ("cells_per_second", "tokens_per_second", "data_wait_share", "tflop_per_second", "peak_memory_gb")
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """One run without evaluation in the measured steps; the main process writes the medians to `--out`."""
+    from data_scripts.pair_folder import PairFolder
+    from modeling_gppc import GppcForPerturbationPrediction
+    from modeling_gppc.training.arguments import parse_options
+    from modeling_gppc.training.data_collator import PairCollator
+    from modeling_gppc.training.launch import start_processes
+    from modeling_gppc.training.pair_dataset import PairDataset
+    from modeling_gppc.training.trainer import make_trainer
+
+    state = start_processes(arguments.cpu)
+    with tempfile.TemporaryDirectory() as out:
+        flags = {
+            "data.pairs": arguments.pairs,
+            "output_dir": out,
+            "training.max_steps": arguments.steps,
+            "training.logging_steps": max(arguments.steps // 6, 1),
+            "training.eval_steps": arguments.steps,
+            "training.save_steps": arguments.steps,
+            "training.max_validation_pairs": 256,
+            "training.dataloader_num_workers": arguments.workers[0],
+            "training.use_cpu": str(arguments.cpu).lower(),
+        }
+        options = parse_options(
+            arguments.config, [part for flag in flags.items() for part in (f"--{flag[0]}", str(flag[1]))]
+        )
+        options.training.per_device_train_batch_size //= state.num_processes
+        folder = PairFolder(arguments.pairs)
+        trainer = make_trainer(
+            GppcForPerturbationPrediction(options.model_config(folder.genes.num_rows, folder.pairings)),
+            options.training,
+            out,
+            options.seed,
+            PairDataset(folder.split("train"), folder.pairings),
+            PairDataset(folder.split("validation"), folder.pairings),
+            PairCollator(folder.panels, options.pairs.perturbation, seed=options.seed),
+            PairCollator(folder.panels),
+        )
+        trainer.train()
+        entries = [entry for entry in trainer.state.log_history if "cells_per_second" in entry][2:]
+        if state.is_main_process:
+            medians = {key: statistics.median(entry[key] for entry in entries) for key in KEYS}
+            Path(arguments.out).write_text(json.dumps({"processes": state.num_processes, **medians}))
+    state.wait_for_everyone()
+    state.destroy_process_group()
+
+
+def launch(arguments: argparse.Namespace, workers: int, processes: int, out: Path) -> dict:
+    """Runs `train` in so many processes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    world = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(port)]
+    script = [__file__, "--one", "--pairs", arguments.pairs, "--config", arguments.config, "--out", str(out)]
+    settings = ["--steps", str(arguments.steps), "--workers", str(workers), *(["--cpu"] if arguments.cpu else [])]
+    command = [sys.executable, *(world if processes > 1 else []), *script, *settings]
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
+    return json.loads(out.read_text())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", required=True, help="pairs folder")
+    parser.add_argument("--config", default="default", help="YAML file or the name of a shipped one")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1], help="collating processes of a process")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1], help="training processes")
+    parser.add_argument("--cpu", action="store_true", help="on the CPU even where a GPU is")
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--out", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        train(arguments)
+        return
+    print(f"{'processes':>9} {'workers':>7} {'cells/s':>9} {'tokens/s':>11} {'data wait':>9} {'TFLOP/s':>8} {'GB':>6}")
+    with tempfile.TemporaryDirectory() as folder:
+        for processes in arguments.processes:
+            for workers in arguments.workers:
+                found = launch(arguments, workers, processes, Path(folder) / "out.json")
+                print(
+                    f"{processes:>9} {workers:>7} {found['cells_per_second']:>9,.0f} {found['tokens_per_second']:>11,.0f} "
+                    f"{found['data_wait_share']:>9.1%} {found['tflop_per_second']:>8.4f} {found['peak_memory_gb']:>6.2f}",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()
