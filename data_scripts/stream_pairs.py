@@ -137,7 +137,7 @@ class PairStream(torch.utils.data.IterableDataset):
         self._history: collections.deque = collections.deque(maxlen=REMEMBERED)
         self._remember()
 
-    def set_epoch(self, epoch: int) -> None:
+    def go_to_epoch(self, epoch: int) -> None:
         """Goes to the beginning of an epoch, unless the stream already stands in it."""
         if epoch != self.epoch:
             self.epoch, self._next, self._positions = epoch, 0, [(0, 0)] * len(self._positions)

@@ -58,7 +58,7 @@ def test_epochs_differ_and_repeat(plan):
     assert stream.epoch == 2
     assert {row[0] for row in first} == {row[0] for row in second} and Counter(first) != Counter(second)
     again = PairStream(plan, SMALL, transform=keys)
-    again.set_epoch(1)
+    again.go_to_epoch(1)
     assert flat(again) == second
 
 
