@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-genes", type=int, default=2_000, help="most variable genes among controls that are kept"
     )
+    parser.add_argument("--hold", type=float, default=0.1, help="how firmly other targets are held: 0, 0.1, 1, ...")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     group = parser.add_argument_group("reading the screen")
     for name, text in (
@@ -54,6 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
         seeds=arguments.seeds,
         steps=arguments.steps,
         seed=arguments.seed,
+        hold=arguments.hold,
         max_genes=arguments.max_genes,
     )
     out = Path(arguments.out)

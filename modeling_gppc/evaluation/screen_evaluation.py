@@ -42,6 +42,7 @@ class EvaluateOptions:
         steps (`int`, *optional*, defaults to 300): Training steps of the departure on controls.
         seed (`int`, *optional*, defaults to 0): First seed.
         n_shuffles (`int`, *optional*, defaults to 20): Random genes in the target's place, a perturbation.
+        hold (`float`, *optional*, defaults to 0.1): How firmly the other targets are held; see [`InContextModel`].
         max_genes (`int`, *optional*, defaults to 2,000): Most variable genes *among controls* that are kept, targets
             always among them.
     """
@@ -53,6 +54,7 @@ class EvaluateOptions:
     steps: int = 300
     seed: int = 0
     n_shuffles: int = 20
+    hold: float = 0.1
     max_genes: int = 2_000
     size: ResponseSize = dataclasses.field(default_factory=ResponseSize)
 
@@ -67,7 +69,14 @@ class EvaluateOptions:
         if folder != (self.mode == "zero-shot") and self.model != "covariance":
             wanted = "a model folder" if self.mode == "zero-shot" else f"one of {', '.join(BUILT_IN_MODELS)}"
             raise ValueError(f"`model` is {self.model!r} with `mode` {self.mode!r}; wanted {wanted}.")
-        for name, least in (("seeds", 1), ("steps", 0), ("n_shuffles", 0), ("max_genes", 10), ("folds", 2)):
+        for name, least in (
+            ("seeds", 1),
+            ("steps", 0),
+            ("n_shuffles", 0),
+            ("hold", 0),
+            ("max_genes", 10),
+            ("folds", 2),
+        ):
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; wanted at least {least}.")
 
@@ -157,13 +166,14 @@ def _from_controls(screen, labels, options: EvaluateOptions, progress: bool):
     if options.mode == "zero-shot" and options.model != "covariance":
         predictors[MODEL] = [ZeroShotModel(options.model).predict]
     elif options.model != "covariance":
-        factor = InContextModel(screen, seed=options.seed, size=options.size)
+        factor = InContextModel(screen, seed=options.seed, size=options.size, hold=options.hold)
         predictors["factor"] = [factor.predict]
         if options.model == "gppc":
             seeds = range(options.seed, options.seed + options.seeds)
             bar = tqdm(seeds, desc="adapting to controls", unit="seed", disable=not progress)
             predictors[MODEL] = [
-                InContextModel(screen, steps=options.steps, seed=seed, size=options.size).predict for seed in bar
+                InContextModel(screen, steps=options.steps, seed=seed, size=options.size, hold=options.hold).predict
+                for seed in bar
             ]
     spread = {}
     for name, runs in predictors.items():
@@ -208,7 +218,10 @@ def _fine_tuned(screen, labels, options: EvaluateOptions, progress: bool):
         steps = options.steps if options.model == "gppc" else 0
         seeds = range(options.seed, options.seed + n_seeds)
         bar = tqdm(seeds, desc="adapting to controls", unit="seed", disable=not progress)
-        models = [FineTunedModel(InContextModel(screen, steps=steps, seed=seed, size=options.size)) for seed in bar]
+        models = [
+            FineTunedModel(InContextModel(screen, steps=steps, seed=seed, size=options.size, hold=options.hold))
+            for seed in bar
+        ]
     predictions: dict[str, ScreenPrediction] = {}
     runs = [ScreenPrediction(np.zeros(shape), np.zeros(shape), True) for _ in models]
     reference = np.zeros(shape)

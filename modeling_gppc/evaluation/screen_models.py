@@ -93,6 +93,10 @@ class InContextModel:
         n_factors (`int`, *optional*): Chosen by held-out likelihood when absent.
         seed (`int`, *optional*, defaults to 0): Everything random.
         size (`ResponseSize`, *optional*): Treatment of size.
+        hold (`float`, *optional*, defaults to 0.1): How firmly the other targets of the panel are held at the controls'
+            level while one is changed: 0 not at all, 1 as firmly as a measurement, more than that nearly fixed. Where
+            the panel holds the network's regulators, and they correlate without acting on each other, holding them
+            takes most of the confounding away; where targets act through each other it hides what they do.
         resample (`bool`, *optional*, defaults to `False`): Fit on controls drawn with replacement, to see the spread.
         progress (`bool`, *optional*, defaults to `False`): Whether to show a bar.
 
@@ -108,10 +112,11 @@ class InContextModel:
         n_factors: int | None = None,
         seed: int = 0,
         size: ResponseSize | None = None,
+        hold: float = 0.1,
         resample: bool = False,
         progress: bool = False,
     ):
-        self.screen, self.seed = screen, seed
+        self.screen, self.seed, self.hold = screen, seed, hold
         self.size = size or ResponseSize()
         cells = screen.cells_of(CONTROL)
         if resample:
@@ -127,10 +132,17 @@ class InContextModel:
         self.model = self._train(steps, progress) if steps else None
 
     def slope(self, genes: np.ndarray, changes: np.ndarray) -> np.ndarray:
-        """Response of all genes to small imposed changes, per unit of them, from the factors; shape `(V,)`."""
-        loadings = self.factors.loadings
-        within = loadings[genes] @ loadings[genes].T + np.diag(self.factors.noise[genes])
-        return loadings @ (loadings[genes].T @ np.linalg.solve(within, changes))
+        """Response of all genes to imposed changes, from the factors; shape `(V,)`.
+
+        The other targets of the panel are imposed too, at no change and with their noise divided by `hold`.
+        """
+        loadings, noise = self.factors.loadings, self.factors.noise
+        held = np.setdiff1d(self.screen.panel_targets, genes) if self.hold > 0 else np.zeros(0, dtype=int)
+        imposed = np.concatenate([genes, held])
+        error = np.concatenate([noise[genes], noise[held] / self.hold]) if len(held) else noise[genes]
+        within = loadings[imposed] @ loadings[imposed].T + np.diag(error)
+        changes = np.concatenate([changes, np.zeros(len(held))])
+        return loadings @ (loadings[imposed].T @ np.linalg.solve(within, changes))
 
     def predict(self, context: ScreenContext) -> ScreenPrediction:
         """Responses of the test perturbations: prediction with their targets' level minus prediction without."""
@@ -139,15 +151,16 @@ class InContextModel:
             genes, changes = context.changes(label)
             if len(genes):
                 sized = self.size(changes)
-                prediction.delta[row] = (
-                    self.slope(genes, sized) if self.model is None else self.network_response(genes, sized)
-                )
+                prediction.delta[row] = self.slope(genes, sized)
+                if self.model is not None:
+                    prediction.delta[row] += self.departure(genes, sized)
         prediction.variance = np.tile((self.size.unexplained * self.deviation) ** 2, (len(context.test), 1))
         return prediction
 
     @torch.inference_mode()
-    def network_response(self, genes: np.ndarray, changes: np.ndarray, n_cells: int = 256) -> np.ndarray:
-        """Mean over control cells of prediction at the changed level minus prediction at the controls' mean level."""
+    def departure(self, genes: np.ndarray, changes: np.ndarray, n_cells: int = 256) -> np.ndarray:
+        """What the trained network adds to the linear response, `(V,)`: its departure at the changed level minus that at
+        the controls' mean level, averaged over control cells."""
         generator = np.random.default_rng(self.seed)
         cells = generator.choice(len(self.values), min(n_cells, len(self.values)), replace=False)
         source = torch.as_tensor(self.values[cells], dtype=torch.float32)
@@ -158,10 +171,11 @@ class InContextModel:
         # The step is taken at a natural size and scaled back, so that a shrunken change is not lost in the network.
         step = torch.as_tensor(self.deviation[genes], dtype=torch.float32)
         scale = float(change.abs().div(step).max().clamp(min=1e-6))
-        outputs = [
-            self.model.decode(encoded, ids, level + sign * change / scale - source[:, genes]).logits for sign in (1, 0)
-        ]
-        return scale * (outputs[0] - outputs[1]).double().mean(dim=0).numpy()
+        added = []
+        for sign in (1, 0):
+            output = self.model.decode(encoded, ids, level + sign * change / scale - source[:, genes])
+            added.append((output.logits - output.linear_response).double().mean(dim=0).numpy())
+        return scale * (added[0] - added[1])
 
     def _encode(self, source: torch.Tensor):
         n_genes = source.shape[1]

@@ -234,19 +234,24 @@ def test_in_context_reads_no_perturbed_cell(screen):
     assert np.array_equal(before.delta, after.delta)
 
 
-def test_untrained_departure_is_the_factor_response(screen):
-    """With a step of zero learning the network's response is the closed form's."""
-    closed = InContextModel(screen, n_factors=3)
+def test_departure_is_what_the_network_adds(screen):
     network = InContextModel(screen, n_factors=3, steps=2)
-    with_departure = network.network_response(np.array([0]), np.array([-0.5]))
+    added = network.departure(np.array([0]), np.array([-0.5]))
+    assert 0 < np.abs(added).max() < 0.05
     for parameter in network.model.readout.parameters():
         parameter.data.zero_()
-    response = network.network_response(np.array([0]), np.array([-0.5]))
-    expected = closed.slope(np.array([0]), np.array([-0.5]))
-    others = np.arange(N_GENES) != 0
-    # Source and target of a pair share a batch only, so the coupling is small and the prior nearly standard.
-    assert np.corrcoef(response[others], expected[others])[0, 1] > 0.99
-    assert np.abs(with_departure - response).max() < 0.05
+    assert not network.departure(np.array([0]), np.array([-0.5])).any()
+
+
+def test_slope_is_the_conditional_gaussian(screen):
+    model = InContextModel(screen, n_factors=3, hold=0.0)
+    sigma = model.factors.loadings @ model.factors.loadings.T
+    within = sigma[0, 0] + model.factors.noise[0]
+    assert np.allclose(model.slope(np.array([0]), np.array([-0.5])), sigma[:, 0] / within * -0.5)
+    # Held firmly, the other targets hardly move.
+    firm = InContextModel(screen, n_factors=3, hold=1e4).slope(np.array([0]), np.array([-0.5]))
+    held = screen.panel_targets[screen.panel_targets != 0]
+    assert np.abs(firm[held]).max() < 0.05 < np.abs(model.slope(np.array([0]), np.array([-0.5]))[held]).max()
 
 
 @pytest.fixture(scope="module")
