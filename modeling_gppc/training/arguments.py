@@ -211,7 +211,8 @@ class RunOptions:
             if name not in fields:
                 raise ValueError(f"`model.{name}` is not an option{close_matches(name, fields)}.")
         self.model_config(vocab_size=2, pairings=list(self.pairs.matching.pairings))
-        given = [name for name in ("pairs", "example", "files", "synthetic") if getattr(self.data, name) is not None]
+        names = ("pairs", "example", "files", "synthetic")
+        given = [f"data.{name}" for name in names if getattr(self.data, name) is not None]
         query = self.pairs.query
         given += [f"pairs.query.{name}" for name in ("uri", "census_version") if getattr(query, name) is not None]
         if len(given) != 1:

@@ -1,0 +1,238 @@
+"""Options of a run from files and flags; bad input ends with one line and status 2 before anything is made."""
+
+import json
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pytest
+import scipy.sparse as sp
+from tiny_runs import train_module, write_run_pairs
+
+from data_scripts.local_census import CensusSource, write_census
+from modeling_gppc.training import arguments as arguments_module
+from modeling_gppc.training.arguments import (
+    CONFIGS,
+    RunOptions,
+    TrainingOptions,
+    build_parser,
+    find_config,
+    merge,
+    parse_options,
+    read_flags,
+)
+from modeling_gppc.training.run_folder import holds_work
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """30 cells of two donors and two types, 12 genes."""
+    rng = np.random.default_rng(0)
+    counts = rng.poisson(2.0, (30, 12)).astype(np.float32)
+    counts[:, 0] += 1
+    cells = anndata.AnnData(sp.csr_matrix(counts))
+    cells.var_names = [f"ENSG{index:011d}" for index in range(12)]
+    cells.obs_names = [f"cell{index}" for index in range(30)]
+    cells.obs["cell_type"] = np.where(np.arange(30) < 1, "rare cell", "T cell")
+    cells.obs["donor_id"] = [f"donor{index % 2}" for index in range(30)]
+    path = tmp_path_factory.mktemp("cells") / "store"
+    write_census(path, [CensusSource(cells, "A")])
+    return path
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    return write_run_pairs(tmp_path_factory.mktemp("pairs") / "pairs")
+
+
+BLOOD = "cell_type == 'T cell'"
+# What is given -> what the line says. STORE, PAIRS and EMPTY stand for paths.
+BAD = {
+    "store missing": (["--pairs.query.uri", "EMPTY/none"], ["`uri`", "does not exist", "gppc make-census"]),
+    "store that is a folder": (["--pairs.query.uri", "EMPTY"], ["`uri`", "not a store in Census layout"]),
+    "filter matches no cell": (
+        ["--pairs.query.uri", "STORE", "--pairs.query.obs_filter", "cell_type == 'T cel'"],
+        ["obs_filter", "'T cel'", "did you mean `T cell`"],
+    ),
+    "filter matches no number": (
+        ["--pairs.query.uri", "STORE", "--pairs.query.obs_filter", "soma_joinid > 1000"],
+        ["obs_filter", "matches none of the store's 30 cells"],
+    ),
+    "filter malformed": (
+        ["--pairs.query.uri", "STORE", "--pairs.query.obs_filter", "cell_type =="],
+        ["obs_filter", "malformed"],
+    ),
+    "filter without a column": (
+        ["--pairs.query.uri", "STORE", "--pairs.query.obs_filter", "cell_tipe == 'T cell'"],
+        ["cell_tipe", "did you mean `cell_type`"],
+    ),
+    "one cell in every context": (
+        ["--pairs.query.uri", "STORE", "--pairs.query.obs_filter", "cell_type == 'rare cell'"],
+        ["fewer than two cells in every context"],
+    ),
+    "pairs missing": (["--data.pairs", "EMPTY/none"], ["is not a pairs folder", "gppc build-pairs"]),
+    "unknown config": (["--config", "pmbc", "--data.pairs", "PAIRS"], ["`config` pmbc", "did you mean `pbmc`"]),
+    "unknown key": (
+        ["--data.pairs", "PAIRS", "--training.learning_rat", "0.1"],
+        ["`training.learning_rat`", "did you mean `learning_rate`"],
+    ),
+    "unknown section": (
+        ["--data.pairs", "PAIRS", "--trainin.max_steps", "3"],
+        ["`trainin`", "did you mean `training`"],
+    ),
+    "wrong type": (
+        ["--data.pairs", "PAIRS", "--training.max_steps", "many"],
+        ["`training.max_steps`", "'many'", "int"],
+    ),
+    "wrong value": (["--data.pairs", "PAIRS", "--training.max_steps", "0"], ["`training.max_steps` is 0", "positive"]),
+    "wrong choice": (
+        ["--data.pairs", "PAIRS", "--training.precision", "fp64"],
+        ["`training.precision` is 'fp64'", "'bf16'"],
+    ),
+    "fp16 without a GPU": (
+        ["--data.pairs", "PAIRS", "--training.precision", "fp16", "--training.use_cpu", "true"],
+        ["`training.precision`", "needs a GPU"],
+    ),
+    "unknown schedule": (
+        ["--data.pairs", "PAIRS", "--training.lr_scheduler_type", "cosin"],
+        ["lr_scheduler_type", "did you mean `cosine`"],
+    ),
+    "unknown logger": (
+        ["--data.pairs", "PAIRS", "--training.report_to", "[tensorbord]"],
+        ["report_to", "did you mean `tensorboard`"],
+    ),
+    "checkpoints between evaluations": (
+        ["--data.pairs", "PAIRS", "--training.eval_steps", "20", "--training.save_steps", "30"],
+        ["`training.save_steps` is 30", "multiple of `eval_steps`"],
+    ),
+    "model key": (["--data.pairs", "PAIRS", "--model.hiden_size", "8"], ["`model.hiden_size`", "`hidden_size`"]),
+    "model value": (
+        ["--data.pairs", "PAIRS", "--model.hidden_size", "10", "--model.num_attention_heads", "4"],
+        ["`hidden_size` is 10", "multiple"],
+    ),
+    "model key of the data": (["--data.pairs", "PAIRS", "--model.vocab_size", "8"], ["`model.vocab_size`", "data"]),
+    "two sources of cells": (
+        ["--data.pairs", "PAIRS", "--pairs.query.uri", "STORE"],
+        ["`data.pairs` and `pairs.query.uri`", "exactly one"],
+    ),
+    "no source of cells": ([], ["cells come from none", "`data.files`"]),
+    "flag without a value": (
+        ["--data.pairs", "PAIRS", "--training.max_steps"],
+        ["`--training.max_steps` has no value"],
+    ),
+    "no flag": (["--data.pairs", "PAIRS", "max_steps=3"], ["`max_steps=3` is not a flag"]),
+    "batch larger than the data": (
+        ["--data.pairs", "PAIRS", "--training.per_device_train_batch_size", "500"],
+        ["500", "203 training pairs"],
+    ),
+    "missing cells": (["--data.files", "[EMPTY/none.h5ad]"], ["none.h5ad"]),
+    "output is a file": (
+        ["--data.pairs", "PAIRS", "--output_dir", "PAIRS/genes.parquet"],
+        ["`output_dir`", "is a file"],
+    ),
+    "output holds other things": (
+        ["--data.pairs", "PAIRS", "--output_dir", "PAIRS"],
+        ["holds other files and no run"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line_and_status_2(name, store, pairs, tmp_path, capsys):
+    flags, words = BAD[name]
+    (tmp_path / "empty").mkdir()
+    places = {"STORE": store, "PAIRS": pairs, "EMPTY": tmp_path / "empty"}
+    config = tmp_path / "config.yaml"
+    config.write_text(f"output_dir: {tmp_path / 'run'}\n")
+    given = list(flags)
+    for index, flag in enumerate(given):
+        for word, place in places.items():
+            flag = flag.replace(word, str(place))
+        given[index] = flag
+    config_flag = [] if "--config" in given else ["--config", str(config)]
+    status = train_module().main([*config_flag, *given])
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if line.startswith("train.py: error:")]
+    assert status == 2 and len(lines) == 1, error
+    assert "Traceback" not in error
+    for word in words:
+        assert word in lines[0]
+    # Nothing stands in the way of the corrected command.
+    assert not holds_work(tmp_path / "run")
+
+
+def test_a_logger_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr(arguments_module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        ValueError, match=r"`training.report_to` names 'trackio', which is not installed; `pip install tr"
+    ):
+        TrainingOptions(report_to=["trackio"])
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configs_are_valid(path):
+    needs_store = path.stem == "pbmc"  # the store is the caller's
+    options = parse_options(path.stem, ["--pairs.query.uri", "cells.soma"] if needs_store else [])
+    assert isinstance(options, RunOptions) and options.output_dir.startswith("runs/")
+    assert json.loads(json.dumps(options.model)) == options.model
+
+
+def test_configs_are_found_by_name_and_by_path(tmp_path):
+    assert find_config("linear") == find_config("linear.yaml") == CONFIGS / "linear.yaml"
+    own = tmp_path / "linear.yaml"
+    own.write_text("{}")
+    assert find_config(str(own)) == own
+
+
+@pytest.mark.parametrize(
+    ("flags", "found"),
+    [
+        (["--training.max_steps", "5"], {"training": {"max_steps": 5}}),
+        (["--training.max-steps=5", "--seed", "1"], {"training": {"max_steps": 5}, "seed": 1}),
+        (["--training.learning_rate", "1e-4"], {"training": {"learning_rate": "1e-4"}}),
+        (["--evaluation.splits", "[a/b, c]"], {"evaluation": {"splits": ["a/b", "c"]}}),
+        (
+            ["--training.use_cpu", "true", "--data.pairs", "null"],
+            {"training": {"use_cpu": True}, "data": {"pairs": None}},
+        ),
+        (["--pairs.query.obs_filter", "tissue == 'blood'"], {"pairs": {"query": {"obs_filter": "tissue == 'blood'"}}}),
+    ],
+)
+def test_flags_are_nested_yaml(flags, found):
+    assert read_flags(flags) == found
+
+
+def test_flags_lie_over_the_file_and_the_file_over_defaults(tmp_path):
+    config = tmp_path / "own.yaml"
+    config.write_text("data: {pairs: p}\ntraining: {max_steps: 7, learning_rate: 1e-4}\n")
+    options = parse_options(str(config), ["--training.max_steps", "9"])
+    assert (options.training.max_steps, options.training.learning_rate) == (9, 1e-4)
+    assert options.training.warmup_steps == TrainingOptions().warmup_steps
+    assert options.output_dir == "runs/own"
+
+
+def test_merge_leaves_both_as_they_are():
+    base, changes = {"a": {"b": 1, "c": [1]}}, {"a": {"c": [2]}, "d": {}}
+    assert merge(base, changes) == {"a": {"b": 1, "c": [2]}, "d": {}}
+    assert base == {"a": {"b": 1, "c": [1]}} and changes == {"a": {"c": [2]}, "d": {}}
+
+
+def test_help_tells_commands(capsys):
+    parser = build_parser(train_module().__doc__)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--help"])
+    text = capsys.readouterr().out
+    for word in (
+        "accelerate launch train.py --config linear",
+        "--resume",
+        "--push_to_hub",
+        "--training.max_steps 500",
+    ):
+        assert word in text
+
+
+def test_every_training_option_is_documented():
+    documented = TrainingOptions.__doc__
+    for name in TrainingOptions.__dataclass_fields__:
+        assert name in documented, name
+    assert Path(arguments_module.__file__).is_file()
