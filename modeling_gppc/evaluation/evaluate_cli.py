@@ -13,6 +13,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="gppc", help="gppc, factor, covariance, or a model folder (zero-shot)")
     parser.add_argument("--mode", default="in-context", help="zero-shot, in-context (controls only) or fine-tuned")
     parser.add_argument("--folds", type=int, default=5, help="folds over perturbations (fine-tuned)")
+    parser.add_argument(
+        "--split", default="perturbations", help="perturbations, or combinations: doubles from singles"
+    )
+    parser.add_argument("--seen", type=int, default=2, help="members of a double seen alone: 0, 1 or 2")
     parser.add_argument("--seeds", type=int, default=5, help="runs of the model whose mean is scored")
     parser.add_argument("--steps", type=int, default=300, help="training steps of the departure on control cells")
     parser.add_argument("--seed", type=int, default=0, help="first seed")
@@ -52,6 +56,8 @@ def run(arguments: argparse.Namespace) -> int:
         mode=arguments.mode,
         model=arguments.model,
         folds=arguments.folds,
+        split=arguments.split,
+        seen=arguments.seen,
         seeds=arguments.seeds,
         steps=arguments.steps,
         seed=arguments.seed,

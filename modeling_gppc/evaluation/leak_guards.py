@@ -130,8 +130,12 @@ def guard_fold(
     test: Sequence[str],
     scored_genes: Sequence[str],
     target_genes: Sequence[str],
+    seen_members: int | None = None,
 ) -> None:
-    """[`refuse_leaks`] for one fold over perturbations of a screen, cells given as rows of `barcodes`."""
+    """[`refuse_leaks`] for one fold of a screen, cells given as rows of `barcodes`.
+
+    With `seen_members` the fold holds out combinations, of which so many members were seen alone.
+    """
     refuse_leaks(
         SplitPlan(
             train_cells=[barcodes[row] for row in train_cells],
@@ -141,5 +145,7 @@ def guard_fold(
             reference_perturbations=train,
             scored_genes=scored_genes,
             target_genes=target_genes,
+            held_out="perturbations" if seen_members is None else "combinations",
+            seen_members=seen_members,
         )
     )

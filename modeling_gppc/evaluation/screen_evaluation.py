@@ -21,11 +21,12 @@ from modeling_gppc.evaluation.screen_scores import (
     score_prediction,
     summarise_method,
 )
-from modeling_gppc.evaluation.screen_splits import perturbation_folds
+from modeling_gppc.evaluation.screen_splits import Fold, combination_folds, perturbation_folds
 
 MODES = ("zero-shot", "in-context", "fine-tuned")
 BUILT_IN_MODELS = ("covariance", "factor", "gppc")
 MODEL = "gppc"
+SPLITS = ("perturbations", "combinations")
 
 
 @dataclasses.dataclass
@@ -38,6 +39,9 @@ class EvaluateOptions:
         model (`str`, *optional*, defaults to `"gppc"`): `"gppc"` (linear response and trained departure), `"factor"`
             (its linear response alone), `"covariance"` (baselines only), or a model folder for zero-shot.
         folds (`int`, *optional*, defaults to 5): Folds over perturbations, fine-tuned mode only.
+        split (`str`, *optional*, defaults to `"perturbations"`): Fine-tuned mode: `"perturbations"`, or
+            `"combinations"`: doubles, trained on singles.
+        seen (`int`, *optional*, defaults to 2): How many members of a double are seen alone.
         seeds (`int`, *optional*, defaults to 5): Runs of the model; their mean response is scored, their spread shown.
         steps (`int`, *optional*, defaults to 300): Training steps of the departure on controls.
         seed (`int`, *optional*, defaults to 0): First seed.
@@ -50,6 +54,8 @@ class EvaluateOptions:
     mode: str = "in-context"
     model: str = "gppc"
     folds: int = 5
+    split: str = "perturbations"
+    seen: int = 2
     seeds: int = 5
     steps: int = 300
     seed: int = 0
@@ -61,6 +67,12 @@ class EvaluateOptions:
     def __post_init__(self):
         if self.mode not in MODES:
             raise ValueError(f"`mode` is {self.mode!r}; wanted one of {', '.join(MODES)}.")
+        if self.split not in SPLITS:
+            raise ValueError(f"`split` is {self.split!r}; wanted one of {', '.join(SPLITS)}.")
+        if self.split != "perturbations" and self.mode != "fine-tuned":
+            raise ValueError(f"`split` is {self.split!r} with `mode` {self.mode!r}; only 'fine-tuned' trains on some.")
+        if self.seen not in (0, 1, 2):
+            raise ValueError(f"`seen` is {self.seen}; wanted 0, 1 or 2 members of a double.")
         folder = Path(self.model).is_dir()
         if self.model not in BUILT_IN_MODELS and not folder:
             raise ValueError(
@@ -130,8 +142,9 @@ def evaluate_screen(screen: Screen, options: EvaluateOptions, progress: bool = T
         ValueError: If no perturbation can be scored in this mode, or the division of cells leaks.
     """
     screen = keep_genes(screen, options.max_genes)
-    if options.mode == "fine-tuned":
-        labels = sorted(screen.perturbations)
+    folds = _folds(screen, options) if options.mode == "fine-tuned" else []
+    if folds:
+        labels = sorted(label for fold in folds for label in fold.test)
     else:
         labels = sorted(label for label, p in screen.perturbations.items() if p.measured)
     if len(labels) < 2:
@@ -141,7 +154,7 @@ def evaluate_screen(screen: Screen, options: EvaluateOptions, progress: bool = T
         )
     truth = observe(screen, labels, options.seed)
     if options.mode == "fine-tuned":
-        predictions, reference, seeds, shuffled = _fine_tuned(screen, labels, options, progress)
+        predictions, reference, seeds, shuffled = _fine_tuned(screen, labels, folds, options, progress)
     else:
         predictions, seeds, shuffled = _from_controls(screen, labels, options, progress)
         others = truth.delta.sum(axis=0) - truth.delta
@@ -205,9 +218,22 @@ def _shuffled_null(runs: list[Callable], context: ScreenContext, options: Evalua
     return outputs
 
 
-def _fine_tuned(screen, labels, options: EvaluateOptions, progress: bool):
-    """Folds over perturbations: every label is predicted by methods that saw none of its cells."""
-    folds = perturbation_folds(screen, options.folds, options.seed)
+def _folds(screen: Screen, options: EvaluateOptions) -> list[Fold]:
+    """Folds of the fine-tuned mode; every scored label is tested in exactly one.
+
+    Raises:
+        ValueError: If the screen has no double that offers as many members as are to be seen.
+    """
+    if options.split == "perturbations":
+        return perturbation_folds(screen, options.folds, options.seed)
+    folds = combination_folds(screen).get(options.seen)
+    if folds is None:
+        raise ValueError(f"`seen` is {options.seen}; no double of the screen offers so many members seen alone.")
+    return folds
+
+
+def _fine_tuned(screen, labels, folds: list[Fold], options: EvaluateOptions, progress: bool):
+    """Every label is predicted by methods that saw none of its cells."""
     row = {label: index for index, label in enumerate(labels)}
     shape = (len(labels), screen.values.shape[1])
     scored = [g for i, g in enumerate(screen.gene_ids) if i not in set(screen.panel_targets.tolist())]
@@ -226,7 +252,16 @@ def _fine_tuned(screen, labels, options: EvaluateOptions, progress: bool):
     runs = [ScreenPrediction(np.zeros(shape), np.zeros(shape), True) for _ in models]
     reference = np.zeros(shape)
     for fold in tqdm(folds, desc="folds", unit="fold", disable=not progress):
-        guard_fold(screen.barcodes, fold.train_cells, fold.test_cells, fold.train, fold.test, scored, targets)
+        guard_fold(
+            screen.barcodes,
+            fold.train_cells,
+            fold.test_cells,
+            fold.train,
+            fold.test,
+            scored,
+            targets,
+            options.seen if options.split == "combinations" else None,
+        )
         context = ScreenContext.build(screen, fold.train, fold.test, fold.train_cells)
         rows = [row[label] for label in fold.test]
         reference[rows] = context.mean_response

@@ -270,12 +270,12 @@ class FineTunedModel:
         """Responses of the test perturbations.
 
         Raises:
-            ValueError: If there are fewer than three training perturbations.
+            ValueError: If there are fewer than two training perturbations.
         """
         train = context.train_delta
-        if len(train) < 3:
+        if len(train) < 2:
             raise ValueError(
-                f"`train` holds {len(train)} perturbations; fine-tuning needs at least 3: use fewer folds."
+                f"`train` holds {len(train)} perturbations; fine-tuning needs at least 2: use fewer folds."
             )
         mask = np.ones(train.shape[1], dtype=bool)
         mask[context.screen.panel_targets] = False
@@ -292,11 +292,29 @@ class FineTunedModel:
         products, squares = (guess * train)[:, mask].sum(axis=1), (guess**2)[:, mask].sum(axis=1)
         self.scale = max(float(weights @ products / (weights @ squares)), 0.0)
         delta = self.scale * (_unit(votes.sum(axis=0)[None], mask) + self.weight * other)
+        alone = self._seen_alone(context, mask)
         for row, label in enumerate(context.test):
+            members = context.screen.perturbations[label].genes
+            if len(members) > 1 and any(member in alone for member in members):
+                # A member not seen alone is expected to do what perturbations of this screen do on average.
+                delta[row] = sum(alone.get(member, delta[row]) for member in members)
             genes, changes = context.changes(label)
             delta[row, genes] = changes
         variance = self._variance(context, train - self.scale * guess, mask)
         return ScreenPrediction(delta, np.tile(variance, (len(delta), 1)), reads_perturbed_cells=True)
+
+    def _seen_alone(self, context: ScreenContext, mask: np.ndarray) -> dict[str, np.ndarray]:
+        """Response to each gene seen alone, drawn towards zero by the share of its size that sampling error explains."""
+        controls = context.screen.values[context.screen.cells_of(CONTROL)]
+        alone = {}
+        for label, response in zip(context.train, context.train_delta):
+            members = context.screen.perturbations[label].genes
+            if len(members) == 1:
+                cells = context.screen.values[context.screen.cells_of(label)]
+                error = cells.var(axis=0) / len(cells) + controls.var(axis=0) / len(controls)
+                size = max(float((response[mask] ** 2).sum()), 1e-12)
+                alone[members[0]] = response * max(1 - float(error[mask].sum()) / size, 0.0)
+        return alone
 
     def _variance(self, context: ScreenContext, residual: np.ndarray, mask: np.ndarray) -> np.ndarray:
         """Variance of true responses about predicted ones, a gene, from leave-one-out errors; shape `(V,)`.

@@ -7,9 +7,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats
+import torch
 
 from data_scripts.screens import ScreenOptions, read_screen
 from modeling_gppc.cli import main
+from modeling_gppc.configuration_gppc import GppcConfig
 from modeling_gppc.evaluation import metrics
 from modeling_gppc.evaluation.screen_baselines import (
     ScreenContext,
@@ -33,6 +35,8 @@ from modeling_gppc.evaluation.screen_scores import (
     swapped_pearson,
 )
 from modeling_gppc.evaluation.screen_splits import combination_folds, held_out_group, perturbation_folds
+from modeling_gppc.feature_extraction_gppc import GppcFeatureExtractor
+from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
 
 N_GENES = 30
 
@@ -291,6 +295,52 @@ def test_fine_tuned_beats_the_mean(screen):
     assert 0.5 < methods["factor"]["coverage90"] <= 1
 
 
+@pytest.mark.parametrize("seen", [0, 1, 2])
+def test_doubles_by_members_seen(doubles, seen):
+    options = EvaluateOptions(mode="fine-tuned", model="factor", split="combinations", seen=seen)
+    evaluation = evaluate_screen(doubles, options, progress=False)
+    expected = {0: ["G0+G5", "G3+G4"], 1: ["G0+G1", "G0+G5", "G1+G2"], 2: ["G0+G1", "G1+G2"]}[seen]
+    assert evaluation.truth.labels == expected
+    methods = evaluation.summary["methods"]
+    if seen == 2:  # the cells are additive
+        assert methods["additive"]["pearson_delta"] > 0.95 and methods["factor"]["pearson_delta"] > 0.95
+        assert methods["factor"]["normalised_squared_error"] < 0.3
+
+
+def test_a_saved_model_is_scored_as_it_is(screen, tmp_path):
+    """Zero-shot: genes are found by symbol; those the model does not know do not change."""
+    config = GppcConfig(
+        vocab_size=N_GENES,
+        num_factors=4,
+        hidden_size=8,
+        pool_size=8,
+        readout_size=8,
+        num_latents=2,
+        use_departure=False,
+    )
+    model = GppcForPerturbationPrediction(config)
+    fitted = InContextModel(screen, n_factors=4, hold=0.0)
+    order = np.arange(N_GENES)[::-1].copy()
+    response = model.model.linear_response
+    with torch.no_grad():
+        response.loadings.copy_(torch.as_tensor(fitted.factors.loadings[order]))
+        response.noise.copy_(torch.as_tensor(fitted.factors.noise[order]))
+        response.gene_mean.copy_(torch.as_tensor(fitted.factors.mean[order]))
+    model.save_pretrained(tmp_path)
+    names = [f"G{i}" if i else "unknown" for i in order]
+    GppcFeatureExtractor(gene_ids=names).save_pretrained(tmp_path)
+    options = EvaluateOptions(mode="zero-shot", model=str(tmp_path), n_shuffles=2)
+    evaluation = evaluate_screen(screen, options, progress=False)
+    assert evaluation.summary["model"] == "folder" and str(tmp_path) not in json.dumps(evaluation.summary)
+    prediction = evaluation.predictions["gppc"].delta
+    row = evaluation.truth.labels.index("G2")
+    genes, changes = ScreenContext.build(screen, [], ["G2"]).changes("G2")
+    expected = fitted.slope(genes, ResponseSize(share=1.0)(changes))
+    others = np.setdiff1d(np.arange(N_GENES), [0, 2])
+    assert np.allclose(prediction[row, others], expected[others], atol=1e-4)
+    assert prediction[row, 0] == 0 and not prediction[evaluation.truth.labels.index("G0")].any()
+
+
 def test_files_and_page(in_context, tmp_path):
     folder = write_evaluation(in_context, tmp_path / "out")
     loaded = json.loads((folder / "evaluation.json").read_text())
@@ -332,6 +382,9 @@ def test_genes_are_kept_without_perturbed_cells(screen):
         ({"model": "nowhere"}, "neither a model folder nor one of"),
         ({"mode": "zero-shot"}, "wanted a model folder"),
         ({"seeds": 0}, "`seeds` is 0"),
+        ({"split": "cells"}, "`split` is 'cells'"),
+        ({"split": "combinations"}, "only 'fine-tuned' trains"),
+        ({"seen": 3, "mode": "fine-tuned"}, "`seen` is 3"),
     ],
 )
 def test_bad_options_are_named(arguments, words):
