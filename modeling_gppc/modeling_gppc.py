@@ -304,6 +304,17 @@ def dense_state(
     return torch.where(measured, values, torch.zeros_like(values)), measured
 
 
+class GppcGenePool(nn.Embedding):
+    """Gene embedding that takes a whole state: the sum over genes of value times vector.
+
+    A module of its own, called as one: sharded training gathers an input embedding only where its module is called.
+    """
+
+    def forward(self, centred: torch.Tensor) -> torch.Tensor:
+        """From centred values `(B, vocab_size)` to `(B, pool_size)`."""
+        return centred.to(self.weight.dtype) @ self.weight
+
+
 class GppcPreTrainedModel(PreTrainedModel):
     """Weights, loading and saving."""
 
@@ -354,7 +365,7 @@ class GppcModel(GppcPreTrainedModel):
         super().__init__(config)
         width = config.hidden_size
         self.linear_response = GppcLinearResponse(config)
-        self.gene_pool = nn.Embedding(config.vocab_size, config.pool_size)
+        self.gene_pool = GppcGenePool(config.vocab_size, config.pool_size)
         self.pool_proj = nn.Linear(config.pool_size, config.num_latents * width)
         self.latents = nn.Parameter(torch.zeros(config.num_latents, width))
         self.encoder = nn.ModuleList([GppcBlock(config) for _ in range(config.encoder_layers)])
@@ -406,8 +417,9 @@ class GppcModel(GppcPreTrainedModel):
             component_logits, factor_mean, factor_residual, factor_covariance = self.linear_response.encode(
                 centred.float(), panels, None if measured_mask is None else panel_index
             )
-        pooled = centred.to(self.gene_pool.weight.dtype) @ self.gene_pool.weight
-        hidden_states = self.pool_proj(pooled).view(-1, self.config.num_latents, self.config.hidden_size)
+        hidden_states = self.pool_proj(self.gene_pool(centred)).view(
+            -1, self.config.num_latents, self.config.hidden_size
+        )
         hidden_states = hidden_states + self.latents
         for block in self.encoder:
             hidden_states = block(hidden_states)

@@ -10,11 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import Sampler, Subset
 from tqdm.auto import tqdm
 from transformers import EarlyStoppingCallback, ProgressCallback, Trainer, TrainerState, TrainingArguments
 from transformers.trainer_callback import TrainerControl
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from modeling_gppc.modeling_gppc import IGNORED_LABEL, GppcForPerturbationPrediction
 from modeling_gppc.training.arguments import TrainingOptions
@@ -115,8 +118,8 @@ class GppcTrainer(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """As in transformers; the operations of the first step are counted."""
-        # A compiled step hides its operations from the counter.
-        counted = self.throughput.flop_per_cell > 0 or self.args.torch_compile
+        # A compiled step hides its operations from the counter, a sharded one cannot run under it.
+        counted = self.throughput.flop_per_cell > 0 or self.args.torch_compile or self.is_fsdp_enabled
         cells = inputs["input_ids"].shape[0]
         with contextlib.nullcontext() if counted else self.throughput.measure(cells):
             return super().training_step(model, inputs, num_items_in_batch)
@@ -215,11 +218,11 @@ class GppcTrainer(Trainer):
         # One more call of `train` would take one step too many.
         self.state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
         best = self._best_folder() if self.state.best_global_step is not None else checkpoint
-        self._load_from_checkpoint(str(best))
+        self.model.load_state_dict(load_file(best / SAFE_WEIGHTS_NAME))
 
     def whole_model(self) -> GppcForPerturbationPrediction:
         """The model with all its weights in one place; on every process, for sharded weights have to be gathered."""
-        if not self.is_fsdp_enabled:
+        if not isinstance(self.model, FSDPModule):
             return self.model
         weights = self.accelerator.get_state_dict(self.model)
         model = GppcForPerturbationPrediction(self.model.config)
