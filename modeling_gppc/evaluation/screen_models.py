@@ -24,7 +24,8 @@ class ResponseSize:
     share x saturation x tanh(change / saturation) takes the place of the change. Control cells say how genes go
     together, not which of them causes the other (`share`), and they say it within the range in which the target varies
     among them (`saturation`, in units of log value): beyond it an extrapolated response grows and the real one does
-    not. Both come from other screens than the one scored; see docs/evaluation.md.
+    not. The defaults were chosen on three public screens together; docs/evaluation.md has what each screen scores when
+    they are chosen on the other two.
 
     Args:
         share (`float`, *optional*, defaults to 0.35): Share of the response that follows.
