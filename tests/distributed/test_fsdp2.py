@@ -1,5 +1,6 @@
 """Sharded training with `fully_shard` on two CPU processes, and the committed accelerate files."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -7,7 +8,17 @@ import pytest
 import torch
 import yaml
 from fsdp2_worker import fit, make, predict
-from tiny_runs import distance, run, write_run_pairs
+from tiny_runs import (
+    arguments,
+    distance,
+    free_port,
+    last_weights,
+    launcher,
+    logged,
+    run,
+    train_module,
+    write_run_pairs,
+)
 
 from data_scripts.pair_folder import PairFolder
 from modeling_gppc import GppcForPerturbationPrediction
@@ -32,6 +43,28 @@ def test_sharded_training_equals_one_process(tmp_path):
     fresh = {name: tensor.clone() for name, tensor in alone.state_dict().items()}
     fit(alone, folder)
     assert distance(alone.state_dict(), loaded.state_dict()) < 1e-5 < distance(fresh, alone.state_dict())
+
+
+@pytest.mark.slow
+def test_the_committed_file_trains_resumes_and_saves(tmp_path):
+    pairs = write_run_pairs(tmp_path / "pairs")
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert train_module().main(arguments(pairs, one)) == 0
+    settings = ["--config_file", str(CONFIGS / "accelerate" / "fsdp2.yaml"), "--num_processes", "2"]
+    launch = [*launcher(2)[:4], *settings, "--main_process_port", str(free_port())]
+    script = str(Path(__file__).with_name("fsdp2_launch.py"))
+    flags = arguments(pairs, two, training__per_device_train_batch_size=8)
+    tests = str(Path(__file__).parents[1])
+    for resume in ([], ["--resume"]):
+        done = run([*launch, script, *flags, *resume], path=tests)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert (two / "checkpoint-50" / "pytorch_model_fsdp.bin").is_file()  # it was sharded
+        for name, tolerance in (("loss", 1e-5), ("eval_mse", 1e-6)):
+            assert logged(one, name) == pytest.approx(logged(two, name), abs=tolerance)
+        assert distance(last_weights(one), last_weights(two)) < 1e-5
+        models = [GppcForPerturbationPrediction.from_pretrained(out / "model") for out in (one, two)]
+        assert distance(models[0].state_dict(), models[1].state_dict()) < 1e-5
+        shutil.rmtree(two / "checkpoint-50")  # the second time it has something to do
 
 
 ACCELERATE = sorted((CONFIGS / "accelerate").glob("*.yaml"))
