@@ -53,6 +53,8 @@ def write_synthetic(
         raise ValueError(f"`store` {store} exists already; choose another name or ask to overwrite it.")
     network = make_network(config or SyntheticConfig())
     store.parent.mkdir(parents=True, exist_ok=True)
+    # Before the store: a kill in between must not leave cells whose truth is lost.
+    network.save(network_path(store))
     parts = Path(tempfile.mkdtemp(prefix=f".{store.name}.cells-", dir=store.parent))
     try:
         sources = _write_parts(network, parts, progress)
@@ -61,7 +63,6 @@ def write_synthetic(
         )
     finally:
         shutil.rmtree(parts, ignore_errors=True)
-    network.save(network_path(store))
     return report, network
 
 
