@@ -61,6 +61,9 @@ def write_synthetic(
         report = write_census(
             store, sources, layer=LAYERS[network.config.form], overwrite=overwrite, progress=progress
         )
+    except BaseException:
+        network_path(store).unlink(missing_ok=True)
+        raise
     finally:
         shutil.rmtree(parts, ignore_errors=True)
     return report, network
