@@ -21,6 +21,8 @@ from data_scripts.pair_plan import PairPlan, digest_of
 from data_scripts.pair_shard import ShardRows, gene_moments, read_shard_values
 from data_scripts.schema import PAIR_SCHEMA, SPLITS
 
+THREADS = 2  # shards at a time in one process
+
 
 @functools.lru_cache(maxsize=2)
 def open_plan(out: str, identity: str) -> PairPlan:
@@ -129,16 +131,16 @@ def run_tasks(
                 bar.update(bounds[index + 1] - bounds[index])
             return
         if num_proc == 1 or len(indices) < 2:
-            for index in indices:
-                task(out, identity, index)
-                bar.update(bounds[index + 1] - bounds[index])
-            return
-        with concurrent.futures.ProcessPoolExecutor(
-            min(num_proc, len(indices)),
-            mp_context=multiprocessing.get_context("spawn"),  # TileDB's threads do not survive a fork
-            initializer=_end_with_parent,
-            initargs=(os.getpid(),),
-        ) as pool:
+            # Two shards at a time: while one is matched and written the next is read.
+            executor = concurrent.futures.ThreadPoolExecutor(THREADS)
+        else:
+            executor = concurrent.futures.ProcessPoolExecutor(
+                min(num_proc, len(indices)),
+                mp_context=multiprocessing.get_context("spawn"),  # TileDB's threads do not survive a fork
+                initializer=_end_with_parent,
+                initargs=(os.getpid(),),
+            )
+        with executor as pool:
             futures = {pool.submit(task, out, identity, index): index for index in indices}
             try:
                 for future in concurrent.futures.as_completed(futures):

@@ -15,6 +15,7 @@ from modeling_gppc.feature_extraction_gppc import check_raw_counts, normalize_co
 BLOCK_CELLS = 2_048
 TILE_CELLS = 2_048  # extent of Census's tiles along the cells; a tile cut by two blocks is decoded twice
 CHOSEN_AT_ONCE = 1 << 17  # entries cut to the panel at once: few enough to stay in the processor's cache
+ROWS_AT_ONCE = 128  # cells whose counts are looked up at once, for the same reason
 SMALL_COUNTS = 32  # counts below are normalised once a cell and looked up
 
 
@@ -287,11 +288,18 @@ def _log1p_rows(part: sp.csr_matrix, options: QueryOptions, library_size: np.nda
     if options.layer != "raw":
         return normalize_counts(part.data, np.repeat(library, lengths), **recipe)
     table = normalize_counts(np.arange(SMALL_COUNTS)[None, :], library[:, None], **recipe).ravel()
-    first = np.repeat(np.arange(part.shape[0], dtype=np.int64) * SMALL_COUNTS, lengths)
-    large = np.flatnonzero(part.data >= SMALL_COUNTS)
-    first += np.minimum(part.data, SMALL_COUNTS - 1).astype(np.int64)
-    values = table.take(first)
-    if len(large):
-        own = library[first[large] // SMALL_COUNTS]
-        values[large] = normalize_counts(part.data[large], own, **recipe)
+    begins = np.arange(part.shape[0], dtype=np.int32) * SMALL_COUNTS
+    values = np.empty(part.nnz, dtype=np.float32)
+    for first in range(0, part.shape[0], ROWS_AT_ONCE):
+        rows = slice(first, first + ROWS_AT_ONCE)
+        entries = slice(part.indptr[first], part.indptr[min(first + ROWS_AT_ONCE, part.shape[0])])
+        counts = part.data[entries]
+        place = np.repeat(begins[rows], lengths[rows])
+        place += np.minimum(counts, SMALL_COUNTS - 1).astype(np.int32)
+        found = table.take(place)
+        large = np.flatnonzero(counts >= SMALL_COUNTS)
+        if len(large):
+            own = library[place[large] // SMALL_COUNTS]
+            found[large] = normalize_counts(counts[large], own, **recipe)
+        values[entries] = found
     return values

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import threading
 from functools import cached_property
 from pathlib import Path
 
@@ -187,6 +188,7 @@ class PairPlan:
         self.content = json.loads((self.work / PLAN).read_text())
         self.options = from_mapping(PairOptions, self.content["options"], "options")
         self.n_shards = len(self.content["bounds"]) - 1
+        self._opening = threading.Lock()
 
     @classmethod
     def create(cls, out: str | Path, query: CellQuery, options: PairOptions, identity: dict) -> "PairPlan":
@@ -230,8 +232,10 @@ class PairPlan:
     @cached_property
     def experiment(self):
         """The organism's experiment, opened for this process."""
-        self._census, experiment, _ = open_experiment(self.options.query)
-        return experiment
+        with self._opening:  # threads share one open store
+            if "_census" not in self.__dict__:
+                self._census, self._experiment, _ = open_experiment(self.options.query)
+        return self._experiment
 
     @cached_property
     def var(self) -> pd.DataFrame:
