@@ -125,7 +125,7 @@ class InContextModel:
         self.n_factors = n_factors or choose_rank(self.values, seed)
         panel = np.ones((1, self.values.shape[1]), dtype=bool)
         self.factors: FactorModel = fit_factor_model(
-            self.values, np.zeros(len(self.values), int), panel, self.n_factors, 60, seed
+            self.values, np.zeros(len(self.values), int), panel, self.n_factors, 200, seed
         )
         self.deviation = self.values.std(axis=0)
         self.model = self._train(steps, progress) if steps else None

@@ -152,6 +152,36 @@ def test_covariance_has_the_direction_of_cipher(tmp_path):
         assert result.loc[label, "pearson_real"] == pytest.approx(r * sign, abs=1e-6)
 
 
+@pytest.mark.real_data
+def test_covariance_has_the_direction_of_cipher_on_a_real_screen(real_data, tmp_path):
+    cipher = pytest.importorskip("cipher")
+    path = real_data / "perturbation" / "schraivogel2020_k562_tapseq_crispri_72genes.h5ad"
+    screen = read_screen(path)
+    symbols = anndata.read_h5ad(path)
+    symbols.var_names = screen.gene_symbols
+    symbols.write_h5ad(tmp_path / "symbols.h5ad")
+    theirs = cipher.forward_prediction(
+        str(tmp_path / "symbols.h5ad"),
+        normalization="log1CP10k",
+        exclude_target_from_fit=True,
+        exclude_target_from_eval=True,
+        expression_threshold=0.0,
+        min_train_genes=20,
+        min_test_genes=20,
+        progress=False,
+        nulls=(),
+    ).results.set_index("perturbation")
+    labels = sorted(screen.perturbations)
+    ours = covariance(ScreenContext.build(screen, [], labels)).delta
+    # Their means are taken in single precision, which moves a correlation by up to 1e-5.
+    control = screen.values[screen.cells_of("control")].mean(axis=0)
+    for row, label in enumerate(labels):
+        observed = (screen.values[screen.cells_of(label)].mean(axis=0) - control).astype(np.float64)
+        others = np.arange(len(observed)) != screen.perturbations[label].gene_index[0]
+        r = metrics.pearson_delta(ours[[row]], observed[None], others)[0]
+        assert abs(theirs.loc[label, "pearson_real"]) == pytest.approx(abs(r), abs=1e-6)
+
+
 def test_folds_are_clean(screen, doubles):
     folds = perturbation_folds(screen, 3, seed=1)
     assert sorted(label for fold in folds for label in fold.test) == sorted(screen.perturbations)
