@@ -9,10 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import scipy.sparse as sp
-from pair_store import DATASETS, GENES, dense_counts, make_store
+from pair_store import DATASETS, GENES, dense_counts, make_cells, make_store
 
 from data_scripts.census_pairs import CensusPairs, build_pairs
 from data_scripts.dry_run import estimate
+from data_scripts.local_census import CensusSource, write_census
 from data_scripts.options import from_mapping
 from data_scripts.pair_folder import PairFolder
 from data_scripts.pair_options import PairOptions, SplitOptions
@@ -299,3 +300,13 @@ def test_dry_run(store, folder, tmp_path, capsys):
     assert numbers["genes"]["common"] == len(folder.gene_ids) and numbers["genes"]["all"] == 40
     assert main(["build-pairs", str(tmp_path / "out"), "--uri", str(store), "--dry-run"]) == 0
     assert "data sets         2" in capsys.readouterr().out and not (tmp_path / "out").exists()
+
+
+def test_mouse(tmp_path):
+    cells = make_cells("A")
+    cells.var_names = [gene.replace("ENSG", "ENSMUSG") for gene in cells.var_names]
+    write_census(tmp_path / "store", [CensusSource(cells, "A")], organism="mus_musculus")
+    options = make_options(tmp_path / "store", query__organism="mus_musculus", splits__rules=[])
+    folder = build_pairs(options, tmp_path / "out", progress=False)
+    assert folder.manifest["organism"] == "mus_musculus" and folder.gene_ids[0].startswith("ENSMUSG")
+    assert folder.split("train").num_rows == 210
