@@ -2,6 +2,7 @@
 
     python benchmarks/bench_training.py --pairs runs/pbmc/pairs --config pbmc --workers 0 1
     python benchmarks/bench_training.py --pairs runs/pbmc/pairs --config pbmc --workers 1 --processes 1 2
+    python benchmarks/bench_training.py --smoke        # tiny synthetic pairs, to see that the benchmark runs
 
 Each line is a run of its own process(es), one thread each; two processes share the batch of one. The first log entries
 are left out: they hold the start of the workers.
@@ -80,9 +81,24 @@ def launch(arguments: argparse.Namespace, workers: int, processes: int, out: Pat
     return json.loads(out.read_text())
 
 
+def smoke_inputs(folder: Path) -> tuple[str, str]:
+    """Tiny synthetic pairs and a configuration for them; returns both paths."""
+    from modeling_gppc.training.arguments import parse_options
+    from modeling_gppc.training.prepare_data import prepare_pairs
+
+    cells = "{form: linear, n_genes: 30, n_regulators: 4, n_cells: 600, n_donors: 20, n_datasets: 2, n_cell_types: 4}"
+    options = parse_options("linear", ["--data.synthetic", cells, "--output_dir", str(folder / "run")])
+    pairs = prepare_pairs(options, progress=False)
+    config = folder / "smoke.yaml"
+    config.write_text("model: {hidden_size: 16, num_attention_heads: 2, num_factors: 4, num_components: 2}\n")
+    return str(pairs.path), str(config)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", required=True, help="pairs folder")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--pairs", help="pairs folder")
+    source.add_argument("--smoke", action="store_true", help="tiny synthetic pairs, few steps")
     parser.add_argument("--config", default="default", help="YAML file or the name of a shipped one")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1], help="collating processes of a process")
@@ -96,6 +112,9 @@ def main() -> None:
         return
     print(f"{'processes':>9} {'workers':>7} {'cells/s':>9} {'tokens/s':>11} {'data wait':>9} {'TFLOP/s':>8} {'GB':>6}")
     with tempfile.TemporaryDirectory() as folder:
+        if arguments.smoke:
+            arguments.pairs, arguments.config = smoke_inputs(Path(folder))
+            arguments.steps, arguments.workers, arguments.cpu = 12, [0], True
         for processes in arguments.processes:
             for workers in arguments.workers:
                 found = launch(arguments, workers, processes, Path(folder) / "out.json")
