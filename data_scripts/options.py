@@ -22,7 +22,9 @@ def read_yaml(path: str | Path) -> dict:
     except yaml.YAMLError as error:
         raise ValueError(f"`config` {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"`config` {path} holds {type(content).__name__}; wanted a mapping of option names to values.")
+        raise ValueError(
+            f"`config` {path} holds {type(content).__name__}; wanted a mapping of option names to values."
+        )
     return content
 
 

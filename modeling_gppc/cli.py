@@ -11,7 +11,10 @@ COMMANDS = {
     "make-synthetic": ("data_scripts.synthetic_cli", "write cells from a known gene network into a local store"),
     "build-pairs": ("data_scripts.build_pairs_cli", "turn a Census query into pair rows (Arrow / Parquet)"),
     "predict": ("modeling_gppc.inference.predict_cli", "predict expression after perturbations of an AnnData's cells"),
-    "evaluate": ("modeling_gppc.evaluation.evaluate_cli", "score predicted responses of a CRISPR screen beside every baseline"),
+    "evaluate": (
+        "modeling_gppc.evaluation.evaluate_cli",
+        "score predicted responses of a CRISPR screen beside every baseline",
+    ),
     "push": ("hub_card.push_cli", "upload a model, pairs, the metric or the demo to the Hub"),
 }
 
