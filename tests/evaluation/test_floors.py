@@ -8,16 +8,10 @@ from hypothesis import strategies as st
 from sklearn.linear_model import Ridge
 
 from data_scripts.schema import PAIR_SCHEMA
-from modeling_gppc.evaluation.baselines import (
-    FLOORS,
-    ContextMeanFloor,
-    LabelledGaussianFloor,
-    LinearJointFloor,
-    LinearRevealedFloor,
-    fit_floors,
-    masked_mse,
-)
+from modeling_gppc.evaluation.baselines import FLOORS, fit_floors
+from modeling_gppc.evaluation.gaussian_floors import LabelledGaussianFloor, LinearJointFloor, LinearRevealedFloor
 from modeling_gppc.evaluation.linear_floors import PairMoments, StateRegression, condition_on_revealed
+from modeling_gppc.evaluation.mean_floors import ContextMeanFloor, masked_mse
 from modeling_gppc.evaluation.pair_arrays import PairArrays
 
 GENES = 12

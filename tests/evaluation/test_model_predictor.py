@@ -5,7 +5,7 @@ import torch
 from test_floors import GENES, make_pairs
 
 from modeling_gppc.configuration_gppc import GppcConfig
-from modeling_gppc.evaluation.baselines import ConditionalGaussianFloor
+from modeling_gppc.evaluation.gaussian_floors import ConditionalGaussianFloor
 from modeling_gppc.evaluation.model_predictor import ModelPredictor
 from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
 

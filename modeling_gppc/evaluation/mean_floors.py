@@ -1,0 +1,145 @@
+"""Floors that look nothing up but labels: a predictor's interface, means and the source itself."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from modeling_gppc.evaluation.linear_floors import masked_mean
+from modeling_gppc.evaluation.pair_arrays import PairArrays
+
+
+def masked_mse(predicted: np.ndarray, pairs: PairArrays) -> float:
+    """Mean squared error over the scored entries of all pairs."""
+    scored = pairs.scored
+    return float((((predicted - pairs.target) ** 2) * scored).sum(dtype=np.float64) / max(int(scored.sum()), 1))
+
+
+class Floor:
+    """A predictor fitted on pairs.
+
+    Attributes:
+        name (`str`): Its name in every table.
+        uses_labels (`bool`): Whether it reads cell types; the model does not.
+        uses_revealed (`bool`): Whether the revealed genes change its prediction.
+        settings (`dict`): What validation chose.
+    """
+
+    name = ""
+    uses_labels = False
+    uses_revealed = True
+
+    def __init__(self):
+        self.settings: dict = {}
+
+    def fit(self, train: PairArrays, validation: PairArrays) -> "Floor":
+        """Fits on `train`, chooses settings by the error on `validation`."""
+        return self
+
+    def predict(self, pairs: PairArrays) -> np.ndarray:
+        """Expected value of every gene of the target, shape `(n, V)`."""
+        raise TypeError(f"`{type(self).__name__}` is abstract; use one of its subclasses.")
+
+    def choose(self, setting: str, candidates: Sequence, validation: PairArrays, apply) -> None:
+        """Keeps the candidate with the smallest validation error; the middle one where there is no validation."""
+        errors = []
+        if len(candidates) > 1 and len(validation):
+            for candidate in candidates:
+                apply(candidate)
+                errors.append(masked_mse(self.predict(validation), validation))
+        best = int(np.argmin(errors)) if errors else len(candidates) // 2
+        apply(candidates[best])
+        self.settings[setting] = candidates[best]
+
+
+class MeanFloor(Floor):
+    """Mean of the training targets."""
+
+    name = "mean"
+    uses_revealed = False
+
+    def fit(self, train: PairArrays, validation: PairArrays) -> "MeanFloor":
+        mean, counts = masked_mean(train.target, train.target_panel, train.panels)
+        source_mean, _ = masked_mean(train.source, train.source_panel, train.panels)
+        self.mean = np.where(counts > 0, mean, source_mean).astype(np.float32)
+        return self
+
+    def predict(self, pairs: PairArrays) -> np.ndarray:
+        return np.broadcast_to(self.mean, (len(pairs), len(self.mean)))
+
+
+class NoChangeFloor(MeanFloor):
+    """The source cell itself; the mean where the source did not measure a gene."""
+
+    name = "no_change"
+
+    def predict(self, pairs: PairArrays) -> np.ndarray:
+        return np.where(pairs.source_measured, pairs.source, self.mean)
+
+
+def context_keys(pairs: PairArrays, columns: Sequence[str]) -> np.ndarray:
+    """One text a pair made of some of its labels, e.g. of `("dataset", "cell_type")`."""
+    key = np.full(len(pairs), "", dtype=object)
+    for column in columns:
+        key = key + getattr(pairs, column).astype(object) + "\x1f"
+    return key.astype(str)
+
+
+class ContextMeanFloor(Floor):
+    """Mean of the training targets whose pair has the same labels; validation chooses which labels.
+
+    Means of small groups are drawn towards those of the wider group by 10 cells' weight.
+    """
+
+    name = "context_mean"
+    uses_labels = True
+    uses_revealed = False
+    levels = (
+        ("dataset",),
+        ("dataset", "donor"),
+        ("dataset", "cell_type"),
+        ("cell_type",),
+        ("dataset", "donor", "cell_type"),
+    )
+
+    def fit(self, train: PairArrays, validation: PairArrays) -> "ContextMeanFloor":
+        self._train = train
+        self.overall = MeanFloor().fit(train, validation).mean
+        self.choose("labels", self.levels, validation, self._use)
+        del self._train
+        return self
+
+    def _use(self, columns: Sequence[str]) -> None:
+        # From the widest group to the narrowest, so that unknown labels fall back on what is known of them.
+        self.means = []
+        for width in range(1, len(columns) + 1):
+            used = columns[:width]
+            keys, index = np.unique(context_keys(self._train, used), return_inverse=True)
+            sums, counts = group_sums(self._train, index.ravel(), len(keys))
+            parent = self._lookup(self._train)[np.unique(index.ravel(), return_index=True)[1]]
+            self.means.append((used, keys, ((sums + 10 * parent) / (counts + 10)).astype(np.float32)))
+
+    def _lookup(self, pairs: PairArrays) -> np.ndarray:
+        output = np.tile(self.overall, (len(pairs), 1))
+        for used, keys, means in self.means:
+            found, position = find_keys(context_keys(pairs, used), keys)
+            output[found] = means[position[found]]
+        return output
+
+    def predict(self, pairs: PairArrays) -> np.ndarray:
+        return self._lookup(pairs)
+
+
+def group_sums(pairs: PairArrays, group: np.ndarray, n_groups: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sum of the targets of each group and the number of measured entries, each `(n_groups, V)`."""
+    order = np.argsort(group, kind="stable")
+    starts = np.searchsorted(group[order], np.arange(n_groups))
+    sums = np.add.reduceat(pairs.target[order], starts, axis=0, dtype=np.float64)
+    counts = np.zeros((n_groups, len(pairs.panels)))
+    np.add.at(counts, (group, pairs.target_panel), 1.0)
+    return sums, counts @ pairs.panels
+
+
+def find_keys(wanted: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Whether each text is among the sorted `keys`, and its position there."""
+    position = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+    return keys[position] == wanted, position
