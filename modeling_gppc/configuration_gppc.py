@@ -4,6 +4,57 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 ARCHITECTURES = ("latents", "origin")
+# Named sizes; what each costs is in docs/model.md.
+SIZES = {
+    "tiny": {
+        "hidden_size": 16,
+        "pool_size": 16,
+        "num_latents": 2,
+        "readout_size": 16,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "num_factors": 4,
+        "num_components": 2,
+    },
+    "small": {
+        "hidden_size": 128,
+        "pool_size": 128,
+        "num_latents": 4,
+        "readout_size": 256,
+        "encoder_layers": 1,
+        "decoder_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 256,
+        "num_factors": 32,
+        "num_components": 32,
+    },
+    "base": {
+        "hidden_size": 512,
+        "pool_size": 1024,
+        "num_latents": 16,
+        "readout_size": 1024,
+        "encoder_layers": 4,
+        "decoder_layers": 6,
+        "num_attention_heads": 8,
+        "intermediate_size": 2048,
+        "num_factors": 64,
+        "num_components": 64,
+    },
+    "large": {
+        "hidden_size": 1024,
+        "pool_size": 2048,
+        "num_latents": 32,
+        "readout_size": 2048,
+        "encoder_layers": 8,
+        "decoder_layers": 12,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+        "num_factors": 128,
+        "num_components": 64,
+    },
+}
 
 
 @strict
@@ -75,6 +126,21 @@ class GppcConfig(PreTrainedConfig):
         if self.default_pairing not in self.pairings:
             self.default_pairing = self.pairings[0]
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_size(cls, size: str, **options) -> "GppcConfig":
+        """A configuration of a named size.
+
+        Args:
+            size (`str`): `"tiny"` (tests), `"small"` (two CPU cores, minutes), `"base"` (one GPU) or `"large"` (many).
+            **options: Any other field; they override the size's.
+
+        Raises:
+            ValueError: For a size that does not exist.
+        """
+        if size not in SIZES:
+            raise ValueError(f"`size` is {size!r}; wanted one of {', '.join(SIZES)}.")
+        return cls(**{**SIZES[size], **options})
 
     def validate_architecture(self):
         """Checks that sizes fit each other; called by `@strict` after construction."""
