@@ -13,6 +13,11 @@ Pairs of the public Census (see modeling_gppc/training/configs/census_naive_b.ya
 
     accelerate launch train.py --config census_naive_b
 
+A CRISPR screen, adapted to on its control cells, or fine-tuned on some of its perturbations; `gppc evaluate` scores it:
+
+    accelerate launch train.py --config screen_in_context --data.screen SCREEN.h5ad
+    accelerate launch train.py --config screen_fine_tuned --data.screen SCREEN.h5ad --data.screen_options.fold 0
+
 Go on after an interruption with the same command and --resume.
 """
 
@@ -44,6 +49,7 @@ from modeling_gppc.training.linear_start import initialize_linear_response, keep
 from modeling_gppc.training.pair_dataset import PairDataset
 from modeling_gppc.training.prepare_data import prepare_pairs
 from modeling_gppc.training.run_folder import claim_folder, write_json
+from modeling_gppc.training.start_from import start_from, what_was_read
 from modeling_gppc.training.trainer import GppcTrainer, make_trainer
 
 
@@ -52,6 +58,8 @@ def make_model(options: RunOptions, folder: PairFolder) -> GppcForPerturbationPr
     set_seed(options.seed)
     config = options.model_config(vocab_size=folder.genes.num_rows, pairings=folder.pairings)
     config._attn_implementation = options.training.attn_implementation
+    if options.training.start_from is not None:
+        return start_from(options.training.start_from, config, folder.gene_ids, folder.gene_symbols)
     return GppcForPerturbationPrediction(config)
 
 
@@ -140,9 +148,10 @@ def run_facts(trainer: GppcTrainer, options: RunOptions, folder: PairFolder, sec
     """What the card says about the run."""
     manifest = folder.manifest
     query = manifest.get("options", {}).get("query", {})
+    source = options.data.example or options.data.screen or query.get("census_version") or query.get("uri")
     cells = manifest.get("report", {}).get("splits", {}).get("train", {}).get("cells")
     return {
-        "store": options.data.example or query.get("census_version") or Path(query.get("uri") or folder.path).name,
+        "store": Path(source or folder.path).name,
         "filters": query.get("obs_filter"),
         "cells": cells or len(set(trainer.train_dataset.table["source_soma_joinid"])),
         "genes": folder.genes.num_rows,
@@ -156,6 +165,7 @@ def run_facts(trainer: GppcTrainer, options: RunOptions, folder: PairFolder, sec
         "steps": trainer.state.global_step,
         "processes": trainer.args.world_size,
         "digest": manifest.get("digest"),
+        **what_was_read(folder, options.training.start_from),
     }
 
 

@@ -117,6 +117,28 @@ def _expressed(values: np.ndarray, cells: np.ndarray) -> tuple[pa.Array, pa.Arra
 
 def write_screen_pairs(path: str | Path, screen: Screen, splits: dict[str, Sequence[str]], **options) -> PairFolder:
     """Writes pairs of a screen as a pairs folder: split name -> labels (`control` for pairs of controls)."""
+    return write_split_pairs(path, {name: (screen, labels) for name, labels in splits.items()}, **options)
+
+
+def write_split_pairs(
+    path: str | Path,
+    parts: dict[str, tuple[Screen, Sequence[str]]],
+    *,
+    provenance: dict | None = None,
+    pairings: Sequence[str] = (CONTROL_PAIRING, SCREEN_PAIRING),
+    **options,
+) -> PairFolder:
+    """Writes a pairs folder whose splits hold different cells of one screen.
+
+    Args:
+        path (`str` or `Path`): The folder.
+        parts (`dict[str, tuple[Screen, Sequence[str]]]`): Split name -> its cells and the labels that its targets
+            carry. The table of genes describes the cells of `train` alone.
+        pairings (`Sequence[str]`, *optional*): Contexts that pairs may share; both by default.
+        provenance (`dict`, *optional*): What was read of the screen; `screen` in the manifest, its name when absent.
+        **options: Of [`screen_pair_table`].
+    """
+    screen = parts["train"][0]
     values = screen.values
     genes = pa.table(
         [
@@ -131,12 +153,12 @@ def write_screen_pairs(path: str | Path, screen: Screen, splits: dict[str, Seque
         ],
         schema=GENE_SCHEMA,
     )
-    tables = {name: screen_pair_table(screen, labels, **options) for name, labels in splits.items()}
+    tables = {name: screen_pair_table(cells, labels, **options) for name, (cells, labels) in parts.items()}
     return write_pair_folder(
         path,
         tables,
         genes,
         np.ones((1, values.shape[1]), dtype=bool),
-        pairings=[CONTROL_PAIRING, SCREEN_PAIRING],
-        screen=screen.name,
+        pairings=pairings,
+        screen=provenance or screen.name,
     )

@@ -17,6 +17,7 @@ from data_scripts.pair_options import PairOptions
 from data_scripts.synthetic import SyntheticConfig
 from modeling_gppc.configuration_gppc import GppcConfig
 from modeling_gppc.feature_extraction_gppc import close_matches
+from modeling_gppc.training.screen_data import ScreenTrainingOptions
 
 CONFIGS = Path(__file__).parent / "configs"
 DEFAULT_CONFIG = "default"
@@ -45,7 +46,7 @@ POSITIVE = (
 @dataclass
 class DataOptions:
     """
-    Where the cells come from; exactly one of the first four, or a `uri` / `census_version` in `pairs.query`.
+    Where the cells come from; exactly one of the first five, or a `uri` / `census_version` in `pairs.query`.
 
     Args:
         pairs (`str`, *optional*): Folder that `gppc build-pairs` wrote.
@@ -53,6 +54,13 @@ class DataOptions:
         files (`list[str]`, *optional*): AnnData files of raw counts; written into a local store first. The name of a
             file without its ending is its data set's name.
         synthetic (`SyntheticConfig`, *optional*): Cells from a known gene network; written into a local store first.
+        screen (`str`, *optional*): AnnData file of a CRISPR screen, to be adapted to or fine-tuned on.
+        screen_options (`ScreenTrainingOptions`, *optional*): What of it is trained on.
+        stream (`bool`, *optional*, defaults to `False`): Train straight from the store: pairs are read, matched and
+            collated ahead in the background, partners are drawn anew in every epoch. Written are only the validation
+            and test pairs, and a sample of training pairs for the closed-form start and the floors.
+        stream_pool_shards (`int`, *optional*, defaults to 2): Shards whose pairs are shuffled together; each worker
+            holds the pairs of two such pools.
         num_proc (`int`, *optional*, defaults to 1): Processes that build pairs.
         library_size_key, cell_type_key, donor_key (`str`, *optional*): Columns of obs of `files`, where their names
             are not the usual ones.
@@ -62,10 +70,29 @@ class DataOptions:
     example: Literal["pbmc68k_reduced"] | None = None
     files: list[str] | None = None
     synthetic: SyntheticConfig | None = None
+    screen: str | None = None
+    screen_options: ScreenTrainingOptions = field(default_factory=ScreenTrainingOptions)
+    stream: bool = False
+    stream_pool_shards: int = 2
     num_proc: int = 1
     library_size_key: str | None = None
     cell_type_key: str | None = None
     donor_key: str | None = None
+
+    def __post_init__(self):
+        for name in ("num_proc", "stream_pool_shards"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`data.{name}` is {getattr(self, name)}; wanted at least 1.")
+        if self.stream and self.pairs is not None:
+            raise ValueError(
+                f"`data.stream` is true with `data.pairs` {self.pairs!r}, whose rows are finished; give the store they "
+                "were built from as `pairs.query.uri` (or `census_version`), or leave `data.stream` out."
+            )
+        if self.stream and self.screen is not None:
+            raise ValueError(
+                f"`data.stream` is true with `data.screen` {self.screen!r}, whose cells fit into memory; leave "
+                "`data.stream` out."
+            )
 
 
 @dataclass
@@ -85,6 +112,8 @@ class TrainingOptions:
         max_validation_pairs (`int`): Validation pairs scored at each evaluation.
         redraw_perturbations (`bool`): Draw the revealed genes anew in every epoch.
         n_query_genes (`int`, *optional*): Genes predicted in a batch; defaults to all.
+        start_from (`str`, *optional*): Folder of a trained model whose weights the network starts with; genes are
+            found by id, sizes are that model's. The linear response is fitted on the run's own cells all the same.
         linear_start_cells (`int`): Cells that the closed-form start is fitted on, at most.
         linear_start_iterations (`int`): Passes over them.
         precision (`str`): `fp32`, `bf16` or `fp16`.
@@ -115,6 +144,7 @@ class TrainingOptions:
     max_validation_pairs: int = 2_000
     redraw_perturbations: bool = True
     n_query_genes: int | None = None
+    start_from: str | None = None
     linear_start_cells: int = 20_000
     linear_start_iterations: int = 30
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -211,7 +241,7 @@ class RunOptions:
             if name not in fields:
                 raise ValueError(f"`model.{name}` is not an option{close_matches(name, fields)}.")
         self.model_config(vocab_size=2, pairings=list(self.pairs.matching.pairings))
-        names = ("pairs", "example", "files", "synthetic")
+        names = ("pairs", "example", "files", "synthetic", "screen")
         given = [f"data.{name}" for name in names if getattr(self.data, name) is not None]
         query = self.pairs.query
         given += [f"pairs.query.{name}" for name in ("uri", "census_version") if getattr(query, name) is not None]
@@ -219,7 +249,12 @@ class RunOptions:
             got = " and ".join(f"`{name}`" for name in given) or "none"
             raise ValueError(
                 f"`data`: cells come from {got}; wanted exactly one of `data.pairs`, `data.example`, `data.files`, "
-                "`data.synthetic`, `pairs.query.uri`, `pairs.query.census_version`."
+                "`data.synthetic`, `data.screen`, `pairs.query.uri`, `pairs.query.census_version`."
+            )
+        if self.data.stream and not self.training.redraw_perturbations:
+            raise ValueError(
+                "`training.redraw_perturbations` is false with `data.stream`, which draws partners and revealed genes "
+                "anew in every epoch; leave `data.stream` out to reveal the same ones always."
             )
 
     def model_config(self, vocab_size: int, pairings: list[str]) -> GppcConfig:

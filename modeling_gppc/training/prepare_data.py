@@ -5,6 +5,7 @@ from pathlib import Path
 
 from data_scripts.pair_folder import PairFolder
 from modeling_gppc.training.arguments import RunOptions
+from modeling_gppc.training.screen_data import prepare_screen_pairs
 
 # Census and SOMA libraries are imported where cells are read: a run on finished pairs needs none of them.
 
@@ -21,6 +22,10 @@ def prepare_pairs(options: RunOptions, progress: bool = True) -> PairFolder:
     """
     if options.data.pairs is not None:
         return PairFolder(options.data.pairs)
+    if options.data.screen is not None:
+        return prepare_screen_pairs(
+            options.data.screen, options.data.screen_options, Path(options.output_dir) / "pairs", options.seed
+        )
     from data_scripts.census_pairs import build_pairs
 
     folder = Path(options.output_dir)

@@ -171,8 +171,10 @@ def test_a_logger_that_is_not_installed(monkeypatch):
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configs_are_valid(path):
-    needs_store = path.stem == "pbmc"  # the store is the caller's
-    options = parse_options(path.stem, ["--pairs.query.uri", "cells.soma"] if needs_store else [])
+    # The store or the screen is the caller's.
+    flags = {"pbmc": ["--pairs.query.uri", "cells.soma"]}
+    flags |= {name: ["--data.screen", "screen.h5ad"] for name in ("screen_in_context", "screen_fine_tuned")}
+    options = parse_options(path.stem, flags.get(path.stem, []))
     assert isinstance(options, RunOptions) and options.output_dir.startswith("runs/")
     assert json.loads(json.dumps(options.model)) == options.model
 

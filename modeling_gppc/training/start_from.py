@@ -1,0 +1,98 @@
+"""A network that starts with the weights of a trained model whose genes are others."""
+
+import json
+from pathlib import Path
+
+import pyarrow.compute as pc
+import torch
+
+from data_scripts.pair_folder import PairFolder
+from modeling_gppc.configuration_gppc import GppcConfig
+from modeling_gppc.feature_extraction_gppc import GppcFeatureExtractor
+from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
+
+# What a run may choose itself when it starts from a model: it has no trained weights, or is fitted anew.
+OWN_SETTINGS = (
+    "vocab_size",
+    "pairings",
+    "default_pairing",
+    "num_factors",
+    "num_components",
+    "use_departure",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "variance_loss_weight",
+)
+# Tensors with a row a gene, and with a row a pairing.
+GENE_TABLES = ("gene_pool", "perturbation_embedding", "gene_vectors", "gene_logvar")
+PAIRING_TABLE = "pairing_embedding"
+# Closed form of the run's own cells, and what reads its factors.
+FITTED_ANEW = ("linear_response", "factor_proj")
+
+
+def start_from(
+    folder: str, config: GppcConfig, gene_ids: list[str], gene_symbols: list[str]
+) -> GppcForPerturbationPrediction:
+    """
+    A model of the run's genes and pairings with the weights of another.
+
+    Tables with a row a gene or a pairing are copied row by row where the earlier model has it; other rows keep their
+    fresh weights. Everything else is copied whole. The linear response is left as it is: it is fitted on the run's cells.
+
+    Args:
+        folder (`str`): Model folder that `train.py` left.
+        config (`GppcConfig`): Of the run; widths and depths are replaced by the earlier model's.
+        gene_ids, gene_symbols (`list[str]`): The run's vocabulary, in id order.
+
+    Raises:
+        ValueError: If the folder holds no model, or one that knows none of the genes.
+    """
+    if not (Path(folder) / "config.json").is_file():
+        raise ValueError(f"`training.start_from` {folder} holds no model (no config.json); wanted a model folder.")
+    earlier = GppcForPerturbationPrediction.from_pretrained(folder)
+    extractor = GppcFeatureExtractor.from_pretrained(folder)
+    settings = earlier.config.to_dict()
+    settings.update({name: getattr(config, name) for name in OWN_SETTINGS})
+    settings = {name: value for name, value in settings.items() if name in GppcConfig.__annotations__}
+    settings.pop("model_type", None)
+    model = GppcForPerturbationPrediction(GppcConfig(**settings))
+    model.config._attn_implementation = config._attn_implementation
+    by_id, by_symbol = extractor.find_genes(gene_ids), extractor.find_genes(gene_symbols)
+    genes = [first if first >= 0 else second for first, second in zip(by_id, by_symbol)]
+    known = [row for row, gene in enumerate(genes) if gene >= 0]
+    if not known:
+        raise ValueError(
+            f"`training.start_from` {folder} knows none of the {len(gene_ids)} genes; use a model of the same species."
+        )
+    names = earlier.config.pairings
+    pairings = [(row, names.index(name)) for row, name in enumerate(config.pairings) if name in names]
+    old = earlier.state_dict()
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if name not in old or any(part in name for part in FITTED_ANEW):
+                continue
+            if any(part in name for part in GENE_TABLES):
+                tensor[known] = old[name][[genes[row] for row in known]]
+            elif PAIRING_TABLE in name:
+                for row, from_row in pairings:
+                    tensor[row] = old[name][from_row]
+            else:
+                tensor.copy_(old[name])
+    return model
+
+
+def what_was_read(folder: PairFolder, start_folder: str | None) -> dict:
+    """What leak guards ask a model folder for: `datasets` of the training pairs, what was read of a `screen`, and the
+    same of the model that the run started from (`start_from`)."""
+    earlier = None
+    if start_folder is not None:
+        run_file = Path(start_folder) / "run.json"
+        run = json.loads(run_file.read_text()) if run_file.is_file() else {}
+        earlier = {name: run.get(name) for name in ("store", "datasets", "screen", "digest", "start_from")}
+    datasets = pc.unique(folder.split("train").column("dataset_id")).to_pylist()
+    screen = folder.manifest.get("screen")
+    return {
+        "datasets": sorted(str(name) for name in datasets if name is not None),
+        "screen": screen if isinstance(screen, dict) else None,
+        "start_from": earlier,
+    }
