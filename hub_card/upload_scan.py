@@ -19,6 +19,7 @@ MODEL_FILES = (
     "model.safetensors.index.json",
     "configuration_gppc.py",
     "feature_extraction_gppc.py",
+    "linear_response_gppc.py",
     "modeling_gppc.py",
     "pipeline_gppc.py",
     "*.png",

@@ -94,6 +94,7 @@ class GppcConfig(PreTrainedConfig):
         "encoder_last_hidden_state",
         "decoder_last_hidden_state",
         "linear_response",
+        "departure",
         "hidden_states",
         "attentions",
     ]

@@ -13,6 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
 
 from .configuration_gppc import GppcConfig
+from .linear_response_gppc import GppcLinearResponse
 
 # The learned log variance stays within this distance of the linear response's.
 MAX_LOG_VARIANCE_CHANGE = 4.0
@@ -26,7 +27,7 @@ class GppcEncoderOutput(ModelOutput):
 
     Args:
         last_hidden_state (`torch.FloatTensor` of shape `(B, L, hidden_size)`): Latents.
-        values (`torch.FloatTensor` of shape `(B, vocab_size)`): Log values, zero where not measured.
+        state_values (`torch.FloatTensor` of shape `(B, vocab_size)`): Log values, zero where not measured.
         measured (`torch.BoolTensor` of shape `(B, vocab_size)`): Which genes were measured.
         component_logits (`torch.FloatTensor` of shape `(B, num_components)`): Log probability of each cell state.
         factor_mean (`torch.FloatTensor` of shape `(B, num_factors)`): Posterior mean of the cell's factors.
@@ -36,7 +37,7 @@ class GppcEncoderOutput(ModelOutput):
     """
 
     last_hidden_state: torch.FloatTensor | None = None
-    values: torch.FloatTensor | None = None
+    state_values: torch.FloatTensor | None = None
     measured: torch.BoolTensor | None = None
     component_logits: torch.FloatTensor | None = None
     factor_mean: torch.FloatTensor | None = None
@@ -71,8 +72,9 @@ class GppcOutput(ModelOutput):
         loss (`torch.FloatTensor` of shape `(1,)`, *optional*): Squared error per scored gene plus the variance term.
         logits (`torch.FloatTensor` of shape `(B, Q)`): Expected log value of every queried gene.
         logvar (`torch.FloatTensor` of shape `(B, Q)`): Log of the predicted variance.
-        linear_response (`torch.FloatTensor` of shape `(B, Q)`): The closed-form part of `logits`; the difference is
-            how far the prediction departed from linear.
+        linear_response (`torch.FloatTensor` of shape `(B, Q)`): The closed-form part of `logits`.
+        departure (`torch.FloatTensor` of shape `(B,)`): How far the prediction departed from linear: root mean square
+            over the queried genes of `logits - linear_response`, in log value.
         encoder_last_hidden_state, decoder_last_hidden_state (`torch.FloatTensor` of shape `(B, L, hidden_size)`).
     """
 
@@ -80,6 +82,7 @@ class GppcOutput(ModelOutput):
     logits: torch.FloatTensor | None = None
     logvar: torch.FloatTensor | None = None
     linear_response: torch.FloatTensor | None = None
+    departure: torch.FloatTensor | None = None
     encoder_last_hidden_state: torch.FloatTensor | None = None
     decoder_last_hidden_state: torch.FloatTensor | None = None
 
@@ -151,132 +154,6 @@ class GppcBlock(GradientCheckpointingLayer):
         hidden_states = hidden_states + self.dropout(attended)
         expanded = self.activation(self.up_proj(self.mlp_norm(hidden_states)))
         return hidden_states + self.dropout(self.down_proj(expanded))
-
-
-class GppcLinearResponse(nn.Module):
-    """
-    Closed-form part: a factor model of expression, conditioned exactly on the source state and the imposed levels.
-
-    Expression = gene_mean + loadings z + noise. The factors z follow a mixture of `num_components` cell states that
-    share one covariance, z | c ~ N(component_means[c], I). Source and target are coupled between states by transition
-    probabilities and within them by Cov(z_target, z_source) = coupling, one of each a pairing. With one component this
-    is the conditional Gaussian; with more, each state responds linearly and the levels tell how probable it is.
-
-    The parameters are fitted from training cells without labels, see `training/linear_start.py`; any set of measured
-    genes and any number of imposed genes is exact. Cost a cell: O(V r) for the state, O(k r^2 + k^3 + C k r) for k
-    imposed genes.
-    """
-
-    def __init__(self, config: GppcConfig):
-        super().__init__()
-        size, factors, components = config.vocab_size, config.num_factors, config.num_components
-        pairings = len(config.pairings)
-        self.register_buffer("gene_mean", torch.zeros(size))
-        self.register_buffer("loadings", torch.zeros(size, factors))
-        self.register_buffer("noise", torch.ones(size))
-        self.register_buffer("component_means", torch.zeros(components, factors))
-        self.register_buffer("component_logits", torch.zeros(components))
-        self.register_buffer("transition_logits", torch.zeros(pairings, components, components))
-        self.register_buffer("coupling", torch.zeros(pairings, factors, factors))
-        # Counts are not Gaussian: what the levels say about the state is trusted only so far.
-        self.register_buffer("evidence_scale", torch.ones(pairings))
-
-    def _apply(self, fn, recurse=True):
-        """Moves the buffers and keeps their precision: matrices are factorised here, whatever `half()` asks for."""
-
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        return super()._apply(keep, recurse)
-
-    def encode(
-        self, centred: torch.Tensor, measured: torch.Tensor, panel_index: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Posterior of the source's state and factors.
-
-        Args:
-            centred (`torch.FloatTensor` of shape `(B, vocab_size)`): Value minus gene mean, zero where not measured.
-            measured (`torch.BoolTensor` of shape `(P, vocab_size)`): Panels, or one mask a cell (P = B).
-            panel_index (`torch.LongTensor` of shape `(B,)`, *optional*): Panel of each cell.
-
-        Returns:
-            Log probabilities of the components `(B, C)`, mean of the factors `(B, r)`, mean around the component's
-            own mean `(B, r)` and covariance within a component `(B, r, r)`.
-        """
-        factors = self.loadings.shape[1]
-        weighted = self.loadings / self.noise[:, None]
-        products = (weighted[:, :, None] * self.loadings[:, None, :]).flatten(1)
-        identity = torch.eye(factors, dtype=products.dtype, device=products.device)
-        precision = (measured.to(products.dtype) @ products).view(-1, factors, factors) + identity
-        covariance = torch.cholesky_inverse(torch.linalg.cholesky(precision))
-        if panel_index is not None:
-            covariance = covariance[panel_index]
-        means = self.component_means
-        information = (centred @ weighted)[:, None] + means
-        by_component = torch.einsum("brs,bcs->bcr", covariance, information)
-        evidence = 0.5 * ((information * by_component).sum(-1) - means.square().sum(-1))
-        logits = torch.log_softmax(evidence + self.component_logits, dim=-1)
-        shares = logits.exp()
-        mean = torch.einsum("bc,bcr->br", shares, by_component)
-        return logits, mean, mean - shares @ means, covariance
-
-    def condition(
-        self,
-        component_logits: torch.Tensor,
-        factor_residual: torch.Tensor,
-        factor_covariance: torch.Tensor,
-        pairing_ids: torch.Tensor,
-        ids: torch.Tensor,
-        levels: torch.Tensor,
-        mask: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Posterior of the target's state and factors given the source's and the imposed levels.
-
-        Args:
-            component_logits, factor_residual, factor_covariance (`torch.FloatTensor`): From `encode`.
-            pairing_ids (`torch.LongTensor` of shape `(B,)`): Shared context.
-            ids, levels, mask (`torch.Tensor` of shape `(B, K)`): Imposed genes, their log values, 1 where real.
-
-        Returns:
-            Log probabilities of the components `(B, C)`, mean `(B, r)` and covariance `(B, r, r)` of the factors.
-        """
-        coupling = self.coupling[pairing_ids]
-        transition = torch.log_softmax(self.transition_logits, dim=-1)[pairing_ids]
-        logits = torch.logsumexp(component_logits[:, :, None] + transition, dim=1)
-        within = torch.einsum("brs,bs->br", coupling, factor_residual)
-        means = self.component_means + within[:, None]
-        identity = torch.eye(coupling.shape[-1], dtype=means.dtype, device=means.device)
-        covariance = identity - coupling @ (identity - factor_covariance) @ coupling.transpose(1, 2)
-        if ids.shape[1] > 0:
-            mask = mask.to(means.dtype)
-            design = self.loadings[ids] * mask[:, :, None]
-            # A padded entry becomes an observation of nothing: zero row, unit noise, zero surprise.
-            noise = self.noise[ids] * mask + (1 - mask)
-            centred = (levels - self.gene_mean[ids]) * mask
-            surprise = centred[:, :, None] - design @ means.transpose(1, 2)
-            projected = design @ covariance
-            total = projected @ design.transpose(1, 2) + torch.diag_embed(noise)
-            factor = torch.linalg.cholesky(total)
-            solved = torch.cholesky_solve(surprise, factor)
-            evidence = -0.5 * (surprise * solved).sum(1)
-            logits = torch.log_softmax(logits + self.evidence_scale[pairing_ids, None] * evidence, dim=-1)
-            means = means + solved.transpose(1, 2) @ projected
-            covariance = covariance - projected.transpose(1, 2) @ torch.cholesky_solve(projected, factor)
-        shares = logits.exp()
-        mean = torch.einsum("bc,bcr->br", shares, means)
-        around = means - mean[:, None]
-        covariance = covariance + torch.einsum("bc,bcr,bcs->brs", shares, around, around)
-        return logits, mean, covariance
-
-    def read(
-        self, mean: torch.Tensor, covariance: torch.Tensor, query_ids: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Expected log value and its variance, each `(B, Q)`, at genes `query_ids` `(Q,)`."""
-        loadings = self.loadings[query_ids]
-        expected = self.gene_mean[query_ids] + mean @ loadings.T
-        spread = torch.einsum("brs,qr,qs->bq", covariance, loadings, loadings).clamp(min=0)
-        return expected, spread + self.noise[query_ids]
 
 
 def dense_state(
@@ -425,7 +302,7 @@ class GppcModel(GppcPreTrainedModel):
             hidden_states = block(hidden_states)
         return GppcEncoderOutput(
             last_hidden_state=hidden_states,
-            values=values,
+            state_values=values,
             measured=measured,
             component_logits=component_logits,
             factor_mean=factor_mean,
@@ -440,7 +317,7 @@ class GppcModel(GppcPreTrainedModel):
 
         Where the source did not measure a gene its level is the one that the rest of the state suggests.
         """
-        source = encoded.values.gather(1, perturbation_ids)
+        source = encoded.state_values.gather(1, perturbation_ids)
         response = self.linear_response
         expected = response.gene_mean[perturbation_ids] + torch.einsum(
             "bkr,br->bk", response.loadings[perturbation_ids], encoded.factor_mean.to(response.loadings.dtype)
@@ -502,10 +379,10 @@ class GppcModel(GppcPreTrainedModel):
         self,
         rows: int,
         device: torch.device,
-        perturbation_ids: torch.Tensor | None,
-        perturbation_values: torch.Tensor | None,
-        perturbation_mask: torch.Tensor | None,
-        pairing_ids: torch.Tensor | None,
+        perturbation_ids: torch.Tensor | None = None,
+        perturbation_values: torch.Tensor | None = None,
+        perturbation_mask: torch.Tensor | None = None,
+        pairing_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Fills in what may be left out: no perturbation, all perturbations real, the default pairing."""
         if perturbation_ids is None:
@@ -535,22 +412,12 @@ class GppcModel(GppcPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         measured_mask: torch.Tensor | None = None,
         panel_index: torch.LongTensor | None = None,
-        perturbation_ids: torch.LongTensor | None = None,
-        perturbation_values: torch.FloatTensor | None = None,
-        perturbation_mask: torch.Tensor | None = None,
-        pairing_ids: torch.LongTensor | None = None,
+        **perturbations,
     ) -> GppcModelOutput:
         """Encodes and decodes; see [`GppcForPerturbationPrediction.forward`] for the arguments."""
         encoded = self.encode(input_ids, expression_values, attention_mask, measured_mask, panel_index)
-        perturbations = self.default_inputs(
-            input_ids.shape[0],
-            input_ids.device,
-            perturbation_ids,
-            perturbation_values,
-            perturbation_mask,
-            pairing_ids,
-        )
-        return self.decode(encoded, *perturbations)[0]
+        given = self.default_inputs(input_ids.shape[0], input_ids.device, **perturbations)
+        return self.decode(encoded, *given)[0]
 
 
 class GppcReadout(nn.Module):
@@ -641,17 +508,17 @@ class GppcForPerturbationPrediction(GppcPreTrainedModel):
         Returns:
             [`GppcOutput`] without a loss.
         """
-        rows = encoded.values.shape[0] if perturbation_ids is None else perturbation_ids.shape[0]
+        rows = encoded.state_values.shape[0] if perturbation_ids is None else perturbation_ids.shape[0]
         if state_index is not None:
             encoded = encoded.select(state_index)
-        elif encoded.values.shape[0] == 1 and rows > 1:
-            encoded = encoded.select(torch.zeros(rows, dtype=torch.long, device=encoded.values.device))
-        if encoded.values.shape[0] != rows:
+        elif encoded.state_values.shape[0] == 1 and rows > 1:
+            encoded = encoded.select(torch.zeros(rows, dtype=torch.long, device=encoded.state_values.device))
+        if encoded.state_values.shape[0] != rows:
             raise ValueError(
-                f"`perturbation_ids` has {rows} rows for {encoded.values.shape[0]} encoded states; wanted one row a "
+                f"`perturbation_ids` has {rows} rows for {encoded.state_values.shape[0]} encoded states; wanted one row a "
                 "state, a single state, or `state_index`."
             )
-        device = encoded.values.device
+        device = encoded.state_values.device
         perturbations = self.model.default_inputs(
             rows, device, perturbation_ids, perturbation_values, perturbation_mask, pairing_ids
         )
@@ -668,10 +535,15 @@ class GppcForPerturbationPrediction(GppcPreTrainedModel):
             logits = base + departure.to(base.dtype)
             logvar = logvar + logvar_change.to(base.dtype)
         ids, _, mask, _ = perturbations
+        logits, base = (
+            impose(values, query_ids, ids, levels.to(values.dtype), mask, self.config.vocab_size)
+            for values in (logits, base)
+        )
         return GppcOutput(
-            logits=impose(logits, query_ids, ids, levels.to(logits.dtype), mask, self.config.vocab_size),
+            logits=logits,
             logvar=logvar,
-            linear_response=impose(base, query_ids, ids, levels.to(base.dtype), mask, self.config.vocab_size),
+            linear_response=base,
+            departure=(logits - base).float().square().mean(dim=1).sqrt().detach(),
             encoder_last_hidden_state=output.encoder_last_hidden_state,
             decoder_last_hidden_state=output.last_hidden_state,
         )
@@ -689,6 +561,7 @@ class GppcForPerturbationPrediction(GppcPreTrainedModel):
         pairing_ids: torch.LongTensor | None = None,
         query_ids: torch.LongTensor | None = None,
         labels: torch.FloatTensor | None = None,
+        label_weights: torch.FloatTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> GppcOutput:
         """
@@ -706,6 +579,8 @@ class GppcForPerturbationPrediction(GppcPreTrainedModel):
             query_ids (`torch.LongTensor` of shape `(Q,)`, *optional*): Genes to predict; defaults to all.
             labels (`torch.FloatTensor` of shape `(B, Q)`, *optional*): Log values of the target, -100 where not
                 measured there.
+            label_weights (`torch.FloatTensor` of shape `(Q,)`, *optional*): Weight of each gene in the loss, where
+                genes were queried with unequal chances; defaults to 1.
             num_items_in_batch (`torch.Tensor` or `int`, *optional*): Scored genes that the loss is divided by, where
                 this batch is one of several that make an optimiser step; defaults to those of this batch.
 
@@ -730,11 +605,15 @@ class GppcForPerturbationPrediction(GppcPreTrainedModel):
                 encoded, perturbation_ids, perturbation_values, perturbation_mask, pairing_ids, query_ids
             )
         if labels is not None:
-            output.loss = self.loss(output, labels, num_items_in_batch)
+            output.loss = self.loss(output, labels, num_items_in_batch, label_weights)
         return output
 
     def loss(
-        self, output: GppcOutput, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+        self,
+        output: GppcOutput,
+        labels: torch.Tensor,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        label_weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Mean squared error over the scored genes; the variance's likelihood sees the mean as given.
 
@@ -744,12 +623,15 @@ class GppcForPerturbationPrediction(GppcPreTrainedModel):
         scored = labels != IGNORED_LABEL
         count = (scored.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)).clamp(min=1)
         error = torch.where(scored, output.logits - labels, torch.zeros_like(labels)).float()
-        loss = error.square().sum() / count
+        squared = error.square() if label_weights is None else error.square() * label_weights
+        loss = squared.sum() / count
         if output.logvar is not None and self.config.variance_loss_weight > 0 and self.config.use_departure:
             logvar = output.logvar.float()
             likelihood = 0.5 * (logvar + error.detach().square() * torch.exp(-logvar))
-            likelihood = torch.where(scored, likelihood, torch.zeros_like(likelihood)).sum() / count
-            loss = loss + self.config.variance_loss_weight * likelihood
+            likelihood = torch.where(scored, likelihood, torch.zeros_like(likelihood))
+            if label_weights is not None:
+                likelihood = likelihood * label_weights
+            loss = loss + self.config.variance_loss_weight * likelihood.sum() / count
         return loss
 
     def _forward_origin(

@@ -76,11 +76,12 @@ class EncodedCells:
             "X": output.logits.float(),
             "std": (0.5 * output.logvar.float()).exp(),
             "linear_response_delta": output.linear_response.float(),
+            "departure": output.departure.float(),
         }
 
     @torch.inference_mode()
     def predict(self, chunk: range) -> dict[str, np.ndarray]:
-        """X and layers for some of the perturbations, rows perturbation by perturbation, cell by cell."""
+        """X, layers and columns of some of the perturbations, rows perturbation by perturbation, cell by cell."""
         prediction, n_cells = self.prediction, self.n_cells
         specs = [prediction.parsed[text] for text in chunk]
         width = max(map(len, specs))
@@ -99,7 +100,7 @@ class EncodedCells:
         if self.unperturbed is None:
             before = self._run(ids, np.zeros(shape), mask)
         else:
-            before = {name: tensor.repeat(len(specs), 1) for name, tensor in self.unperturbed.items()}
+            before = {name: torch.cat([tensor] * len(specs)) for name, tensor in self.unperturbed.items()}
         values = {"X": after["X"], "delta": after["X"] - before["X"]}
         if "std" in after:
             rows, places = np.nonzero(mask)
@@ -108,4 +109,5 @@ class EncodedCells:
             values["std"] = after["std"].masked_fill(imposed[:, self.query], 0.0)
             name = "linear_response_delta"
             values[name] = after[name] - before[name]
+            values["departure"] = after["departure"]
         return {name: tensor.cpu().numpy() for name, tensor in values.items()}

@@ -58,7 +58,8 @@ def predict_anndata(
         `AnnData`, one row a perturbation and cell (perturbation by perturbation, with `obs.perturbation` and
         `obs.source_cell`), one column a gene of the model: `X` expected log values; layers `delta` (difference from the
         reference), `std` (of a single cell's log value; zero where imposed) and `linear_response_delta` (the
-        closed-form part of `delta`); `var` (`gene_symbol`, `measured` in the input); `varm["mean_delta"]` (a column a
+        closed-form part of `delta`); `obs.departure` (how far the prediction departed from the linear response: root
+        mean square over the genes, in log value); `var` (`gene_symbol`, `measured` in the input); `varm["mean_delta"]` (a column a
         perturbation); `uns["gppc"]` where it comes from and which genes of the input the model does not know.
 
     Raises:
@@ -80,9 +81,10 @@ def predict_anndata(
     for line in prediction.warnings:
         warnings.warn(line, stacklevel=2)
     arrays = {name: np.empty(prediction.shape, dtype=np.float32) for name in ("X", *prediction.layers)}
-    mean_delta = fill(prediction, arrays, batch_size, progress)
+    columns = {name: np.empty(prediction.shape[0], dtype=np.float32) for name in prediction.columns}
+    mean_delta = fill(prediction, arrays | columns, batch_size, progress)
     output = anndata.AnnData(
-        arrays.pop("X"), obs=prediction.obs, var=prediction.var, layers=arrays, uns={"gppc": prediction.uns}
+        arrays.pop("X"), obs=prediction.obs.assign(**columns), var=prediction.var, layers=arrays, uns={"gppc": prediction.uns}
     )
     output.varm["mean_delta"] = mean_delta
     return output
@@ -130,7 +132,8 @@ def predict_file(
     temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex}.tmp")
     try:
         with h5py.File(temporary, "w") as file:
-            frame = anndata.AnnData(obs=prediction.obs, var=prediction.var, uns={"gppc": prediction.uns})
+            obs = prediction.obs.assign(**dict.fromkeys(prediction.columns, np.float32(0)))
+            frame = anndata.AnnData(obs=obs, var=prediction.var, uns={"gppc": prediction.uns})
             frame.varm["mean_delta"] = np.zeros((prediction.shape[1], len(prediction.texts)), dtype=np.float32)
             anndata.io.write_elem(file, "/", frame)
             arrays = {}
@@ -140,6 +143,7 @@ def predict_file(
                     del file[path]
                 arrays[name] = file.create_dataset(path, shape=prediction.shape, dtype=np.float32)
                 arrays[name].attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+            arrays |= {name: file[f"obs/{name}"] for name in prediction.columns}
             mean_delta = fill(prediction, arrays, batch_size, progress)
             file["varm/mean_delta"][...] = mean_delta
         os.replace(temporary, out)
@@ -149,7 +153,8 @@ def predict_file(
 
 
 def fill(prediction: Prediction, arrays: dict, batch_size: int, progress: bool) -> np.ndarray:
-    """Runs the model and writes every block into `arrays` (numpy or HDF5), `X` and layers, each of `prediction.shape`.
+    """Runs the model and writes every block into `arrays` (numpy or HDF5): `X` and layers, each of `prediction.shape`,
+    and columns of obs.
 
     Returns:
         Mean of `delta` over the cells, float32 of shape `(n_genes, n_perturbations)`.

@@ -57,8 +57,8 @@ def evaluate_run(
         rows = parts[name][sample_rows(len(parts[name]), options.max_pairs, seed)]
         pairs = _dense(folder, test, rows)
         floors = fit_floors(
-            _like(folder, "train", pairs, options.max_floor_pairs, seed),
-            _like(folder, "validation", pairs, options.max_floor_pairs, seed),
+            pairs_like(folder, "train", pairs, options.max_floor_pairs, seed),
+            pairs_like(folder, "validation", pairs, options.max_floor_pairs, seed),
             pairs,
             names=options.floors,
             progress=progress,
@@ -66,12 +66,12 @@ def evaluate_run(
         settings = {"seed": seed, "n_resamples": options.n_resamples, "progress": progress}
         methods = {MODEL_METHOD: ModelPredictor(model)}
         if network is not None and network.config.form == "linear":
-            methods[OPTIMUM] = _linear_optimum(network, folder.gene_ids)
+            methods[OPTIMUM] = linear_optimum(network, folder.gene_ids)
         results[name] = score_split(pairs, methods, floors=floors, **settings)
         if network is not None and network.config.form == "count":
             few = pairs.select(sample_rows(len(pairs), options.optimum_pairs, seed))
             library = test.column("source_library_size").to_numpy()[rows][few.rows]
-            methods[OPTIMUM] = _count_optimum(
+            methods[OPTIMUM], _ = count_optimum(
                 network, folder.gene_ids, few, library, options.optimum_samples, progress
             )
             results[f"{name}/ceiling"] = score_split(few, methods, floors=floors, with_gain=False, **settings)
@@ -89,7 +89,7 @@ def _dense(folder: PairFolder, table: pa.Table, rows: np.ndarray) -> PairArrays:
     return PairArrays.from_table(table.take(pa.array(rows)), folder.panels, folder.genes.num_rows)
 
 
-def _like(folder: PairFolder, split: str, pairs: PairArrays, at_most: int, seed: int) -> PairArrays:
+def pairs_like(folder: PairFolder, split: str, pairs: PairArrays, at_most: int, seed: int) -> PairArrays:
     """Pairs of another split with the pairing and data sets of `pairs`, as far as there are enough of them."""
     table = folder.split(split)
     keep = np.ones(table.num_rows, dtype=bool)
@@ -109,7 +109,8 @@ def _revealed(pairs: PairArrays) -> np.ndarray:
     return revealed
 
 
-def _linear_optimum(network: GeneNetwork, gene_ids: list[str]):
+def linear_optimum(network: GeneNetwork, gene_ids: list[str]):
+    """Exact best predictor of the linear form."""
     from data_scripts.synthetic_truth import optimum
 
     def predict(pairs: PairArrays) -> tuple[np.ndarray, np.ndarray]:
@@ -121,7 +122,8 @@ def _linear_optimum(network: GeneNetwork, gene_ids: list[str]):
     return predict
 
 
-def _count_optimum(network, gene_ids, pairs: PairArrays, library: np.ndarray, n_samples: int, progress: bool):
+def count_optimum(network, gene_ids, pairs: PairArrays, library: np.ndarray, n_samples: int, progress: bool):
+    """Estimated best predictor of the count form for these pairs, and what the noise of the estimate adds to its MSE."""
     from data_scripts.synthetic_monte_carlo import monte_carlo_optimum
 
     best = monte_carlo_optimum(
@@ -136,7 +138,8 @@ def _count_optimum(network, gene_ids, pairs: PairArrays, library: np.ndarray, n_
         progress=progress,
     )
     position = {row: index for index, row in enumerate(pairs.rows)}
-    return lambda batch: best.mean[[position[row] for row in batch.rows]]
+    noise = float((best.standard_error**2)[pairs.scored].mean())
+    return lambda batch: best.mean[[position[row] for row in batch.rows]], noise
 
 
 def load_network_of(output_dir: str | Path) -> GeneNetwork | None:

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from modeling_gppc.modeling_gppc import IGNORED_LABEL, GppcForPerturbationPrediction, GppcLinearResponse
+from modeling_gppc.linear_response_gppc import GppcLinearResponse
+from modeling_gppc.modeling_gppc import IGNORED_LABEL, GppcForPerturbationPrediction
 from modeling_gppc.training.data_collator import PairCollator
 from modeling_gppc.training.factor_mixture import FactorMixture, fit_factor_mixture, fit_mixture_coupling
 from modeling_gppc.training.factor_model import fit_factor_model

@@ -17,6 +17,7 @@ EXPECTED = {
     "configuration_gppc.py",
     "feature_extraction_gppc.py",
     "figures/scores.png",
+    "linear_response_gppc.py",
     "model.safetensors",
     "modeling_gppc.py",
     "pipeline_gppc.py",

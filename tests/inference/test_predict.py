@@ -95,6 +95,9 @@ def test_equals_the_model(text, reference):
     np.testing.assert_allclose(output.layers["delta"], after.logits - before.logits, atol=1e-5)
     linear = after.linear_response - before.linear_response
     np.testing.assert_allclose(output.layers["linear_response_delta"], linear, atol=1e-5)
+    departure = np.sqrt(((after.logits - after.linear_response).numpy() ** 2).mean(axis=1))
+    np.testing.assert_allclose(output.obs["departure"], departure, atol=1e-5)
+    assert departure.max() > 0.01
     std = np.exp(after.logvar.numpy() / 2)
     np.testing.assert_allclose(output.layers["std"], np.where(imposed, 0, std), atol=1e-5)
     np.testing.assert_allclose(output.varm["mean_delta"][:, 0], output.layers["delta"].mean(axis=0), atol=1e-6)

@@ -1,0 +1,132 @@
+"""Closed-form linear response: a factor model of expression with cell states, conditioned exactly."""
+
+import torch
+from torch import nn
+
+from .configuration_gppc import GppcConfig
+
+
+class GppcLinearResponse(nn.Module):
+    """
+    Closed-form part: a factor model of expression, conditioned exactly on the source state and the imposed levels.
+
+    Expression = gene_mean + loadings z + noise. The factors z follow a mixture of `num_components` cell states that
+    share one covariance, z | c ~ N(component_means[c], I). Source and target are coupled between states by transition
+    probabilities and within them by Cov(z_target, z_source) = coupling, one of each a pairing. With one component this
+    is the conditional Gaussian; with more, each state responds linearly and the levels tell how probable it is.
+
+    The parameters are fitted from training cells without labels, see `training/linear_start.py`; any set of measured
+    genes and any number of imposed genes is exact. Cost a cell: O(V r) for the state, O(k r^2 + k^3 + C k r) for k
+    imposed genes.
+    """
+
+    def __init__(self, config: GppcConfig):
+        super().__init__()
+        size, factors, components = config.vocab_size, config.num_factors, config.num_components
+        pairings = len(config.pairings)
+        self.register_buffer("gene_mean", torch.zeros(size))
+        self.register_buffer("loadings", torch.zeros(size, factors))
+        self.register_buffer("noise", torch.ones(size))
+        self.register_buffer("component_means", torch.zeros(components, factors))
+        self.register_buffer("component_logits", torch.zeros(components))
+        self.register_buffer("transition_logits", torch.zeros(pairings, components, components))
+        self.register_buffer("coupling", torch.zeros(pairings, factors, factors))
+        # Counts are not Gaussian: what the levels say about the state is trusted only so far.
+        self.register_buffer("evidence_scale", torch.ones(pairings))
+
+    def _apply(self, fn, recurse=True):
+        """Moves the buffers and keeps their precision: matrices are factorised here, whatever `half()` asks for."""
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep, recurse)
+
+    def encode(
+        self, centred: torch.Tensor, measured: torch.Tensor, panel_index: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Posterior of the source's state and factors.
+
+        Args:
+            centred (`torch.FloatTensor` of shape `(B, vocab_size)`): Value minus gene mean, zero where not measured.
+            measured (`torch.BoolTensor` of shape `(P, vocab_size)`): Panels, or one mask a cell (P = B).
+            panel_index (`torch.LongTensor` of shape `(B,)`, *optional*): Panel of each cell.
+
+        Returns:
+            Log probabilities of the components `(B, C)`, mean of the factors `(B, r)`, mean around the component's
+            own mean `(B, r)` and covariance within a component `(B, r, r)`.
+        """
+        factors = self.loadings.shape[1]
+        weighted = self.loadings / self.noise[:, None]
+        products = (weighted[:, :, None] * self.loadings[:, None, :]).flatten(1)
+        identity = torch.eye(factors, dtype=products.dtype, device=products.device)
+        precision = (measured.to(products.dtype) @ products).view(-1, factors, factors) + identity
+        covariance = torch.cholesky_inverse(torch.linalg.cholesky(precision))
+        if panel_index is not None:
+            covariance = covariance[panel_index]
+        means = self.component_means
+        information = (centred @ weighted)[:, None] + means
+        by_component = torch.einsum("brs,bcs->bcr", covariance, information)
+        evidence = 0.5 * ((information * by_component).sum(-1) - means.square().sum(-1))
+        logits = torch.log_softmax(evidence + self.component_logits, dim=-1)
+        shares = logits.exp()
+        mean = torch.einsum("bc,bcr->br", shares, by_component)
+        return logits, mean, mean - shares @ means, covariance
+
+    def condition(
+        self,
+        component_logits: torch.Tensor,
+        factor_residual: torch.Tensor,
+        factor_covariance: torch.Tensor,
+        pairing_ids: torch.Tensor,
+        ids: torch.Tensor,
+        levels: torch.Tensor,
+        mask: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Posterior of the target's state and factors given the source's and the imposed levels.
+
+        Args:
+            component_logits, factor_residual, factor_covariance (`torch.FloatTensor`): From `encode`.
+            pairing_ids (`torch.LongTensor` of shape `(B,)`): Shared context.
+            ids, levels, mask (`torch.Tensor` of shape `(B, K)`): Imposed genes, their log values, 1 where real.
+
+        Returns:
+            Log probabilities of the components `(B, C)`, mean `(B, r)` and covariance `(B, r, r)` of the factors.
+        """
+        coupling = self.coupling[pairing_ids]
+        transition = torch.log_softmax(self.transition_logits, dim=-1)[pairing_ids]
+        logits = torch.logsumexp(component_logits[:, :, None] + transition, dim=1)
+        within = torch.einsum("brs,bs->br", coupling, factor_residual)
+        means = self.component_means + within[:, None]
+        identity = torch.eye(coupling.shape[-1], dtype=means.dtype, device=means.device)
+        covariance = identity - coupling @ (identity - factor_covariance) @ coupling.transpose(1, 2)
+        if ids.shape[1] > 0:
+            mask = mask.to(means.dtype)
+            design = self.loadings[ids] * mask[:, :, None]
+            # A padded entry becomes an observation of nothing: zero row, unit noise, zero surprise.
+            noise = self.noise[ids] * mask + (1 - mask)
+            centred = (levels - self.gene_mean[ids]) * mask
+            surprise = centred[:, :, None] - design @ means.transpose(1, 2)
+            projected = design @ covariance
+            total = projected @ design.transpose(1, 2) + torch.diag_embed(noise)
+            factor = torch.linalg.cholesky(total)
+            solved = torch.cholesky_solve(surprise, factor)
+            evidence = -0.5 * (surprise * solved).sum(1)
+            logits = torch.log_softmax(logits + self.evidence_scale[pairing_ids, None] * evidence, dim=-1)
+            means = means + solved.transpose(1, 2) @ projected
+            covariance = covariance - projected.transpose(1, 2) @ torch.cholesky_solve(projected, factor)
+        shares = logits.exp()
+        mean = torch.einsum("bc,bcr->br", shares, means)
+        around = means - mean[:, None]
+        covariance = covariance + torch.einsum("bc,bcr,bcs->brs", shares, around, around)
+        return logits, mean, covariance
+
+    def read(
+        self, mean: torch.Tensor, covariance: torch.Tensor, query_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Expected log value and its variance, each `(B, Q)`, at genes `query_ids` `(Q,)`."""
+        loadings = self.loadings[query_ids]
+        expected = self.gene_mean[query_ids] + mean @ loadings.T
+        spread = torch.einsum("brs,qr,qs->bq", covariance, loadings, loadings).clamp(min=0)
+        return expected, spread + self.noise[query_ids]
