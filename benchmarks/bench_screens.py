@@ -19,10 +19,11 @@ import numpy as np
 import pandas as pd
 
 from data_scripts.screens import read_screen
+from modeling_gppc.evaluation.evaluate_options import EvaluateOptions
 from modeling_gppc.evaluation.metrics import pearson_delta
 from modeling_gppc.evaluation.report import text_table
 from modeling_gppc.evaluation.screen_baselines import ScreenContext, covariance
-from modeling_gppc.evaluation.screen_evaluation import EvaluateOptions, evaluate_screen
+from modeling_gppc.evaluation.screen_evaluation import evaluate_screen
 from modeling_gppc.evaluation.screen_report import response_anndatas
 
 

@@ -3,20 +3,34 @@
 import argparse
 from pathlib import Path
 
-from data_scripts.screens import options_from_flags, read_screen
+from data_scripts.screen_options import options_from_flags
+from data_scripts.screens import read_screen
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `gppc evaluate`."""
     parser.add_argument("--screen", required=True, metavar="FILE.h5ad", help="the screen: an AnnData file")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for tables, predictions, figures, report")
-    parser.add_argument("--model", default="gppc", help="gppc, factor, covariance, or a model folder (zero-shot)")
+    parser.add_argument(
+        "--model",
+        nargs="+",
+        default=["gppc"],
+        help="gppc, factor, covariance, or a model folder that train.py left; several: one a fold, or one a seed",
+    )
     parser.add_argument("--mode", default="in-context", help="zero-shot, in-context (controls only) or fine-tuned")
     parser.add_argument("--folds", type=int, default=5, help="folds over perturbations (fine-tuned)")
     parser.add_argument(
         "--split", default="perturbations", help="perturbations, or combinations: doubles from singles"
     )
     parser.add_argument("--seen", type=int, default=2, help="members of a double seen alone: 0, 1 or 2")
+    parser.add_argument(
+        "--hold-out",
+        metavar="GROUP",
+        help="batch or cell_line: each from the others; batch=NAME: that one (fine-tuned)",
+    )
+    parser.add_argument(
+        "--gene-features", metavar="FILE", help="table of what is known of genes: gene and term, or gene and numbers"
+    )
     parser.add_argument("--seeds", type=int, default=5, help="runs of the model whose mean is scored")
     parser.add_argument("--steps", type=int, default=300, help="training steps of the departure on control cells")
     parser.add_argument("--seed", type=int, default=0, help="first seed")
@@ -50,11 +64,13 @@ def run(arguments: argparse.Namespace) -> int:
         ValueError: For options, a screen or a model that cannot be used, or an output folder of another run.
     """
     # Options are checked before anything slow is imported or read.
-    from modeling_gppc.evaluation.screen_evaluation import EvaluateOptions, evaluate_screen
+    from modeling_gppc.evaluation.evaluate_options import EvaluateOptions
+    from modeling_gppc.evaluation.screen_evaluation import evaluate_screen
 
     options = EvaluateOptions(
         mode=arguments.mode,
-        model=arguments.model,
+        model=arguments.model[0],
+        more_models=tuple(arguments.model[1:]),
         folds=arguments.folds,
         split=arguments.split,
         seen=arguments.seen,
@@ -62,6 +78,8 @@ def run(arguments: argparse.Namespace) -> int:
         steps=arguments.steps,
         seed=arguments.seed,
         hold=arguments.hold,
+        hold_out=arguments.hold_out,
+        gene_features=arguments.gene_features,
         max_genes=arguments.max_genes,
     )
     out = Path(arguments.out)

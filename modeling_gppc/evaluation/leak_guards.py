@@ -1,7 +1,7 @@
 """Leak guards: a division of data that lets test information into training is refused, with the reason."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 
 @dataclasses.dataclass
@@ -149,3 +149,44 @@ def guard_fold(
             seen_members=seen_members,
         )
     )
+
+
+def model_leaks(run: Mapping | None, screen: str, cells_digest: str, mode: str) -> list[str]:
+    """Reasons why a model folder may not be scored on a screen in a mode; an empty list is clean.
+
+    Args:
+        run (`Mapping`, *optional*): Content of the folder's `run.json`; `None`, or without `datasets`: not stated, which
+            is no leak that can be shown.
+        screen (`str`): Name of the screen's file.
+        cells_digest (`str`): Of the cells' names.
+        mode (`str`): `"zero-shot"`, `"in-context"` or `"fine-tuned"`.
+    """
+    run = run or {}
+    adapted = run.get("screen")
+    leaks, earlier = [], run.get("start_from") if mode != "zero-shot" else run
+    while earlier:
+        read = earlier.get("screen") or {}
+        if screen in (earlier.get("datasets") or ()) or cells_digest == read.get("cells_digest"):
+            leaks.append(f"the screen {screen!r} was among what the model was pre-trained on")
+        earlier = earlier.get("start_from")
+    if mode == "zero-shot":
+        return leaks
+    wanted = "controls" if mode == "in-context" else "perturbations"
+    config = "screen_in_context" if mode == "in-context" else "screen_fine_tuned"
+    if not adapted:
+        leaks.append(f"mode {mode!r} wants a model of this screen (train.py --config {config}), not one of others")
+    elif adapted.get("cells_digest") != cells_digest:
+        leaks.append(f"the model was trained on other cells ({adapted.get('name')}) than those that are scored")
+    elif adapted.get("train_on") != wanted:
+        leaks.append(
+            f"mode {mode!r} wants a model trained on {wanted} (train.py --config {config}); this one was trained on "
+            f"{adapted.get('train_on')}"
+        )
+    return leaks
+
+
+def guard_model(run: Mapping | None, screen: str, cells_digest: str, mode: str) -> None:
+    """Raises `ValueError` naming every leak of [`model_leaks`], in one line."""
+    leaks = model_leaks(run, screen, cells_digest, mode)
+    if leaks:
+        raise ValueError(f"`model` leaks: {'; '.join(leaks)}.")

@@ -67,8 +67,9 @@ def sentences(summary: dict) -> list[str]:
     """What the numbers allow to be said, one sentence each."""
     ceiling = summary["ceiling"]
     said = [
+        *summary.get("notes", ()),
         f"A replicate of half the cells would score {ceiling['split_half_pearson']:.3f} in pearson_delta; for "
-        f"{ceiling['n_above_half']} of {summary['n_perturbations']} perturbations it would exceed 0.5."
+        f"{ceiling['n_above_half']} of {summary['n_perturbations']} perturbations it would exceed 0.5.",
     ]
     subject = summary["subject"]
     if subject is None:

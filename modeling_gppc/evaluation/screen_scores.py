@@ -68,6 +68,20 @@ class ScreenTruth:
         return ScreenTruth(**{k: v if k in shared or k == "labels" else v[index] for k, v in fields.items()})
 
 
+def join_truths(parts: Sequence[ScreenTruth]) -> ScreenTruth:
+    """Rows of several truths under each other; genes and mask are the same, the control level is their mean."""
+    joined = {}
+    for field in dataclasses.fields(ScreenTruth):
+        values = [getattr(part, field.name) for part in parts]
+        if field.name == "labels":
+            joined[field.name] = [label for labels in values for label in labels]
+        elif field.name in ("mask", "control"):
+            joined[field.name] = values[0] if field.name == "mask" else np.mean(values, axis=0)
+        else:
+            joined[field.name] = np.concatenate(values)
+    return ScreenTruth(**joined)
+
+
 @dataclasses.dataclass
 class ScreenPrediction:
     """Predicted responses of some perturbations.

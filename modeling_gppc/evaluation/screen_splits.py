@@ -6,17 +6,20 @@ from collections.abc import Sequence
 import numpy as np
 
 from data_scripts.screens import Screen
+from modeling_gppc.feature_extraction_gppc import close_matches
 
 
 @dataclasses.dataclass
 class Fold:
-    """One division of a screen: `train` and `test` perturbations, and the rows of cells that may be read for each."""
+    """One division of a screen: `train` and `test` perturbations, and the rows of cells that may be read for each;
+    `group` is the batch or cell line that is held out, where one is."""
 
     name: str
     train: list[str]
     test: list[str]
     train_cells: np.ndarray
     test_cells: np.ndarray
+    group: str = ""
 
 
 def _cells(screen: Screen, labels: Sequence[str]) -> np.ndarray:
@@ -88,4 +91,35 @@ def held_out_group(screen: Screen, column: str, value: str) -> Fold:
         labels,
         np.flatnonzero(perturbed & (groups != value)),
         np.flatnonzero(perturbed & (groups == value)),
+        value,
     )
+
+
+def group_folds(screen: Screen, hold_out: str) -> list[Fold]:
+    """Folds of `--hold-out`: `"batch"` or `"cell_line"` holds out each in turn, `"batch=NAME"` that one.
+
+    Raises:
+        ValueError: If there is no such column or group, or only one group.
+    """
+    column, equals, value = hold_out.partition("=")
+    if equals:
+        return [held_out_group(screen, column, value)]
+    groups = np.unique(getattr(screen, column)).tolist() if column in ("batch", "cell_line") else [""]
+    return [held_out_group(screen, column, group) for group in groups]
+
+
+def stated_fold(screen: Screen, name: str, train: Sequence[str], test: Sequence[str]) -> Fold:
+    """The division that a model was trained with, as it says itself.
+
+    Raises:
+        ValueError: If it names a perturbation that the screen does not have, or none that was held out.
+    """
+    for label in [*train, *test]:
+        if label not in screen.perturbations:
+            raise ValueError(
+                f"`model` was trained on a screen with `{label}`, which this one lacks"
+                f"{close_matches(label, list(screen.perturbations))}; read the file with the same options."
+            )
+    if not test:
+        raise ValueError("`model` was fine-tuned without holding out a perturbation: nothing is left to be scored.")
+    return Fold(name, list(train), sorted(test), _cells(screen, train), _cells(screen, test))

@@ -9,10 +9,14 @@ import pytest
 import scipy.stats
 import torch
 
+from data_scripts.screen_cells import keep_genes, technical_residuals
 from data_scripts.screens import ScreenOptions, read_screen
 from modeling_gppc.cli import main
 from modeling_gppc.configuration_gppc import GppcConfig
 from modeling_gppc.evaluation import metrics
+from modeling_gppc.evaluation.evaluate_options import EvaluateOptions
+from modeling_gppc.evaluation.in_context_model import InContextModel
+from modeling_gppc.evaluation.response_size import ResponseSize
 from modeling_gppc.evaluation.screen_baselines import (
     ScreenContext,
     additive,
@@ -23,8 +27,7 @@ from modeling_gppc.evaluation.screen_baselines import (
     ridge,
     target_only,
 )
-from modeling_gppc.evaluation.screen_evaluation import EvaluateOptions, evaluate_screen, keep_genes
-from modeling_gppc.evaluation.screen_models import InContextModel, ResponseSize, technical_residuals
+from modeling_gppc.evaluation.screen_evaluation import evaluate_screen
 from modeling_gppc.evaluation.screen_report import render_evaluation, response_anndatas, write_evaluation
 from modeling_gppc.evaluation.screen_scores import (
     ScreenPrediction,
@@ -249,9 +252,9 @@ def test_technical_covariates_are_taken_out_where_the_library_is_complete():
 
 
 def test_size_keeps_the_direction():
-    size = ResponseSize(share=0.5, saturation=1.0)
-    assert size(np.array([0.01]))[0] == pytest.approx(0.005, rel=1e-3)
-    assert abs(size(np.array([-50.0]))[0]) == pytest.approx(0.5)
+    size = ResponseSize(share=0.5, saturation=2.0)
+    assert size(np.array([0.01]), 0.5)[0] == pytest.approx(0.005, rel=1e-3)
+    assert abs(size(np.array([-50.0]), 0.5)[0]) == pytest.approx(0.5)
 
 
 def test_in_context_reads_no_perturbed_cell(screen):
@@ -365,7 +368,8 @@ def test_a_saved_model_is_scored_as_it_is(screen, tmp_path):
     prediction = evaluation.predictions["gppc"].delta
     row = evaluation.truth.labels.index("G2")
     genes, changes = ScreenContext.build(screen, [], ["G2"]).changes("G2")
-    expected = fitted.slope(genes, ResponseSize(share=1.0)(changes))
+    spread = screen.values[screen.is_control].std(axis=0)[genes]
+    expected = fitted.slope(genes, ResponseSize()(changes, spread))
     others = np.setdiff1d(np.arange(N_GENES), [0, 2])
     assert np.allclose(prediction[row, others], expected[others], atol=1e-4)
     assert prediction[row, 0] == 0 and not prediction[evaluation.truth.labels.index("G0")].any()

@@ -10,9 +10,10 @@ from data_scripts.synthetic import make_network
 from data_scripts.synthetic_cells import make_screen
 from data_scripts.synthetic_config import SyntheticConfig
 from data_scripts.synthetic_truth import true_response
+from modeling_gppc.evaluation.in_context_model import InContextModel
 from modeling_gppc.evaluation.metrics import pearson_delta
+from modeling_gppc.evaluation.response_size import ResponseSize
 from modeling_gppc.evaluation.screen_baselines import ScreenContext, covariance
-from modeling_gppc.evaluation.screen_models import InContextModel, ResponseSize
 
 # Full size: here the response follows the change, and the truth says so.
 AS_IMPOSED = ResponseSize(share=1.0, saturation=1e6)

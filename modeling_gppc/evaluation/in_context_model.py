@@ -1,0 +1,196 @@
+"""GPPC adapted to a screen on its control cells."""
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from data_scripts.screen_cells import technical_residuals
+from data_scripts.screens import CONTROL, Screen
+from modeling_gppc.configuration_gppc import GppcConfig
+from modeling_gppc.evaluation.response_size import ResponseSize
+from modeling_gppc.evaluation.screen_baselines import ScreenContext, no_change
+from modeling_gppc.evaluation.screen_scores import ScreenPrediction
+from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
+from modeling_gppc.training.factor_model import FactorModel, fit_factor_model, fit_pair_coupling
+
+RANKS = (3, 5, 10, 20, 40)
+
+
+def choose_rank(values: np.ndarray, seed: int = 0, ranks=RANKS, n_parts: int = 3) -> int:
+    """Number of factors with the highest likelihood of held-out control cells: `n_parts` fifths of them in turn."""
+    order = np.random.default_rng(seed).permutation(len(values))
+    panel = np.ones((1, values.shape[1]), dtype=bool)
+    usable = [rank for rank in ranks if rank < min(values.shape[1] // 3, len(values) // 2)] or [1]
+    likelihoods = np.zeros(len(usable))
+    for part in range(n_parts):
+        held, rest = values[order[part::5]], values[np.delete(order, np.s_[part::5])]
+        for index, rank in enumerate(usable):
+            model = fit_factor_model(rest, np.zeros(len(rest), int), panel, rank, 20, seed)
+            covariance, centred = model.covariance, held - model.mean
+            distance = np.einsum("nv,nv->", centred, np.linalg.solve(covariance, centred.T).T) / len(held)
+            likelihoods[index] -= distance + np.linalg.slogdet(covariance)[1]
+    return usable[int(np.argmax(likelihoods))]
+
+
+class InContextModel:
+    """
+    GPPC adapted on the control cells of a screen; no perturbed cell is read.
+
+    The linear response is fitted in closed form on controls freed of technical covariates; with `steps` > 0 the network
+    then learns its departure on pairs of controls.
+
+    Args:
+        screen (`Screen`): Only its control cells are read.
+        steps (`int`, *optional*, defaults to 0): Training steps of the departure.
+        n_factors (`int`, *optional*): Chosen by held-out likelihood when absent.
+        seed (`int`, *optional*, defaults to 0): Everything random.
+        size (`ResponseSize`, *optional*): Treatment of size.
+        hold (`float`, *optional*, defaults to 0.1): How firmly the other targets of the panel are held at the controls'
+            level while one is changed: 0 not at all, 1 as firmly as a measurement, more than that nearly fixed. Where
+            the panel holds the network's regulators, and they correlate without acting on each other, holding them
+            takes most of the confounding away; where targets act through each other it hides what they do.
+        resample (`bool`, *optional*, defaults to `False`): Fit on controls drawn with replacement, to see the spread.
+        progress (`bool`, *optional*, defaults to `False`): Whether to show a bar.
+
+    Attributes:
+        factors (`FactorModel`): Of the controls.
+        model ([`GppcForPerturbationPrediction`] or `None`): The network where it was trained.
+    """
+
+    def __init__(
+        self,
+        screen: Screen,
+        steps: int = 0,
+        n_factors: int | None = None,
+        seed: int = 0,
+        size: ResponseSize | None = None,
+        hold: float = 0.1,
+        resample: bool = False,
+        progress: bool = False,
+    ):
+        self.screen, self.seed, self.hold = screen, seed, hold
+        self.size = size or ResponseSize()
+        cells = screen.cells_of(CONTROL)
+        if resample:
+            cells = np.sort(np.random.default_rng(seed).choice(cells, len(cells)))
+        self.batch = screen.batch[cells]
+        self.values = technical_residuals(screen, cells)
+        self.n_factors = n_factors or choose_rank(self.values, seed)
+        panel = np.ones((1, self.values.shape[1]), dtype=bool)
+        self.factors: FactorModel = fit_factor_model(
+            self.values, np.zeros(len(self.values), int), panel, self.n_factors, 200, seed
+        )
+        self.deviation = self.values.std(axis=0)
+        self.model = self._train(steps, progress) if steps else None
+
+    def slope(self, genes: np.ndarray, changes: np.ndarray) -> np.ndarray:
+        """Response of all genes to imposed changes, from the factors; shape `(V,)`.
+
+        The other targets of the panel are imposed too, at no change and with their noise divided by `hold`.
+        """
+        loadings, noise = self.factors.loadings, self.factors.noise
+        held = np.setdiff1d(self.screen.panel_targets, genes) if self.hold > 0 else np.zeros(0, dtype=int)
+        imposed = np.concatenate([genes, held])
+        error = np.concatenate([noise[genes], noise[held] / self.hold]) if len(held) else noise[genes]
+        within = loadings[imposed] @ loadings[imposed].T + np.diag(error)
+        changes = np.concatenate([changes, np.zeros(len(held))])
+        return loadings @ (loadings[imposed].T @ np.linalg.solve(within, changes))
+
+    def predict(self, context: ScreenContext) -> ScreenPrediction:
+        """Responses of the test perturbations: prediction with their targets' level minus prediction without."""
+        prediction = no_change(context)
+        for row, label in enumerate(context.test):
+            genes, changes = context.changes(label)
+            if len(genes):
+                sized = self.size(changes, self.deviation[genes])
+                prediction.delta[row] = self.slope(genes, sized)
+                if self.model is not None:
+                    prediction.delta[row] += self.departure(genes, sized)
+        prediction.variance = np.tile((self.size.unexplained * self.deviation) ** 2, (len(context.test), 1))
+        return prediction
+
+    @torch.inference_mode()
+    def departure(self, genes: np.ndarray, changes: np.ndarray, n_cells: int = 256) -> np.ndarray:
+        """What the trained network adds to the linear response, `(V,)`: its departure at the changed level minus that at
+        the controls' mean level, averaged over control cells."""
+        generator = np.random.default_rng(self.seed)
+        cells = generator.choice(len(self.values), min(n_cells, len(self.values)), replace=False)
+        source = torch.as_tensor(self.values[cells], dtype=torch.float32)
+        encoded = self._encode(source)
+        ids = torch.as_tensor(genes).expand(len(cells), -1)
+        level = torch.as_tensor(self.values[:, genes].mean(axis=0), dtype=torch.float32)
+        change = torch.as_tensor(changes, dtype=torch.float32)
+        # The step is taken at a natural size and scaled back, so that a shrunken change is not lost in the network.
+        step = torch.as_tensor(self.deviation[genes], dtype=torch.float32)
+        scale = float(change.abs().div(step).max().clamp(min=1e-6))
+        added = []
+        for sign in (1, 0):
+            output = self.model.decode(encoded, ids, level + sign * change / scale - source[:, genes])
+            added.append((output.logits - output.linear_response).double().mean(dim=0).numpy())
+        return scale * (added[0] - added[1])
+
+    def _encode(self, source: torch.Tensor):
+        n_genes = source.shape[1]
+        ids = torch.arange(n_genes).expand(len(source), -1)
+        panel = torch.ones(1, n_genes, dtype=torch.bool)
+        return self.model.encode(ids, source, None, panel, torch.zeros(len(source), dtype=torch.long))
+
+    def _train(self, steps: int, progress: bool) -> GppcForPerturbationPrediction:
+        """Departure learned on pairs of controls of one batch, one to five genes revealed."""
+        torch.manual_seed(self.seed)
+        generator = np.random.default_rng(self.seed)
+        n_cells, n_genes = self.values.shape
+        config = GppcConfig(
+            vocab_size=n_genes,
+            num_factors=self.n_factors,
+            hidden_size=64,
+            pool_size=64,
+            num_latents=4,
+            readout_size=64,
+            intermediate_size=128,
+            decoder_layers=1,
+            hidden_dropout_prob=0.2,
+            variance_loss_weight=0.0,
+        )
+        self.model = model = GppcForPerturbationPrediction(config)
+        panel = np.ones((1, n_genes), dtype=bool)
+        source, target = self._pairs(generator, 4 * n_cells)
+        zeros = np.zeros(len(source), int)
+        coupling = fit_pair_coupling(self.factors, self.values[source], zeros, self.values[target], zeros, panel)
+        response = model.model.linear_response
+        with torch.no_grad():
+            for name, value in (
+                ("gene_mean", self.factors.mean),
+                ("loadings", self.factors.loadings),
+                ("noise", self.factors.noise),
+                ("coupling", coupling.matrix[None]),
+            ):
+                getattr(response, name).copy_(torch.as_tensor(value))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
+        values = torch.as_tensor(self.values, dtype=torch.float32)
+        model.train()
+        for _ in tqdm(range(steps), desc="adapting to controls", unit="step", disable=not progress):
+            first, second = self._pairs(generator, 64)
+            a, b = values[first], values[second]
+            size = int(generator.integers(1, 6))
+            ids = torch.as_tensor(np.argsort(generator.random((64, n_genes)), axis=1)[:, :size].copy())
+            labels = b.scatter(1, ids, -100.0)
+            output = model.decode(self._encode(a), ids, b.gather(1, ids) - a.gather(1, ids))
+            loss = model.loss(output, labels)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+        return model.eval()
+
+    def _pairs(self, generator: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """Pairs of different control cells of the same batch."""
+        order = np.argsort(self.batch, kind="stable")
+        _, start, count = np.unique(self.batch[order], return_index=True, return_counts=True)
+        position = generator.integers(0, len(order), n)
+        group = np.searchsorted(start, position, side="right") - 1
+        shift = 1 + (generator.random(n) * np.maximum(count[group] - 1, 1)).astype(int)
+        partner = start[group] + (position - start[group] + shift) % count[group]
+        return order[position], order[partner]

@@ -1,0 +1,334 @@
+"""Predictions of every method on a screen: from controls, fold by fold, or for held-out batches and cell lines."""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from data_scripts.screen_cells import cells_digest, some_cells
+from data_scripts.screens import CONTROL, Screen
+from modeling_gppc.evaluation.evaluate_options import EvaluateOptions
+from modeling_gppc.evaluation.fine_tuned_model import FineTunedModel
+from modeling_gppc.evaluation.folder_model import FolderModel, read_run
+from modeling_gppc.evaluation.gene_features import read_gene_features
+from modeling_gppc.evaluation.in_context_model import InContextModel
+from modeling_gppc.evaluation.leak_guards import SplitPlan, guard_fold, guard_model, refuse_leaks
+from modeling_gppc.evaluation.screen_baselines import ScreenContext, run_baselines
+from modeling_gppc.evaluation.screen_scores import ScreenPrediction, ScreenTruth, join_truths, observe
+from modeling_gppc.evaluation.screen_splits import (
+    Fold,
+    combination_folds,
+    group_folds,
+    perturbation_folds,
+    stated_fold,
+)
+
+MODEL = "gppc"
+
+
+@dataclasses.dataclass
+class ScreenRun:
+    """Predictions of one mode.
+
+    Args:
+        screen (`Screen`): Cells that were scored, labels as in `truth`.
+        truth (`ScreenTruth`): Observed responses.
+        predictions (`dict[str, ScreenPrediction]`): By method.
+        reference (`np.ndarray`): Systema's R, mean of the training responses for each row, `(P, V)`.
+        spread (`dict[str, list[ScreenPrediction]]`): Runs of a method with several seeds.
+        shuffled (`dict[str, list[ScreenPrediction]]`): Target-shuffled nulls.
+        notes (`list[str]`): What a reader must know.
+    """
+
+    screen: Screen
+    truth: ScreenTruth
+    predictions: dict[str, ScreenPrediction]
+    reference: np.ndarray
+    spread: dict[str, list[ScreenPrediction]]
+    shuffled: dict[str, list[ScreenPrediction]]
+    notes: list[str]
+
+
+def run_screen(screen: Screen, options: EvaluateOptions, progress: bool) -> ScreenRun:
+    """Runs the mode that the options ask for.
+
+    Raises:
+        ValueError: If no perturbation can be scored in this mode, or the division of cells leaks.
+    """
+    notes = check_models(screen, options)
+    features = None
+    if options.gene_features is not None:
+        genes = {gene for p in screen.perturbations.values() for gene in p.genes}
+        features = read_gene_features(options.gene_features, genes)
+        notes.append(f"{len(features)} of {len(genes)} perturbed genes have features in the table given.")
+    if options.hold_out is not None:
+        run = held_out(screen, group_folds(screen, options.hold_out), options, features, progress)
+    elif options.mode == "fine-tuned":
+        run = fine_tuned(screen, choose_folds(screen, options), options, features, progress)
+    else:
+        run = from_controls(screen, options, progress)
+    return dataclasses.replace(run, notes=[*notes, *run.notes])
+
+
+def check_models(screen: Screen, options: EvaluateOptions) -> list[str]:
+    """Refuses model folders that saw what they must not; says where that is not stated.
+
+    Raises:
+        ValueError: Naming the leak.
+    """
+    notes = []
+    for folder in options.folders:
+        run = read_run(folder)
+        guard_model(run, screen.name, cells_digest(screen), options.mode)
+        if run is None or "datasets" not in run:
+            notes.append("What the model was trained on is not stated: leaks through pre-training were not checked.")
+    return notes[:1]
+
+
+def need(labels: list[str], options: EvaluateOptions) -> list[str]:
+    """The labels, if there are enough of them.
+
+    Raises:
+        ValueError: If there are fewer than two.
+    """
+    if len(labels) < 2:
+        raise ValueError(
+            f"`screen` has {len(labels)} perturbations that can be scored; mode {options.mode!r} needs at least 2: give "
+            "the file with all genes (targets must be measured), or map labels to genes."
+        )
+    return labels
+
+
+def from_controls(screen: Screen, options: EvaluateOptions, progress: bool) -> ScreenRun:
+    """Zero-shot and in-context: no perturbed cell is read but for the change at the target."""
+    labels = need(sorted(label for label, p in screen.perturbations.items() if p.measured), options)
+    guard_controls(screen, labels, options.mode)
+    context = ScreenContext.build(screen, [], labels)
+    predictions = run_baselines(context, mode=options.mode)
+    predictors: dict[str, list[Callable]] = {
+        "covariance": [lambda c: run_baselines(c, ["covariance"], options.mode)["covariance"]]
+    }
+    if options.from_folder:
+        predictors[MODEL] = [FolderModel(folder, options.size).predict for folder in options.folders]
+    elif options.model != "covariance":
+        factor = InContextModel(screen, seed=options.seed, size=options.size, hold=options.hold)
+        predictors["factor"] = [factor.predict]
+        if options.model == "gppc":
+            seeds = range(options.seed, options.seed + options.seeds)
+            bar = tqdm(seeds, desc="adapting to controls", unit="seed", disable=not progress)
+            predictors[MODEL] = [
+                InContextModel(screen, steps=options.steps, seed=seed, size=options.size, hold=options.hold).predict
+                for seed in bar
+            ]
+    spread = {}
+    for name, runs in predictors.items():
+        outputs = [run(context) for run in runs]
+        spread[name] = outputs
+        predictions[name] = dataclasses.replace(outputs[0], delta=np.mean([o.delta for o in outputs], axis=0))
+    shuffled = {
+        name: shuffled_null(runs, context, options)
+        for name, runs in tqdm(predictors.items(), desc="target-shuffled null", unit="method", disable=not progress)
+    }
+    truth = observe(screen, labels, options.seed)
+    reference = (truth.delta.sum(axis=0) - truth.delta) / (len(labels) - 1)
+    return ScreenRun(screen, truth, predictions, reference, spread, shuffled, [])
+
+
+def shuffled_null(runs: list[Callable], context: ScreenContext, options: EvaluateOptions) -> list[ScreenPrediction]:
+    """Predictions with random genes, none of them a target of the panel, in the targets' places."""
+    generator = np.random.default_rng(options.seed)
+    spread = context.screen.values[context.screen.cells_of(CONTROL)].std(axis=0)
+    pool = np.setdiff1d(np.flatnonzero(spread > 1e-6), context.screen.panel_targets)
+    # A network costs a pass over cells for every gene put in the target's place.
+    times = options.n_shuffles if len(runs) == 1 else max(options.n_shuffles // len(runs), 1)
+    outputs = []
+    for run in runs:
+        for _ in range(times):
+            substitutes = {
+                label: generator.choice(pool, len(context.screen.target_changes(label)), replace=False)
+                for label in context.test
+            }
+            outputs.append(run(dataclasses.replace(context, substitutes=substitutes)))
+    return outputs
+
+
+def choose_folds(screen: Screen, options: EvaluateOptions) -> list[Fold]:
+    """Folds of the fine-tuned mode; every scored label is tested in exactly one.
+
+    Raises:
+        ValueError: If the screen has no double that offers as many members as are to be seen, or two model folders
+            hold out the same perturbation.
+    """
+    if options.from_folder:
+        stated = [(read_run(folder) or {}).get("screen") or {} for folder in options.folders]
+        folds = [
+            stated_fold(screen, f"model {index + 1}", entry["train_perturbations"], entry["held_out_perturbations"])
+            for index, entry in enumerate(stated)
+        ]
+        tested = [label for fold in folds for label in fold.test]
+        if len(set(tested)) < len(tested):
+            raise ValueError("`model`: two folders hold out the same perturbation; give one folder a fold.")
+        return folds
+    if options.split == "perturbations":
+        return perturbation_folds(screen, options.folds, options.seed)
+    folds = combination_folds(screen).get(options.seen)
+    if folds is None:
+        raise ValueError(f"`seen` is {options.seen}; no double of the screen offers so many members seen alone.")
+    return folds
+
+
+def fitted_models(screen: Screen, options: EvaluateOptions, progress: bool) -> list[FineTunedModel]:
+    """The built-in model, once a seed, adapted to the controls of a screen."""
+    if options.from_folder or options.model == "covariance":
+        return []
+    n_seeds, steps = (options.seeds, options.steps) if options.model == "gppc" else (1, 0)
+    seeds = range(options.seed, options.seed + n_seeds)
+    bar = tqdm(seeds, desc="adapting to controls", unit="seed", disable=not progress)
+    return [
+        FineTunedModel(InContextModel(screen, steps=steps, seed=seed, size=options.size, hold=options.hold))
+        for seed in bar
+    ]
+
+
+def fine_tuned(screen: Screen, folds: list[Fold], options: EvaluateOptions, features, progress: bool) -> ScreenRun:
+    """Every label is predicted by methods that saw none of its cells."""
+    labels = need(sorted(label for fold in folds for label in fold.test), options)
+    row = {label: index for index, label in enumerate(labels)}
+    shape = (len(labels), screen.values.shape[1])
+    scored = [g for i, g in enumerate(screen.gene_ids) if i not in set(screen.panel_targets.tolist())]
+    targets = [screen.gene_ids[i] for i in screen.panel_targets]
+    models = fitted_models(screen, options, progress)
+    folders = [FolderModel(folder, options.size) for folder in options.folders]
+    predictions: dict[str, ScreenPrediction] = {}
+    runs = [ScreenPrediction(np.zeros(shape), np.zeros(shape), True) for _ in (models or folders[:1])]
+    reference = np.zeros(shape)
+    for index, fold in enumerate(tqdm(folds, desc="folds", unit="fold", disable=not progress)):
+        guard_fold(
+            screen.barcodes,
+            fold.train_cells,
+            fold.test_cells,
+            fold.train,
+            fold.test,
+            scored,
+            targets,
+            options.seen if options.split == "combinations" else None,
+        )
+        context = ScreenContext.build(screen, fold.train, fold.test, fold.train_cells, features)
+        rows = [row[label] for label in fold.test]
+        reference[rows] = context.mean_response
+        for name, output in run_baselines(context, mode="fine-tuned").items():
+            whole = predictions.setdefault(name, ScreenPrediction(np.zeros(shape), None, output.reads_perturbed_cells))
+            whole.delta[rows] = output.delta
+        for run, model in zip(runs, models or [folders[index] if folders else None]):
+            output = model.predict(context)
+            run.delta[rows], run.variance[rows] = output.delta, output.variance
+    spread = {}
+    if runs:
+        name = MODEL if options.model not in ("factor",) else options.model
+        spread[name] = runs
+        predictions[name] = mean_of_runs(runs)
+    return ScreenRun(screen, observe(screen, labels, options.seed), predictions, reference, spread, {}, [])
+
+
+def mean_of_runs(runs: list[ScreenPrediction]) -> ScreenPrediction:
+    """Mean response and mean variance of several runs."""
+    return ScreenPrediction(
+        np.mean([run.delta for run in runs], axis=0), np.mean([run.variance for run in runs], axis=0), True
+    )
+
+
+def held_out(screen: Screen, folds: list[Fold], options: EvaluateOptions, features, progress: bool) -> ScreenRun:
+    """Responses within a batch or cell line from the perturbed and control cells of the others.
+
+    A row is a perturbation within a group, `STAT1 @ batch 2`; its response is against the controls of that group, which
+    nothing was fitted on.
+    """
+    column = options.hold_out.partition("=")[0]
+    kind = {"batch": "batches", "cell_line": "cell_lines"}[column]
+    groups, every = getattr(screen, column), screen.cells_of(CONTROL)
+    values, labels_of_cells = screen.values.copy(), screen.label.astype(object)
+    perturbations, truths, parts, references, left_out = {}, [], [], [], []
+    for fold in tqdm(folds, desc="held out", unit="group", disable=not progress):
+        inside = np.sort(np.concatenate([fold.test_cells, every[groups[every] == fold.group]]))
+        outside = np.sort(np.concatenate([fold.train_cells, every[groups[every] != fold.group]]))
+        refuse_leaks(
+            SplitPlan(
+                held_out=kind,
+                train_cells=screen.barcodes[outside],
+                panel_cells=screen.barcodes[outside],
+                normalisation_cells=screen.barcodes[outside],
+                test_cells=screen.barcodes[inside],
+                train_groups=np.unique(groups[outside]),
+                test_groups=[fold.group],
+            )
+        )
+        here, there = some_cells(screen, inside), some_cells(screen, outside)
+        enough = [
+            label
+            for label in fold.test
+            if here.perturbations[label].n_cells >= MIN_GROUP_CELLS
+            and there.perturbations[label].n_cells >= MIN_GROUP_CELLS
+        ]
+        if not enough or here.is_control.sum() < MIN_GROUP_CELLS or there.is_control.sum() < MIN_GROUP_CELLS:
+            left_out.append(fold.group)
+            continue
+        context = ScreenContext.build(there, enough, enough, features=features)
+        outputs = run_baselines(context, mode="fine-tuned")
+        runs = [model.predict(context) for model in fitted_models(there, options, progress=False)]
+        if runs:
+            outputs[MODEL if options.model == "gppc" else options.model] = mean_of_runs(runs)
+        truth = observe(here, enough, options.seed)
+        names = [f"{label} @ {fold.group}" for label in enough]
+        # Cells of the group, its controls on the level of all controls: what files and energy distances are made of.
+        shift = screen.values[every].mean(axis=0) - truth.control
+        values[inside] = values[inside] + shift.astype(np.float32)
+        for label, name in zip(enough, names):
+            labels_of_cells[inside[screen.label[inside] == label]] = name
+            perturbations[name] = dataclasses.replace(
+                screen.perturbations[label], label=name, n_cells=here.perturbations[label].n_cells
+            )
+        truths.append(dataclasses.replace(truth, labels=names))
+        parts.append(outputs)
+        references.append(np.tile(context.mean_response, (len(enough), 1)))
+    if not truths:
+        raise ValueError(
+            f"`hold_out`: no {column} has {MIN_GROUP_CELLS} controls and {MIN_GROUP_CELLS} cells of a perturbation, "
+            "inside and outside it."
+        )
+    truth = join_truths(truths)
+    need(truth.labels, options)
+    common = [name for name in parts[0] if all(name in part for part in parts)]
+    predictions = {
+        name: ScreenPrediction(
+            np.concatenate([part[name].delta for part in parts]),
+            None if parts[0][name].variance is None else np.concatenate([part[name].variance for part in parts]),
+            parts[0][name].reads_perturbed_cells,
+        )
+        for name in common
+    }
+    scored = dataclasses.replace(
+        screen, values=values, label=labels_of_cells.astype(str), perturbations=screen.perturbations | perturbations
+    )
+    notes = [f"{column} {', '.join(left_out)}: too few cells."] if left_out else []
+    return ScreenRun(scored, truth, predictions, np.concatenate(references), {}, {}, notes)
+
+
+# Fewer cells than this have no response worth scoring.
+MIN_GROUP_CELLS = 10
+
+
+def guard_controls(screen: Screen, labels: list[str], mode: str) -> None:
+    """Refuses a run from controls in which a cell that is scored would also have been read."""
+    controls = [screen.barcodes[row] for row in screen.cells_of(CONTROL)]
+    refuse_leaks(
+        SplitPlan(
+            train_cells=controls,
+            panel_cells=controls,
+            normalisation_cells=controls,
+            selection_cells=controls,
+            test_cells=[screen.barcodes[row] for row in np.flatnonzero(np.isin(screen.label, labels))],
+            test_perturbations=labels,
+            mode=mode,
+        )
+    )

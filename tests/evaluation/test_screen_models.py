@@ -1,0 +1,292 @@
+"""Models that train.py leaves, scored by `gppc evaluate`; held-out batches and cell lines; features of genes."""
+
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+from test_screen_evaluation import N_GENES, make_adata
+
+import train
+from data_scripts.pair_folder import PairFolder
+from data_scripts.screen_cells import cells_digest, some_cells, technical_residuals
+from data_scripts.screens import ScreenOptions, read_screen
+from modeling_gppc.cli import main
+from modeling_gppc.evaluation.evaluate_options import EvaluateOptions
+from modeling_gppc.evaluation.fine_tuned_model import FineTunedModel, relatives
+from modeling_gppc.evaluation.folder_model import FolderModel, read_run
+from modeling_gppc.evaluation.gene_features import read_gene_features
+from modeling_gppc.evaluation.in_context_model import InContextModel
+from modeling_gppc.evaluation.leak_guards import guard_model, model_leaks
+from modeling_gppc.evaluation.screen_baselines import ScreenContext
+from modeling_gppc.evaluation.screen_evaluation import evaluate_screen
+from modeling_gppc.evaluation.screen_splits import group_folds, stated_fold
+from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
+from modeling_gppc.training.arguments import CONFIGS, parse_options
+
+SMALL = [
+    *("--model.num_factors", "3", "--model.hidden_size", "8", "--model.intermediate_size", "16"),
+    *("--model.pool_size", "8", "--model.readout_size", "8", "--model.num_latents", "2"),
+    *("--training.max_steps", "4", "--training.eval_steps", "2", "--training.save_steps", "2"),
+    *("--training.warmup_steps", "1", "--training.linear_start_iterations", "20"),
+    *("--training.per_device_train_batch_size", "32", "--training.use_cpu", "true"),
+    *("--training.dataloader_num_workers", "0", "--evaluation.n_resamples", "10"),
+    *("--evaluation.max_pairs", "100", "--evaluation.floors", "[mean]"),
+    *("--data.screen_options.value_kind", "log", "--data.screen_options.pairs_per_cell", "4"),
+]
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("screens") / "screen.h5ad"
+    make_adata(n=40, controls=300).write_h5ad(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def screen(file):
+    return read_screen(file, ScreenOptions(value_kind="log"))
+
+
+def train_on(file, out, config, *flags):
+    assert train.main(["--config", config, "--data.screen", str(file), "--output_dir", str(out), *SMALL, *flags]) == 0
+    return out / "model"
+
+
+@pytest.fixture(scope="module")
+def in_context(file, tmp_path_factory):
+    return train_on(file, tmp_path_factory.mktemp("in_context"), "screen_in_context")
+
+
+@pytest.fixture(scope="module")
+def folds(file, tmp_path_factory):
+    base = tmp_path_factory.mktemp("fine_tuned")
+    flags = ["--data.screen_options.folds", "2", "--data.screen_options.fold"]
+    return [train_on(file, base / str(fold), "screen_fine_tuned", *flags, str(fold)) for fold in range(2)]
+
+
+def evaluate(file, out, *arguments):
+    base = ["evaluate", "--screen", str(file), "--value-kind", "log", "--out", str(out), "--quiet"]
+    return main([*base, *map(str, arguments)])
+
+
+def test_in_context_run_reads_controls_alone(in_context, screen):
+    run = read_run(in_context)
+    assert run["screen"]["train_on"] == "controls" and run["screen"]["held_out_perturbations"] == []
+    assert run["datasets"] == ["screen"] and run["screen"]["cells_digest"] == cells_digest(screen)
+    folder = PairFolder(in_context.parent / "pairs")
+    for split in folder.splits:
+        assert all(folder.split(split).column("is_control").to_pylist())
+    assert folder.pairings == ["same_type"]
+    # Not even the table of genes describes perturbed cells.
+    assert set(folder.genes.column("n_cells_measured").to_pylist()) == {240}
+
+
+def test_a_folder_adapted_to_controls_is_scored_in_context(in_context, file, tmp_path, capsys):
+    assert evaluate(file, tmp_path / "out", "--mode", "in-context", "--model", in_context, "--seeds", 1) == 0
+    summary = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    method = summary["methods"]["gppc"]
+    assert summary["model"] == "folder" and not method["reads_perturbed_cells"] and summary["notes"] == []
+    assert method["pearson_delta"] > 0.8 and method["normalised_squared_error"] < 1
+    for mode, words in (("zero-shot", "was among what"), ("fine-tuned", "wants a model trained on perturbations")):
+        assert evaluate(file, tmp_path / mode, "--mode", mode, "--model", in_context) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_fine_tuned_folders_are_scored_on_what_they_did_not_see(folds, file, tmp_path, capsys):
+    seen = [read_run(folder)["screen"] for folder in folds]
+    assert not set(seen[0]["held_out_perturbations"]) & set(seen[0]["train_perturbations"])
+    assert sorted(seen[0]["held_out_perturbations"] + seen[1]["held_out_perturbations"]) == [f"G{i}" for i in range(6)]
+    pairs = PairFolder(folds[0].parent / "pairs").split("train").to_pylist()
+    targets = {row["target_soma_joinid"] for row in pairs if row["pairing"] == "screen"}
+    assert targets and {tuple(row["perturbation_gene_ids"]) for row in pairs if row["pairing"] == "screen"} == {
+        (int(label[1:]),) for label in seen[0]["train_perturbations"]
+    }
+    assert evaluate(file, tmp_path / "out", "--mode", "fine-tuned", "--model", *folds) == 0
+    summary = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert summary["n_perturbations"] == 6 and summary["methods"]["gppc"]["reads_perturbed_cells"]
+    assert evaluate(file, tmp_path / "twice", "--mode", "fine-tuned", "--model", folds[0], folds[0]) == 2
+    assert "two folders hold out the same perturbation" in capsys.readouterr().err
+    assert evaluate(file, tmp_path / "context", "--model", folds[0]) == 2
+    assert "wants a model trained on controls" in capsys.readouterr().err
+
+
+def test_a_run_starts_from_a_trained_model(in_context, file, tmp_path):
+    """Weights of shared genes are taken over, by id; the screen it has seen is remembered."""
+    adata = make_adata(n=40, controls=300, seed=5)
+    adata.var_names = [f"G{i}" if i else "NEW" for i in range(N_GENES)]
+    other = tmp_path / "other.h5ad"
+    adata.write_h5ad(other)
+    flags = ["--training.start_from", str(in_context), "--training.learning_rate", "1e-12"]
+    model = train_on(other, tmp_path / "run", "screen_in_context", *flags)
+    start, end = (GppcForPerturbationPrediction.from_pretrained(path) for path in (in_context, model))
+    old, new = start.model.gene_pool.weight, end.model.gene_pool.weight
+    assert np.allclose(old[1:].detach(), new[1:].detach(), atol=1e-6)
+    assert not np.allclose(old[0].detach(), new[0].detach(), atol=1e-3)
+    assert read_run(model)["start_from"]["screen"]["name"] == "screen"
+    context = read_screen(file, ScreenOptions(value_kind="log"))
+    assert "was among what" in model_leaks(read_run(model), "screen", cells_digest(context), "in-context")[0]
+    assert (
+        train.main(["--config", "screen_in_context", "--data.screen", str(other), "--training.start_from", "x"]) == 2
+    )
+
+
+def test_shipped_configs_trip_no_guard(in_context, folds, screen):
+    """What the two screen configurations leave passes in the mode they are for; the others read no screen at all."""
+    guard_model(read_run(in_context), screen.name, cells_digest(screen), "in-context")
+    for folder in folds:
+        guard_model(read_run(folder), screen.name, cells_digest(screen), "fine-tuned")
+    for path in CONFIGS.glob("*.yaml"):
+        flags = ["--data.screen", "x.h5ad"] if path.stem.startswith("screen_") else []
+        flags += ["--pairs.query.uri", "cells"] if path.stem == "pbmc" else []
+        assert (parse_options(path.stem, flags).data.screen is not None) == path.stem.startswith("screen_")
+
+
+CLEAN = {"datasets": ["screen"], "screen": {"cells_digest": "d", "train_on": "controls", "name": "screen"}}
+
+
+@pytest.mark.parametrize(
+    ("run", "mode", "reason"),
+    [
+        ({"datasets": ["atlas", "screen"]}, "zero-shot", "was among what the model was pre-trained on"),
+        ({"datasets": [], "start_from": {"datasets": ["screen"]}}, "zero-shot", "was among what"),
+        ({"datasets": [], "start_from": {"screen": {"cells_digest": "d"}}}, "zero-shot", "was among what"),
+        (CLEAN | {"start_from": {"datasets": ["screen"]}}, "in-context", "was among what"),
+        ({"datasets": ["atlas"]}, "in-context", "wants a model of this screen"),
+        (CLEAN | {"screen": CLEAN["screen"] | {"cells_digest": "e"}}, "in-context", "trained on other cells"),
+        (CLEAN, "fine-tuned", "wants a model trained on perturbations"),
+        (CLEAN | {"screen": CLEAN["screen"] | {"train_on": "perturbations"}}, "in-context", "trained on controls"),
+    ],
+)
+def test_a_model_that_saw_too_much_is_refused(run, mode, reason):
+    assert any(reason in leak for leak in model_leaks(run, "screen", "d", mode))
+    with pytest.raises(ValueError, match="`model` leaks"):
+        guard_model(run, "screen", "d", mode)
+
+
+def test_clean_models_pass():
+    assert model_leaks(CLEAN, "screen", "d", "in-context") == []
+    assert model_leaks({"datasets": ["atlas"]}, "screen", "d", "zero-shot") == []
+    assert model_leaks(None, "screen", "d", "zero-shot") == []
+
+
+def test_a_model_without_its_run_is_scored_with_a_note(in_context, screen, tmp_path):
+    shutil.copytree(in_context, tmp_path / "model")
+    (tmp_path / "model" / "run.json").unlink()
+    options = EvaluateOptions(mode="zero-shot", model=str(tmp_path / "model"), n_shuffles=1)
+    assert "is not stated" in evaluate_screen(screen, options, progress=False).summary["notes"][0]
+
+
+def test_covariates_are_regressed_by_the_slopes_of_controls():
+    adata = make_adata()
+    adata.X = np.random.default_rng(0).poisson(3.0, adata.shape).astype(np.float32)
+    adata.obs["n_counts_full"] = np.linspace(500, 5_000, adata.n_obs)
+    screen = read_screen(adata)
+    controls, every = screen.cells_of("control"), np.arange(len(screen.values))
+    both = technical_residuals(screen, every, controls)
+    assert np.allclose(both[controls], technical_residuals(screen, controls))
+    screen.values[~screen.is_control] += 1
+    assert np.allclose(technical_residuals(screen, every, controls)[controls], both[controls])
+
+
+def test_some_cells_keeps_the_panel(screen):
+    few = some_cells(screen, np.flatnonzero(np.isin(screen.label, ["control", "G2"])))
+    assert few.panel_targets.tolist() == screen.panel_targets.tolist()
+    assert few.perturbations["G2"].n_cells == 40 and few.perturbations["G1"].n_cells == 0
+
+
+@pytest.mark.parametrize("hold_out", ["batch", "batch=b2"])
+def test_a_batch_is_predicted_from_the_others(screen, hold_out, monkeypatch):
+    read = []
+    build = ScreenContext.build.__func__
+    monkeypatch.setattr(
+        ScreenContext,
+        "build",
+        classmethod(lambda cls, s, *a, **k: read.append(set(s.batch)) or build(cls, s, *a, **k)),
+    )
+    options = EvaluateOptions(mode="fine-tuned", model="factor", hold_out=hold_out)
+    evaluation = evaluate_screen(screen, options, progress=False)
+    groups = ["b2"] if "=" in hold_out else ["b1", "b2"]
+    assert evaluation.truth.labels == [f"G{i} @ {group}" for group in groups for i in range(6)]
+    # Nothing was built from a cell of the batch that is predicted.
+    assert read == [{"b1", "b2"} - {group} for group in groups]
+    inside = screen.batch == "b2"
+    here = screen.values[inside & (screen.label == "G3")].mean(axis=0) - screen.values[
+        inside & screen.is_control
+    ].mean(axis=0)
+    assert np.allclose(evaluation.truth.delta[-3], here, atol=1e-5)
+    row = evaluation.screen.cells_of("G3 @ b2")
+    aligned = evaluation.screen.values[row].mean(axis=0) - evaluation.screen.values[screen.is_control].mean(axis=0)
+    assert np.allclose(aligned, here, atol=1e-5)
+    methods = evaluation.summary["methods"]
+    # The same perturbation was seen in the other batch, and says more than the mean of all.
+    assert methods["factor"]["pearson_delta"] > 0.95 > methods["mean"]["pearson_delta"]
+    assert 0.8 < methods["factor"]["coverage90"] <= 1
+
+
+def test_groups_that_cannot_be_held_out_are_named(screen):
+    assert [fold.group for fold in group_folds(screen, "batch")] == ["b1", "b2"]
+    for value in ("batch=b9", "cell_line"):
+        with pytest.raises(ValueError, match="cannot be held out"):
+            group_folds(screen, value)
+    with pytest.raises(ValueError, match="choosing some would read controls of the group"):
+        evaluate_screen(screen, EvaluateOptions(mode="fine-tuned", hold_out="batch", max_genes=10), progress=False)
+    with pytest.raises(ValueError, match="which this one lacks"):
+        stated_fold(screen, "model", ["G0"], ["STAT1"])
+    with pytest.raises(ValueError, match="nothing is left to be scored"):
+        stated_fold(screen, "model", ["G0"], [])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"hold_out": "batch"}, "only 'fine-tuned' trains"),
+        ({"mode": "fine-tuned", "hold_out": "donor"}, "wanted batch or cell_line"),
+        ({"mode": "fine-tuned", "hold_out": "batch", "split": "combinations"}, "without `split`"),
+        ({"more_models": ("x",)}, "several models are several folders"),
+        ({"gene_features": "nowhere.tsv"}, "is not a file"),
+    ],
+)
+def test_bad_options_are_named(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        EvaluateOptions(**arguments)
+
+
+def test_gene_features_are_terms_or_numbers(tmp_path):
+    terms = tmp_path / "terms.tsv"
+    terms.write_text("symbol\tterm\nA\tx\nA\ty\nB\tx\nC\tz\nD\tx\n")
+    features = read_gene_features(terms, ["a", "B", "GHOST"])
+    assert set(features) == {"a", "B"} and features["a"] == pytest.approx([np.log(4 / 3), np.log(4)])
+    assert features["B"] == pytest.approx([np.log(4 / 3), 0])
+    numbers = tmp_path / "numbers.parquet"
+    pd.DataFrame({"gene": ["A", "B"], "one": [1.0, 2.0], "two": [0.0, np.nan]}).to_parquet(numbers)
+    assert read_gene_features(numbers, ["B"])["B"].tolist() == [2.0, 0.0]
+    with pytest.raises(ValueError, match="knows none of the 1 perturbed genes"):
+        read_gene_features(numbers, ["Z"])
+    (tmp_path / "bad.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="has none of the columns"):
+        read_gene_features(tmp_path / "bad.csv", ["A"])
+
+
+def test_perturbations_of_like_genes_are_averaged(screen):
+    """With features that tell which perturbations are alike, the blend finds them; relatives are left out together."""
+    labels = sorted(screen.perturbations)
+    twin = {label: np.eye(3)[i // 2] for i, label in enumerate(labels)}
+    context = ScreenContext.build(screen, labels[:5], labels[5:], features=twin)
+    # G4 is what G5 is like, and nothing else of the training perturbations is like another one but G0-G1 and G2-G3.
+    doubled = ScreenContext(screen, labels[:4], labels[4:], context.train_delta[[0, 0, 2, 2]], twin)
+    model = FineTunedModel(InContextModel(screen, n_factors=3))
+    model.predict(doubled)
+    assert model.blend.focus >= 0.75
+    names = make_adata(("control", "G0", "G1", "G0+G1"), n=20, controls=60)
+    double = read_screen(names, ScreenOptions(value_kind="log"))
+    related = relatives(ScreenContext.build(double, ["G0", "G0+G1", "G1"], []))
+    assert related.tolist() == [[True, True, False], [True, True, True], [False, True, True]]
+
+
+def test_a_folder_answers_to_the_sized_change(in_context, screen):
+    context = ScreenContext.build(screen, [], ["G2"])
+    prediction = FolderModel(str(in_context)).predict(context)
+    assert np.isfinite(prediction.delta).all() and prediction.variance.min() > 0
+    assert prediction.delta[0, 2] == pytest.approx(context.changes("G2")[1][0])
