@@ -18,7 +18,15 @@ A CRISPR screen, adapted to on its control cells, or fine-tuned on some of its p
     accelerate launch train.py --config screen_in_context --data.screen SCREEN.h5ad
     accelerate launch train.py --config screen_fine_tuned --data.screen SCREEN.h5ad --data.screen_options.fold 0
 
+Straight from a store that is too large to be written out as pairs:
+
+    accelerate launch train.py --config census_naive_b --data.stream true
+
 Go on after an interruption with the same command and --resume.
+
+Search options, one short run after another (see modeling_gppc/training/configs/sweeps):
+
+    python train.py --sweep default
 """
 
 import json
@@ -44,13 +52,15 @@ from modeling_gppc.training.checkpoints import last_checkpoint
 from modeling_gppc.training.data_collator import PairCollator
 from modeling_gppc.training.evaluate_run import evaluate_run, load_network_of
 from modeling_gppc.training.first_prediction import first_prediction
+from modeling_gppc.training.hub_push import HubPush
 from modeling_gppc.training.launch import broadcast_buffers, main_first, start_processes
 from modeling_gppc.training.linear_start import initialize_linear_response, keep_departure_if_it_pays
 from modeling_gppc.training.pair_dataset import PairDataset
 from modeling_gppc.training.prepare_data import prepare_pairs
 from modeling_gppc.training.run_folder import claim_folder, write_json
 from modeling_gppc.training.start_from import start_from, what_was_read
-from modeling_gppc.training.trainer import GppcTrainer, make_trainer
+from modeling_gppc.training.stream_rows import open_stream
+from modeling_gppc.training.trainer import MODEL_FOLDER, GppcTrainer, make_trainer
 
 
 def make_model(options: RunOptions, folder: PairFolder) -> GppcForPerturbationPrediction:
@@ -78,9 +88,16 @@ def make_extractor(folder: PairFolder) -> GppcFeatureExtractor:
     )
 
 
-def train(options: RunOptions, folder: PairFolder, state: PartialState, resume: bool) -> GppcTrainer:
-    """Fits the linear response in closed form, then trains the departure from it; returns the finished trainer."""
+def train(
+    options: RunOptions, folder: PairFolder, state: PartialState, resume: bool, push_to: str | None = None
+) -> GppcTrainer:
+    """Fits the linear response in closed form, then trains the departure from it; returns the finished trainer.
+
+    With `push_to`, every checkpoint's model is pushed to that repository while training goes on.
+    """
+    start = time.monotonic()
     settings = options.training
+    # Where pairs are streamed, these rows are a sample of them.
     rows = PairDataset(folder.split("train"), folder.pairings)
     validation = PairDataset(folder.split("validation"), folder.pairings)
     redraw = options.pairs.perturbation if settings.redraw_perturbations else None
@@ -90,7 +107,7 @@ def train(options: RunOptions, folder: PairFolder, state: PartialState, resume: 
         settings,
         options.output_dir,
         options.seed,
-        rows,
+        open_stream(options, folder, state.process_index, state.num_processes) if options.data.stream else rows,
         validation,
         PairCollator(folder.panels, redraw, seed=options.seed, n_query_genes=settings.n_query_genes),
         PairCollator(folder.panels),
@@ -108,7 +125,14 @@ def train(options: RunOptions, folder: PairFolder, state: PartialState, resume: 
                 seed=options.seed,
             )
         broadcast_buffers(state, model)
+    push = None
+    if push_to is not None:
+        extractor = make_extractor(folder)
+        push = HubPush(push_to, extractor, lambda: run_facts(trainer, options, folder, time.monotonic() - start))
+        trainer.add_callback(push)
     trainer.train_or_load(checkpoint)
+    if push is not None:
+        push.finish(options.output_dir)
     kept = model.model is None or keep_departure_if_it_pays(model, trainer.state.log_history)
     if not kept and state.is_main_process:
         print("The learned departure did not lower the validation error; the model is its linear response alone.")
@@ -123,7 +147,7 @@ def save(
     seconds: float,
 ) -> Path:
     """Scores the model and writes everything that is kept into `<output_dir>/model`; returns that folder."""
-    out = Path(options.output_dir) / "model"
+    out = Path(options.output_dir) / MODEL_FOLDER
     extractor = make_extractor(folder)
     # Writes the model, the feature extractor, their code and the pipeline's.
     PerturbationPredictionPipeline(model=model, feature_extractor=extractor, device=model.device).save_pretrained(out)
@@ -150,16 +174,17 @@ def run_facts(trainer: GppcTrainer, options: RunOptions, folder: PairFolder, sec
     query = manifest.get("options", {}).get("query", {})
     source = options.data.example or options.data.screen or query.get("census_version") or query.get("uri")
     cells = manifest.get("report", {}).get("splits", {}).get("train", {}).get("cells")
+    n_pairs = manifest["splits"]["train"]["n_pairs"]
     return {
         "store": Path(source or folder.path).name,
         "filters": query.get("obs_filter"),
-        "cells": cells or len(set(trainer.train_dataset.table["source_soma_joinid"])),
+        "cells": cells or len(folder.split("train").column("source_soma_joinid").unique()),
         "genes": folder.genes.num_rows,
         "seconds": round(seconds, 1),
         "flop": float(trainer.state.total_flos) or None,
         "seed": options.seed,
         "command": shlex.join(["accelerate", "launch", "train.py", *sys.argv[1:]]),
-        "pairs": len(trainer.train_dataset),
+        "pairs": n_pairs if not options.data.stream else "drawn anew in every epoch, straight from the store",
         "pairings": ", ".join(folder.pairings),
         "parameters": trainer.model.num_parameters(),
         "steps": trainer.state.global_step,
@@ -175,6 +200,15 @@ def main(argv: list[str] | None = None) -> int:
     transformers_logging.set_verbosity_error()
     state = None
     try:
+        if arguments.sweep is not None:
+            from modeling_gppc.training.sweep import read_sweep, run_sweep
+
+            out = run_sweep(read_sweep(arguments.sweep, flags), make_model, arguments.resume)
+            print((out / "sweep.md").read_text())
+            print(f"Sweep folder: {out}; best options: {out / 'best.yaml'}")
+            return 0
+        if arguments.hub_strategy != "end" and arguments.push_to_hub is None:
+            raise ValueError(f"`--hub_strategy` {arguments.hub_strategy} needs `--push_to_hub REPO`.")
         options = parse_options(arguments.config, flags)
         state = start_processes(options.training.use_cpu)
         main_first(
@@ -182,7 +216,8 @@ def main(argv: list[str] | None = None) -> int:
         )
         folder = main_first(state, lambda: prepare_pairs(options, progress=state.is_main_process))
         start = time.monotonic()
-        trainer = train(options, folder, state, arguments.resume)
+        push_to = arguments.push_to_hub if arguments.hub_strategy == "every_save" else None
+        trainer = train(options, folder, state, arguments.resume, push_to)
         model = trainer.whole_model()
         if state.is_main_process:
             out = save(trainer, model, options, folder, time.monotonic() - start)

@@ -6,13 +6,38 @@ from pathlib import Path
 from transformers import TrainerCallback
 
 from data_scripts.pair_folder import write_bytes_atomically
-from data_scripts.stream_pairs import PairStream
+
+# Streams are instances of data_scripts.stream_pairs.PairStream, which is not imported: it brings the SOMA libraries.
+
+
+def stream_file(rank: int) -> str:
+    """Name of the state of one process's stream in a checkpoint."""
+    return f"pair_stream-{rank}.json"
+
+
+def save_stream(stream, checkpoint: str | Path, n_batches: int | None = None) -> None:
+    """Writes where the stream stands, or stood after `n_batches` of its batches, into a checkpoint."""
+    content = json.dumps(stream.state_dict(n_batches)).encode()
+    write_bytes_atomically(content, Path(checkpoint) / stream_file(stream.rank))
+
+
+def restore_stream(stream, checkpoint: str | Path) -> None:
+    """Goes to where the stream of a checkpoint stood; call it before training resumes.
+
+    Raises:
+        ValueError: If the checkpoint holds no such state, or that of another stream.
+    """
+    path = Path(checkpoint) / stream_file(stream.rank)
+    if not path.is_file():
+        raise ValueError(f"`checkpoint` {checkpoint} has no {path.name}; it was trained from other data.")
+    stream.load_state_dict(json.loads(path.read_text()))
 
 
 class StreamCheckpoint(TrainerCallback):
     """
-    Writes `pair_stream-RANK.json` into each checkpoint; pass `ignore_data_skip=True` to the training arguments, since
-    the stream itself continues where it stood.
+    Writes `pair_stream-RANK.json` into each checkpoint of a `transformers.Trainer`; pass `ignore_data_skip=True` to the
+    training arguments, since the stream itself continues where it stood, and call [`restore_stream`] before resuming.
+    `GppcTrainer` does both by itself.
 
     Trainer fetches a batch ahead of the step it saves, so what is saved is the state after the batches that the steps
     have used, not after those that were handed out.
@@ -21,7 +46,7 @@ class StreamCheckpoint(TrainerCallback):
         stream (`PairStream`): The training data.
     """
 
-    def __init__(self, stream: PairStream):
+    def __init__(self, stream):
         self.stream = stream
         self._first_step = 0
 
@@ -32,20 +57,4 @@ class StreamCheckpoint(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         """Adds the state to the checkpoint that was just written."""
         used = (state.global_step - self._first_step) * args.gradient_accumulation_steps
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        write_bytes_atomically(json.dumps(self.stream.state_dict(used)).encode(), folder / self.file_name())
-
-    def file_name(self) -> str:
-        """Name of the state of this rank."""
-        return f"pair_stream-{self.stream.rank}.json"
-
-    def restore(self, checkpoint: str | Path) -> None:
-        """Goes to where the stream of a checkpoint stood; call it before training resumes.
-
-        Raises:
-            ValueError: If the checkpoint holds no such state, or that of another stream.
-        """
-        path = Path(checkpoint) / self.file_name()
-        if not path.is_file():
-            raise ValueError(f"`checkpoint` {checkpoint} has no {path.name}; it was trained from other data.")
-        self.stream.load_state_dict(json.loads(path.read_text()))
+        save_stream(self.stream, Path(args.output_dir) / f"checkpoint-{state.global_step}", used)

@@ -3,6 +3,7 @@
 import collections
 import concurrent.futures
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from data_scripts.pair_shard import ShardRows, read_shard_values
 from data_scripts.schema import PAIR_SCHEMA, SPLITS
 
 REMEMBERED = 256  # batches back for which the state is still known
+PREFETCHED = 4  # batches that each worker keeps ready
 EPOCH_STRIDE = 1_000_003  # between the seeds of epochs; epoch 0 draws the rows that a build would write
 
 
@@ -44,42 +46,60 @@ class StreamOptions:
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; wanted at least 1.")
 
+    def n_pools(self, n_shards: int) -> int:
+        """Pools that so many shards make."""
+        return -(-n_shards // self.pool_shards)
+
 
 class _Reader(torch.utils.data.IterableDataset):
-    """Batches of the pools that belong to each of `n_readers` readers; a worker of a loader is one reader."""
+    """Batches of the pools that belong to each reader of a process; a worker of a loader is one reader."""
 
-    def __init__(self, out, identity, options, epoch, first_reader, n_readers, rotation, positions, transform):
-        self.out, self.identity, self.options, self.epoch = out, identity, options, epoch
-        self.first_reader, self.n_readers, self.rotation = first_reader, n_readers, rotation
-        self.positions, self.transform = positions, transform
+    def __init__(self, stream: "PairStream"):
+        self.out, self.identity, self.options = stream.out, stream.identity, stream.options
+        self.endless, self.transform = stream.endless, stream.transform
+        self.rotation, self.positions = stream.next_reader, list(stream.positions)
+        self.first_reader, self.n_readers = stream.rank * stream.n_readers, stream.world_size * stream.n_readers
 
-    def __iter__(self) -> Iterator[tuple[int, int, int, object]]:
+    def __iter__(self) -> Iterator[tuple[int, tuple[int, int, int], object]]:
         worker = torch.utils.data.get_worker_info()
         own = (self.rotation + (worker.id if worker else 0)) % len(self.positions)
         plan = open_plan(self.out, self.identity)
-        order = np.random.default_rng([self.options.seed, self.epoch]).permutation(plan.n_shards)
-        pools = [order[at : at + self.options.pool_shards] for at in range(0, len(order), self.options.pool_shards)]
-        first_pool, first_batch = self.positions[own]
-        mine = list(range(self.first_reader + own, len(pools), self.n_readers))
-        todo = mine[first_pool:]
+        places, size = self._places(own, streamed_shards(plan, self.options.split)), self.options.batch_size
+        first_batch = self.positions[own][2]
         with concurrent.futures.ThreadPoolExecutor(1) as ahead:
-            coming = ahead.submit(self._rows, plan, pools[todo[0]]) if todo else None
-            for place, pool in enumerate(todo):
+            place = next(places, None)
+            coming = ahead.submit(self._rows, plan, place) if place else None
+            while place is not None:
                 rows = coming.result()
-                if place + 1 < len(todo):
-                    coming = ahead.submit(self._rows, plan, pools[todo[place + 1]])
-                shuffled = np.random.default_rng([self.options.seed, self.epoch, pool]).permutation(rows.num_rows)
-                size = self.options.batch_size
+                following = next(places, None)
+                coming = ahead.submit(self._rows, plan, following) if following else None
+                epoch, position, shards = place
+                shuffled = np.random.default_rng([self.options.seed, epoch, shards]).permutation(rows.num_rows)
                 n_batches = -(-rows.num_rows // size)
                 for batch in range(first_batch, n_batches):
                     # Where this reader stands once the batch has been used.
-                    after = (first_pool + place, batch + 1) if batch + 1 < n_batches else (first_pool + place + 1, 0)
+                    after = (epoch, position, batch + 1) if batch + 1 < n_batches else (epoch, position + 1, 0)
                     table = rows.take(pa.array(shuffled[batch * size : (batch + 1) * size]))
-                    yield own, *after, table if self.transform is None else self.transform(table)
-                first_batch = 0
+                    yield own, after, table if self.transform is None else self.transform(table)
+                first_batch, place = 0, following
 
-    def _rows(self, plan: PairPlan, shards: np.ndarray) -> pa.Table:
-        options = dataclasses.replace(plan.options, seed=plan.options.seed + EPOCH_STRIDE * self.epoch)
+    def _places(self, own: int, shards: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
+        """Epoch, number and shards of every pool that a reader still has to read."""
+        first_epoch, first_pool, _ = self.positions[own]
+        for epoch in itertools.count(first_epoch) if self.endless else (first_epoch,):
+            order = np.random.default_rng([self.options.seed, epoch]).permutation(len(shards))
+            # One further each epoch: where the pools do not divide evenly, every reader has the longer share in turn.
+            mine = range(
+                (self.first_reader + own + epoch) % self.n_readers, self.options.n_pools(len(shards)), self.n_readers
+            )
+            for position in range(first_pool, len(mine)):
+                first = mine[position] * self.options.pool_shards
+                yield epoch, position, shards[order[first : first + self.options.pool_shards]]
+            first_pool = 0
+
+    def _rows(self, plan: PairPlan, place: tuple[int, int, np.ndarray]) -> pa.Table:
+        epoch, _, shards = place
+        options = dataclasses.replace(plan.options, seed=plan.options.seed + EPOCH_STRIDE * epoch)
         batches = []
         for shard in shards.tolist():
             cells = plan.shard_cells(shard)
@@ -88,6 +108,15 @@ class _Reader(torch.utils.data.IterableDataset):
             batches += rows.batches(SPLITS.index(self.options.split))
         # Few chunks would have to be searched for every row: one is gathered from directly.
         return pa.Table.from_batches(batches, PAIR_SCHEMA).combine_chunks()
+
+
+def streamed_shards(plan: PairPlan, split: str) -> np.ndarray:
+    """Shards that hold cells of a split, int64 of shape `(n_streamed,)`."""
+    cells = plan.cells.column("split").to_numpy()
+    bounds = plan.content["bounds"]
+    wanted = SPLITS.index(split)
+    held = [index for index in range(plan.n_shards) if (cells[bounds[index] : bounds[index + 1]] == wanted).any()]
+    return np.array(held, dtype=np.int64)
 
 
 def _unchanged(item):
@@ -104,14 +133,20 @@ class PairStream(torch.utils.data.IterableDataset):
        what the model takes, still in the background. Partners are drawn anew in every epoch.
 
     Args:
-        out (`str` or `Path`): Folder that [`plan_pairs`] prepared.
+        out (`str` or `Path`): Folder that [`plan_pairs`] prepared, or that `build_pairs(train_rows=...)` wrote.
         options (`StreamOptions`, *optional*): How the stream is cut up.
         num_workers (`int`, *optional*, defaults to 0): Background processes; 0 reads in a thread of this one.
         rank, world_size (`int`, *optional*): This process among those that train.
         transform (`Callable[[pa.Table], Any]`, *optional*): Applied to each batch where it is read; must be picklable
             for `num_workers` above 0.
+        endless (`bool`, *optional*, defaults to `False`): Go on with the next epoch for ever. A reader that is
+            through with its share of an epoch does not wait for the others, so no rank ends before another.
 
-    Iterating yields one epoch from where the state stands, then goes on to the next epoch's beginning.
+    Iterating yields one epoch from where the state stands, then goes on to the next epoch's beginning; endless, it
+    yields one epoch after the other.
+
+    Attributes:
+        epoch (`int`): Pass over the data that the slowest reader of this process is in.
     """
 
     def __init__(
@@ -122,6 +157,7 @@ class PairStream(torch.utils.data.IterableDataset):
         rank: int = 0,
         world_size: int = 1,
         transform: Callable[[pa.Table], object] | None = None,
+        endless: bool = False,
     ):
         if not 0 <= rank < world_size:
             raise ValueError(f"`rank` is {rank} with `world_size` {world_size}; wanted 0 to world_size - 1.")
@@ -131,53 +167,55 @@ class PairStream(torch.utils.data.IterableDataset):
         self.out, self.options = str(out), options or StreamOptions()
         self.identity = digest_of(plan.content["identity"])
         self.num_workers, self.rank, self.world_size, self.transform = num_workers, rank, world_size, transform
-        self.epoch, self._next = 0, 0
-        self._positions = [(0, 0)] * max(1, num_workers)
+        self.endless, self.n_readers = endless, max(1, num_workers)
+        if endless:
+            n_pools = self.options.n_pools(len(streamed_shards(plan, self.options.split)))
+            if n_pools < world_size * self.n_readers:
+                raise ValueError(
+                    f"the store makes {n_pools} pool(s) of {self.options.pool_shards} shard(s) for "
+                    f"{world_size * self.n_readers} readers ({world_size} process(es) x {self.n_readers} worker(s)); "
+                    "wanted a pool each: fewer workers, or smaller `shard_cells` or `pool_shards`."
+                )
         self._n_batches = 0
         self._history: collections.deque = collections.deque(maxlen=REMEMBERED)
-        self._remember()
+        self._go_to(0)
+
+    @property
+    def epoch(self) -> int:
+        """Pass over the data that the slowest reader of this process is in."""
+        return min(epoch for epoch, _, _ in self.positions)
 
     def go_to_epoch(self, epoch: int) -> None:
         """Goes to the beginning of an epoch, unless the stream already stands in it."""
         if epoch != self.epoch:
-            self.epoch, self._next, self._positions = epoch, 0, [(0, 0)] * len(self._positions)
-            self._remember()
+            self._go_to(epoch)
+
+    def _go_to(self, epoch: int) -> None:
+        self.next_reader, self.positions = 0, [(epoch, 0, 0)] * self.n_readers
+        self._remember()
 
     def __iter__(self) -> Iterator[object]:
-        n = len(self._positions)
-        reader = _Reader(
-            self.out,
-            self.identity,
-            self.options,
-            self.epoch,
-            self.rank * n,
-            self.world_size * n,
-            self._next,
-            list(self._positions),
-            self.transform,
-        )
+        source = _Reader(self)
         if self.num_workers:
             source = torch.utils.data.DataLoader(
-                reader,
+                source,
                 batch_size=None,
                 collate_fn=_unchanged,
                 num_workers=self.num_workers,
-                prefetch_factor=4,
+                prefetch_factor=PREFETCHED,
                 multiprocessing_context="spawn",  # TileDB's threads do not survive a fork
+                generator=torch.Generator(),  # else its seed is drawn from the numbers that dropout goes on with
             )
-        else:
-            source = reader
-        for own, pool, batch, content in source:
-            self._positions[own] = (pool, batch)
-            self._next = (own + 1) % n
+        for own, position, content in source:
+            self.positions[own] = position
+            self.next_reader = (own + 1) % self.n_readers
             self._n_batches += 1
             self._remember()
             yield content
-        self.epoch, self._next, self._positions = self.epoch + 1, 0, [(0, 0)] * n
-        self._remember()
+        self._go_to(self.epoch + 1)
 
     def _remember(self) -> None:
-        state = {"epoch": self.epoch, "next": self._next, "positions": [list(place) for place in self._positions]}
+        state = {"next": self.next_reader, "positions": [list(position) for position in self.positions]}
         self._history.append((self._n_batches, state))
 
     def _shape(self) -> dict:
@@ -218,8 +256,7 @@ class PairStream(torch.utils.data.IterableDataset):
                     f"`state` was saved with {name} {state.get(name)!r}; this stream has {value!r}: the order of cells "
                     "would be another."
                 )
-        self.epoch, self._next = state["epoch"], state["next"]
-        self._positions = [tuple(place) for place in state["positions"]]
+        self.next_reader, self.positions = state["next"], [tuple(position) for position in state["positions"]]
         self._n_batches = 0
         self._history.clear()
         self._remember()

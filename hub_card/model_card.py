@@ -100,6 +100,20 @@ def shown(value: float | int | None) -> str:
     return f"{value:.4f}" if abs(value) < 1e4 else f"{value:.3e}"
 
 
+def progress_text(unfinished: Mapping) -> str:
+    """What stands instead of scores while training goes on."""
+    text = (
+        f"Training is not finished: this is step {shown(unfinished['step'])} of {shown(unfinished['max_steps'])}. "
+        "Scores on test cells beside the floors come with the finished model."
+    )
+    if "eval_mse" in unfinished:
+        text += (
+            f" Last validation: mean squared error {shown(unfinished['eval_mse'])} (linear response alone "
+            f"{shown(unfinished['eval_linear_mse'])}), r2 against the gene mean {shown(unfinished['eval_r2'])}."
+        )
+    return f"{text}\n"
+
+
 def score_tables(results: Mapping) -> str:
     """One Markdown table a split: methods down, the [`METRICS`] that were computed across, with their intervals."""
     tables = []
@@ -208,8 +222,9 @@ def render_model_card(folder: str | Path) -> str:
 
     Args:
         folder (`str` or `Path`): Holds `config.json`, `preprocessor_config.json`, `results.json` (scores and floors by
-            split) and `run.json` (the facts of [`RUN_FACTS`], and those of [`OPTIONAL_FACTS`] that are known); also
-            `transfer.json`, of the layout of `results.json` with screens as splits, where screens were scored.
+            split) and `run.json` (the facts of [`RUN_FACTS`], and those of [`OPTIONAL_FACTS`] that are known); where
+            that says `unfinished` (`step`, `max_steps` and, if known, `eval_mse`, `eval_linear_mse`, `eval_r2`), there
+            are no results yet and the card says so; also `transfer.json`, of the layout of `results.json` with screens as splits, where screens were scored.
 
     Returns:
         `str`: The Markdown text with its metadata block.
@@ -220,9 +235,10 @@ def render_model_card(folder: str | Path) -> str:
     folder = Path(folder)
     config = read_json(folder / "config.json")
     preprocessor = read_json(folder / "preprocessor_config.json")
-    results = read_results(folder / "results.json")
     run = read_json(folder / "run.json")
     check_run(run)
+    unfinished = run.get("unfinished")
+    results = None if unfinished else read_results(folder / "results.json")
     name = portable(str(run.get("name") or "GPPC"))
     data = ModelCardData(
         license="apache-2.0",
@@ -230,7 +246,7 @@ def render_model_card(folder: str | Path) -> str:
         tags=["biology", "single-cell", "gene-expression", "perturbation-prediction", "gppc", "custom_code"],
         metrics=list(METRICS),
         model_name=name,
-        eval_results=evaluation_entries(results, portable(run["store"])),
+        eval_results=evaluation_entries(results, portable(run["store"])) if results else None,
     )
     symbols = preprocessor.get("gene_symbols") or preprocessor.get("gene_ids") or ["GENE"]
     normalization = preprocessor.get("normalization", "none")
@@ -242,7 +258,7 @@ def render_model_card(folder: str | Path) -> str:
         facts=_facts(run, config, folder),
         normalization=normalization,
         target_sum=target_sum,
-        scores=score_tables(results),
+        scores=score_tables(results) if results else progress_text(unfinished),
         figures=_figures(folder),
         transfer=_transfer(folder),
         vocab_size=shown(len(preprocessor.get("gene_ids", ()))),

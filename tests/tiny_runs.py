@@ -88,6 +88,32 @@ def arguments(pairs: Path, out: Path, **flags) -> list[str]:
     return ["--config", str(config), "--output_dir", str(out), *listed]
 
 
+def write_stream_store(folder: Path) -> Path:
+    """A store of 300 cells x 30 genes in 3 cell types, to be streamed from."""
+    from data_scripts.synthetic import SyntheticConfig
+    from data_scripts.synthetic_store import write_synthetic
+
+    config = SyntheticConfig(form="count", n_cells=300, n_genes=30, n_cell_types=3, library_mean=300.0)
+    write_synthetic(folder / "cells", config, progress=False)
+    return folder / "cells"
+
+
+def stream_arguments(store: Path, out: Path, **flags) -> list[str]:
+    """Arguments of train.py for a run that streams: 12 shards, so 6 pools, about 225 training pairs an epoch."""
+    pairs = {
+        "pairs.query.uri": str(store),
+        "pairs.panel.rule": "all",
+        "pairs.shard_cells": 25,
+        "pairs.splits.rules": "[{by: cell, fractions: {test: 0.1, validation: 0.15}}]",
+        "data.stream": "true",
+    }
+    config = out.parent / "stream.yaml"
+    config.write_text(CONFIG)
+    merged = {**FLAGS, **pairs, **{name.replace("__", "."): value for name, value in flags.items()}}
+    listed = [part for name, value in merged.items() for part in (f"--{name}", str(value))]
+    return ["--config", str(config), "--output_dir", str(out), *listed]
+
+
 def train_module():
     """train.py as a module, from the checkout."""
     spec = importlib.util.spec_from_file_location("train_script", ROOT / "train.py")

@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import functools
 import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ DEFAULT_CONFIG = "default"
 # What the data decide, not the person who starts a run.
 DERIVED_MODEL_FIELDS = ("vocab_size", "pairings")
 REPORTERS = ("tensorboard", "trackio", "wandb")
+HUB_STRATEGIES = ("end", "every_save")
 # Numbers that must be above zero; `None` is what it says elsewhere.
 POSITIVE = (
     "learning_rate",
@@ -222,7 +224,8 @@ class RunOptions:
         output_dir (`str`): Folder of the run: store and pairs it makes, checkpoints, and `model`, what is kept.
         seed (`int`): Of weights, order of pairs and bootstrap; pairs have `pairs.seed`.
         data, pairs, training, evaluation: See the classes and [`PairOptions`].
-        model (`dict`): Fields of [`GppcConfig`] other than those the data decide.
+        model (`dict`): Fields of [`GppcConfig`] other than those the data decide; `size` names a size of
+            [`GppcConfig.from_size`], which the other fields override.
     """
 
     output_dir: str = "runs/default"
@@ -234,7 +237,8 @@ class RunOptions:
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
 
     def __post_init__(self):
-        fields = [name for name in GppcConfig.__annotations__ if name not in ("model_type", *DERIVED_MODEL_FIELDS)]
+        derived = ("model_type", *DERIVED_MODEL_FIELDS)
+        fields = ["size", *(name for name in GppcConfig.__annotations__ if name not in derived)]
         for name in self.model:
             if name in DERIVED_MODEL_FIELDS:
                 raise ValueError(f"`model.{name}` follows from the data; leave it out.")
@@ -265,8 +269,10 @@ class RunOptions:
         """
         settings = dict(self.model)
         settings.setdefault("default_pairing", "same_type" if "same_type" in pairings else pairings[0])
+        size = settings.pop("size", None)
+        build = GppcConfig if size is None else functools.partial(GppcConfig.from_size, size)
         try:
-            return GppcConfig(vocab_size=vocab_size, pairings=pairings, **settings)
+            return build(vocab_size=vocab_size, pairings=pairings, **settings)
         except Exception as error:  # `@strict` raises a class of its own that is no ValueError
             raise ValueError(f"`model`: {' '.join(str(error).split())}") from error
 
@@ -332,8 +338,15 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         epilog="Every option of the YAML file is a flag too: --training.max_steps 500, --pairs.panel.n_genes 2000.",
     )
     parser.add_argument("--config", default=DEFAULT_CONFIG, help="YAML file, or the name of a shipped one")
+    parser.add_argument("--sweep", metavar="YAML", help="search options instead of training once; see docs/training.md")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of the same run")
     parser.add_argument("--push_to_hub", metavar="REPO", help="push the finished model to this Hub repository")
+    parser.add_argument(
+        "--hub_strategy",
+        choices=HUB_STRATEGIES,
+        default=HUB_STRATEGIES[0],
+        help="push at the end only, or the model of every saved checkpoint as well",
+    )
     return parser
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from data_scripts.pair_folder import PairFolder
 from modeling_gppc.training.arguments import RunOptions
 from modeling_gppc.training.screen_data import prepare_screen_pairs
+from modeling_gppc.training.stream_rows import sample_rows_of
 
 # Census and SOMA libraries are imported where cells are read: a run on finished pairs needs none of them.
 
@@ -39,7 +40,13 @@ def prepare_pairs(options: RunOptions, progress: bool = True) -> PairFolder:
         if options.data.synthetic is not None and options.data.synthetic.form == "linear":
             query = dataclasses.replace(query, layer="log_values", normalization="none")
         pairs = dataclasses.replace(pairs, query=query)
-    return build_pairs(pairs, folder / "pairs", num_proc=options.data.num_proc, progress=progress)
+    return build_pairs(
+        pairs,
+        folder / "pairs",
+        num_proc=options.data.num_proc,
+        progress=progress,
+        train_rows=sample_rows_of(options),
+    )
 
 
 def write_store(store: Path, options: RunOptions, progress: bool) -> None:

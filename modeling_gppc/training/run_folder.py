@@ -8,13 +8,14 @@ from pathlib import Path
 from modeling_gppc.training.arguments import RunOptions
 
 OPTIONS_FILE = "options.json"
+WORKERS = "training.dataloader_num_workers"
 
 
 # What may change when a run goes on: it moves no number of the result.
 FREE = (
     "output_dir",
     "data.num_proc",
-    "training.dataloader_num_workers",
+    WORKERS,
     "training.report_to",
     "training.use_cpu",
 )
@@ -41,7 +42,9 @@ def claim_folder(options: RunOptions, resume: bool, processes: int = 1) -> Path:
             theirs = json.loads(file.read_text())
         except ValueError as error:
             raise ValueError(f"`output_dir` {folder} has a damaged {OPTIONS_FILE}; choose another folder.") from error
-        difference = first_difference(theirs, mine)
+        # The order of a stream depends on how many read it.
+        free = FREE if not options.data.stream else tuple(name for name in FREE if name != WORKERS)
+        difference = first_difference(theirs, mine, free)
         if difference is not None:
             raise ValueError(
                 f"`output_dir` {folder} holds another run ({difference}); choose another `--output_dir`, or give the "
@@ -66,14 +69,14 @@ def holds_work(folder: Path) -> bool:
     )
 
 
-def first_difference(theirs, mine, where: str = "") -> str | None:
+def first_difference(theirs, mine, free: tuple[str, ...] = FREE, where: str = "") -> str | None:
     """The first option that differs, as text, leaving out what moves no number."""
     if isinstance(theirs, dict) and isinstance(mine, dict):
         for key in sorted({*theirs, *mine}):
             name = f"{where}.{key}" if where else key
-            if name in FREE:
+            if name in free:
                 continue
-            difference = first_difference(theirs.get(key), mine.get(key), name)
+            difference = first_difference(theirs.get(key), mine.get(key), free, name)
             if difference is not None:
                 return difference
         return None

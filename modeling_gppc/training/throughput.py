@@ -13,8 +13,8 @@ class Throughput:
     """
     Counts between two log entries; evaluation and checkpoints are not in the time.
 
-    `start` when batches are asked for, `fetched` when they are there, `stop` when the step is done. Under a GPU the
-    counts stay on it until they are read.
+    `start` when a step begins, `timed` around the loader, `fetched` when the step's batches are there, `stop` when it
+    is done. Under a GPU the counts stay on it until they are read.
 
     Attributes:
         flop_per_cell (`float`): Matrix-product operations of a training step, forward and backward, for one pair; 0
@@ -33,12 +33,23 @@ class Throughput:
         self._began: float | None = None
 
     def start(self) -> None:
-        """Batches are asked for."""
+        """A step begins."""
         self._began = time.perf_counter()
+
+    def timed(self, batches: Iterator) -> Iterator:
+        """The same batches; what is spent waiting for them, and for nothing else, is counted."""
+        while True:
+            asked = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            finally:
+                self.waited += time.perf_counter() - asked
+            yield batch
 
     def fetched(self, batches: list[dict[str, torch.Tensor]]) -> None:
         """Batches have come."""
-        self.waited += time.perf_counter() - self._began
         for batch in batches:
             self.cells += batch["input_ids"].shape[0]
             self.tokens = self.tokens + batch["attention_mask"].sum()

@@ -12,13 +12,14 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
-from torch.utils.data import Sampler, Subset
+from torch.utils.data import IterableDataset, Sampler, Subset
 from tqdm.auto import tqdm
 from transformers import EarlyStoppingCallback, ProgressCallback, Trainer, TrainerState, TrainingArguments
 from transformers.trainer_callback import TrainerControl
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from data_scripts.stream_checkpoint import restore_stream, save_stream
 from modeling_gppc.modeling_gppc import IGNORED_LABEL, GppcForPerturbationPrediction
 from modeling_gppc.training.arguments import TrainingOptions
 from modeling_gppc.training.checkpoints import clear_unfinished, publish, rotate, unfinished_folder
@@ -28,6 +29,7 @@ from modeling_gppc.training.throughput import Throughput, summarize
 
 logger = logging.getLogger(__name__)
 STATE_FILE = "trainer_state.json"
+MODEL_FOLDER = "model"  # of a run's folder: the finished model and all that is known of it
 LINUX = sys.platform == "linux"
 
 
@@ -79,7 +81,7 @@ class PlainProgress(ProgressCallback):
 
 class GppcTrainer(Trainer):
     """
-    Trains on pair rows.
+    Trains on pair rows, or on batches that a [`~data_scripts.stream_pairs.PairStream`] hands out.
 
     The loss of an optimiser step is a mean over the scored genes of all its pairs, however they are spread over
     processes and accumulated batches. Checkpoints appear whole or not at all; the best and the last ones stay.
@@ -93,6 +95,16 @@ class GppcTrainer(Trainer):
         self.eval_collator = eval_collator
         self.throughput = Throughput()
         self._writing = False
+
+    @property
+    def stream(self):
+        """The stream of pairs that is trained on, `None` where rows are stored."""
+        return self.train_dataset if isinstance(self.train_dataset, IterableDataset) else None
+
+    def get_train_dataloader(self):
+        """As in transformers; a stream is its own loader, for every process reads cells of its own: nothing is left
+        to be shared out among processes or fetched ahead."""
+        return super().get_train_dataloader() if self.stream is None else self.stream
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler:
         return EpochSampler(
@@ -110,9 +122,12 @@ class GppcTrainer(Trainer):
             self.data_collator = train_collator
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """As in transformers, with the time it takes."""
+        """As in transformers, with the time that waiting for data takes."""
         self.throughput.start()
-        batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        # Other processes are waited for in there as well, when the scored genes are counted: that is no lack of data.
+        batches, num_items_in_batch = super().get_batch_samples(
+            self.throughput.timed(epoch_iterator), num_batches, device
+        )
         self.throughput.fetched(batches)
         return batches, num_items_in_batch
 
@@ -138,6 +153,8 @@ class GppcTrainer(Trainer):
             totals = self.throughput.totals().to(self.args.device, torch.float32)
             logs.update(summarize(self.accelerator.gather(totals[None]).cpu()))
             self.throughput.reset()
+        if self.stream is not None:  # which has no length to take a share of
+            self.state.epoch = float(self.stream.epoch)
         super().log(logs, start_time)
 
     @torch.no_grad()
@@ -200,6 +217,11 @@ class GppcTrainer(Trainer):
             rotate(self.args.output_dir, self.args.save_total_limit, self.state.best_global_step)
         self.accelerator.wait_for_everyone()
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self.stream is not None:
+            save_stream(self.stream, output_dir)
+
     def _best_folder(self) -> Path:
         return Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
 
@@ -213,12 +235,37 @@ class GppcTrainer(Trainer):
             clear_unfinished(self.args.output_dir)
         self.accelerator.wait_for_everyone()
         if checkpoint is None or not is_finished(checkpoint, self.args.max_steps):
+            if self.stream is not None and checkpoint is not None:
+                restore_stream(self.stream, checkpoint)
             self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             return
         # One more call of `train` would take one step too many.
         self.state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
         best = self._best_folder() if self.state.best_global_step is not None else checkpoint
         self.model.load_state_dict(load_file(best / SAFE_WEIGHTS_NAME))
+
+    def create_model_card(self, **_) -> None:
+        """Renders the card of the run's model folder from what the run wrote, not the card of transformers."""
+        from hub_card.model_card import write_model_card  # only wanted here
+
+        write_model_card(self._model_folder())
+
+    def push_to_hub(self, repo_id: str, **options):
+        """Pushes the run's model folder, as `gppc push` does: neither checkpoints nor logs.
+
+        Args:
+            repo_id (`str`): `name` or `namespace/name`.
+            **options: See [`~hub_card.push.push_model`].
+
+        Raises:
+            ValueError: If `train.py` has not written the folder yet; else as [`~hub_card.push.push_model`].
+        """
+        from hub_card.push import push_model
+
+        return push_model(self._model_folder(), repo_id, **options)
+
+    def _model_folder(self) -> Path:
+        return Path(self.args.output_dir) / MODEL_FOLDER
 
     def whole_model(self) -> GppcForPerturbationPrediction:
         """The model with all its weights in one place; on every process, for sharded weights have to be gathered."""
@@ -260,7 +307,11 @@ def row_errors(model: GppcForPerturbationPrediction, output, labels: torch.Tenso
 
 
 def training_arguments(
-    options: TrainingOptions, output_dir: str | Path, seed: int, find_unused_parameters: bool = False
+    options: TrainingOptions,
+    output_dir: str | Path,
+    seed: int,
+    find_unused_parameters: bool = False,
+    streamed: bool = False,
 ) -> TrainingArguments:
     """Arguments of the Trainer for the options of a run."""
     return TrainingArguments(
@@ -291,6 +342,7 @@ def training_arguments(
         metric_for_best_model="eval_mse",
         greater_is_better=False,
         remove_unused_columns=False,
+        ignore_data_skip=streamed,  # a stream goes on where it stood by itself
         dataloader_num_workers=options.dataloader_num_workers,
         # Forked workers share the mapped rows; others would get a copy of them. They touch numpy only.
         dataloader_multiprocessing_context="fork" if options.dataloader_num_workers and LINUX else None,
@@ -311,12 +363,14 @@ def make_trainer(
     options: TrainingOptions,
     output_dir: str | Path,
     seed: int,
-    train: PairDataset,
+    train: PairDataset | IterableDataset,
     validation: PairDataset,
-    train_collator: PairCollator,
+    train_collator: PairCollator | None,
     eval_collator: PairCollator,
+    trainer_class: type[GppcTrainer] = GppcTrainer,
 ) -> GppcTrainer:
-    """A trainer over pair rows; evaluation reads at most `options.max_validation_pairs` evenly spaced rows.
+    """A trainer over pair rows, or over a stream of batches, which are collated already; evaluation reads at most
+    `options.max_validation_pairs` evenly spaced rows.
 
     Raises:
         ValueError: If the training pairs do not fill one optimiser step, or there is no validation pair.
@@ -329,19 +383,19 @@ def make_trainer(
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=options.early_stopping_patience))
     # The variance's parameters get no gradient where its likelihood has no weight.
     unused = model.model is not None and (model.config.variance_loss_weight == 0 or not model.config.use_departure)
-    trainer = GppcTrainer(
+    trainer = trainer_class(
         model=model,
-        args=training_arguments(options, output_dir, seed, find_unused_parameters=unused),
+        args=training_arguments(options, output_dir, seed, unused, streamed=isinstance(train, IterableDataset)),
         train_dataset=train,
         eval_dataset=validation if step == 1 else Subset(validation, range(0, len(validation), step)),
-        data_collator=train_collator,
+        data_collator=train_collator or eval_collator,
         eval_collator=eval_collator,
         callbacks=callbacks,
     )
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(PlainProgress)
     rows_per_step = trainer.get_total_train_batch_size(trainer.args)
-    if len(train) < rows_per_step:
+    if trainer.stream is None and len(train) < rows_per_step:
         raise ValueError(
             f"`training.per_device_train_batch_size` is {options.per_device_train_batch_size}, {rows_per_step} pairs in "
             f"a step over {trainer.args.world_size} process(es), with {len(train)} training pairs; wanted at most as "

@@ -10,7 +10,7 @@ from transformers import Trainer, TrainingArguments
 from data_scripts.census_pairs import plan_pairs
 from data_scripts.options import from_mapping
 from data_scripts.pair_options import PairOptions
-from data_scripts.stream_checkpoint import StreamCheckpoint
+from data_scripts.stream_checkpoint import StreamCheckpoint, restore_stream
 from data_scripts.stream_pairs import PairStream, StreamOptions
 
 
@@ -49,7 +49,7 @@ def train(plan, out, max_steps, resume=None):
     stream = PairStream(plan, StreamOptions(batch_size=7), transform=tensors)
     checkpoint = StreamCheckpoint(stream)
     if resume is not None:
-        checkpoint.restore(resume)
+        restore_stream(stream, resume)
     arguments = TrainingArguments(
         output_dir=str(out),
         max_steps=max_steps,
@@ -81,4 +81,4 @@ def test_resumed_training_is_the_uninterrupted_one(plan, tmp_path):
 
 def test_checkpoint_without_a_stream(plan, tmp_path):
     with pytest.raises(ValueError, match=r"has no pair_stream-0\.json"):
-        StreamCheckpoint(PairStream(plan)).restore(tmp_path)
+        restore_stream(PairStream(plan), tmp_path)

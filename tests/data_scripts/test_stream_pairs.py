@@ -1,16 +1,18 @@
 """Streaming: every row once, disjoint over ranks and workers, resumable anywhere."""
 
+import itertools
 import json
 from collections import Counter
 
 import pyarrow as pa
 import pytest
+import torch
 from pair_store import make_store
 
 from data_scripts.census_pairs import build_pairs, plan_pairs
 from data_scripts.options import from_mapping
 from data_scripts.pair_options import PairOptions
-from data_scripts.stream_pairs import PairStream, StreamOptions
+from data_scripts.stream_pairs import PairStream, StreamOptions, streamed_shards
 
 
 def keys(table: pa.Table) -> list:
@@ -97,6 +99,107 @@ def test_worker_processes(plan, built):
     resumed = PairStream(plan, SMALL, num_workers=2, transform=keys)
     resumed.load_state_dict(half.state_dict())
     assert head + list(resumed) == whole
+
+
+ENDLESS = {"endless": True, "transform": keys}
+
+
+def epochs_of(stream, n_epochs: int) -> list[list]:
+    """Rows of the first epochs of an endless stream with one reader."""
+    epochs = [[] for _ in range(n_epochs)]
+    for rows in stream:
+        epoch = stream.positions[0][0]
+        if epoch >= n_epochs:
+            return epochs
+        epochs[epoch] += rows
+    raise AssertionError("an endless stream ended")
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_endless_streams_go_on_and_share_every_epoch_out(plan, built, world_size):
+    ranks = [
+        epochs_of(PairStream(plan, SMALL, rank=rank, world_size=world_size, **ENDLESS), 3)
+        for rank in range(world_size)
+    ]
+    epochs = [Counter(row for rank in ranks for row in rank[epoch]) for epoch in range(3)]
+    assert epochs[0] == Counter(keys(built.split("train")))
+    assert epochs[0] != epochs[1] != epochs[2]
+    for epoch in range(3):
+        cells = [row[0] for rank in ranks for row in rank[epoch]]
+        assert len(cells) == len(set(cells)) and set(cells) == {row[0] for row in epochs[0]}
+
+
+def test_the_longer_share_goes_round(plan):
+    streams = [PairStream(plan, SMALL, rank=rank, world_size=3, **ENDLESS) for rank in range(3)]
+    shares = [[len(rows) for rows in epochs_of(stream, 3)] for stream in streams]
+    # 8 shards are 4 pools for 3 ranks: one of them has two, another one in each epoch.
+    longest = [max(range(3), key=lambda rank, epoch=epoch: shares[rank][epoch]) for epoch in range(3)]
+    assert sorted(longest) == [0, 1, 2]
+
+
+def test_endless_streams_resume_at_any_batch(plan):
+    whole = list(itertools.islice(PairStream(plan, SMALL, **ENDLESS), 45))
+    for stop in range(0, 45, 2):
+        stream = PairStream(plan, SMALL, **ENDLESS)
+        head = list(itertools.islice(stream, stop))
+        resumed = PairStream(plan, SMALL, **ENDLESS)
+        resumed.load_state_dict(json.loads(json.dumps(stream.state_dict())))
+        assert head + list(itertools.islice(resumed, 45 - stop)) == whole
+
+
+def test_endless_workers_resume_across_epochs(plan):
+    options = StreamOptions(batch_size=7, pool_shards=1)
+    whole = list(itertools.islice(PairStream(plan, options, num_workers=2, **ENDLESS), 45))
+    stream = PairStream(plan, options, num_workers=2, **ENDLESS)
+    head = list(itertools.islice(stream, 31))
+    resumed = PairStream(plan, options, num_workers=2, **ENDLESS)
+    resumed.load_state_dict(stream.state_dict())
+    assert head + list(itertools.islice(resumed, 14)) == whole
+
+
+def test_too_few_pools_for_the_readers(plan):
+    with pytest.raises(ValueError, match=r"4 pool\(s\) of 2 shard\(s\) for 6 readers"):
+        PairStream(plan, SMALL, num_workers=3, world_size=2, endless=True)
+
+
+def test_streams_touch_no_random_numbers_of_the_model(plan):
+    torch.manual_seed(0)
+    wanted = torch.rand(3)
+    torch.manual_seed(0)
+    list(itertools.islice(PairStream(plan, SMALL, num_workers=1, **ENDLESS), 3))
+    assert torch.equal(torch.rand(3), wanted)
+
+
+def test_shards_without_the_split_are_not_read(tmp_path):
+    """A store whose first data set is all for testing: its shards are no pools of the training stream."""
+    store = make_store(tmp_path / "store")
+    rules = [{"where": {"dataset_id": "A"}, "split": "test"}]
+    mapping = {"query": {"uri": str(store)}, "shard_cells": 10, "splits": {"rules": rules}}
+    plan = plan_pairs(from_mapping(PairOptions, mapping), tmp_path / "plan", progress=False)
+    shards = streamed_shards(plan, "train")
+    assert 0 < len(shards) < plan.n_shards
+    read = {row[0] for row in flat(PairStream(plan.out, SMALL, transform=keys))}
+    split = dict(zip(plan.cells.column("soma_joinid").to_pylist(), plan.cells.column("split").to_pylist()))
+    assert read and all(split[cell] == 0 for cell in read)
+
+
+def test_a_sample_is_written_and_the_rest_streamed(options, built, tmp_path):
+    folder = build_pairs(options, tmp_path / "sampled", progress=False, train_rows=20)
+    rows = keys(folder.split("train"))
+    assert 20 <= len(rows) <= 20 + 8  # rounded up in each of 8 shards
+    assert set(rows) < set(keys(built.split("train"))) and len(set(rows)) == len(rows)
+    assert folder.split("test").equals(built.split("test"))
+    assert folder.genes.equals(built.genes) and (folder.panels == built.panels).all()
+    report = folder.manifest["report"]["splits"]
+    assert report["train"] == {"cells": built.manifest["report"]["splits"]["train"]["cells"]}
+    assert report["test"] == built.manifest["report"]["splits"]["test"]
+    assert Counter(flat(PairStream(folder.path, SMALL, transform=keys))) == Counter(keys(built.split("train")))
+    # The same again is opened, another one refused.
+    assert build_pairs(options, folder.path, progress=False, train_rows=20).manifest == folder.manifest
+    with pytest.raises(ValueError, match="train_rows was 20, is None"):
+        build_pairs(options, folder.path, progress=False)
+    everything = build_pairs(options, tmp_path / "all", progress=False, train_rows=10_000)
+    assert everything.split("train").equals(built.split("train"))
 
 
 def test_refusals(plan, built, options, tmp_path):

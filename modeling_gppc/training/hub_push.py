@@ -1,0 +1,94 @@
+"""Pushing while training: the model of every checkpoint becomes a commit, and no network error stops the run."""
+
+import logging
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from hub_card.hub_upload import Retries
+from hub_card.model_card import write_model_card
+from hub_card.push import push_model
+from modeling_gppc.feature_extraction_gppc import GppcFeatureExtractor
+from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
+from modeling_gppc.pipeline_gppc import PerturbationPredictionPipeline
+from modeling_gppc.training.run_folder import write_json
+
+logger = logging.getLogger(__name__)
+# Where the files of an upload wait, in the run's folder: the checkpoint itself may be gone before they are sent.
+STAGED = ".hub"
+VALIDATION = ("eval_mse", "eval_linear_mse", "eval_r2")
+
+
+class HubPush(TrainerCallback):
+    """
+    Pushes the model of every saved checkpoint in the background.
+
+    What is pushed loads like a finished model, with a card that says how far training has come and no test scores. An
+    upload that fails, or that is still under way when the next checkpoint is saved, is told and left out: the next one
+    brings everything, and so does the push of the finished model.
+
+    Args:
+        repo_id (`str`): Repository; created private when absent.
+        extractor ([`GppcFeatureExtractor`]): Saved beside the model.
+        facts (`Callable`): Gives the content of `run.json` as of now.
+        retries ([`~hub_card.hub_upload.Retries`], *optional*): Patience of one upload; defaults to two attempts.
+    """
+
+    def __init__(
+        self,
+        repo_id: str,
+        extractor: GppcFeatureExtractor,
+        facts: Callable[[], dict],
+        retries: Retries | None = None,
+    ):
+        self.repo_id, self.extractor, self.facts = repo_id, extractor, facts
+        self.retries = retries or Retries(attempts=2)
+        self._upload: threading.Thread | None = None
+
+    def on_save(self, args, state, control, **kwargs):
+        """Copies what is to be pushed and starts the upload; on the main process."""
+        if not state.is_world_process_zero:
+            return
+        step = state.global_step
+        if self._upload is not None and self._upload.is_alive():
+            logger.warning("step %d is not pushed: the upload before it is still under way", step)
+            return
+        folder = Path(args.output_dir) / STAGED
+        try:
+            self.stage(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}", folder, state)
+        except (ValueError, OSError) as error:
+            logger.warning("step %d is not pushed: %s", step, error)
+            return
+        self._upload = threading.Thread(target=self._push, args=(folder, step), daemon=True)
+        self._upload.start()
+
+    def stage(self, checkpoint: Path, folder: Path, state) -> None:
+        """Writes the model of a checkpoint, as a finished run would, and a card that says it is not finished."""
+        shutil.rmtree(folder, ignore_errors=True)
+        with torch.random.fork_rng(devices=[]):  # training goes on with the numbers it would have had
+            model = GppcForPerturbationPrediction.from_pretrained(checkpoint)
+            PerturbationPredictionPipeline(model=model, feature_extractor=self.extractor).save_pretrained(folder)
+        last = next((entry for entry in reversed(state.log_history) if "eval_mse" in entry), {})
+        progress = {"step": state.global_step, "max_steps": state.max_steps}
+        progress |= {name: last[name] for name in VALIDATION if name in last}
+        write_json({**self.facts(), "unfinished": progress}, folder / "run.json")
+        write_model_card(folder)
+
+    def _push(self, folder: Path, step: int) -> None:
+        try:
+            push_model(folder, self.repo_id, message=f"Training, step {step}", retries=self.retries)
+        except (ValueError, OSError) as error:
+            logger.warning(
+                "step %d was not pushed (training goes on, the next push brings everything): %s", step, error
+            )
+
+    def finish(self, output_dir: str | Path) -> None:
+        """Waits for the upload under way and clears its files; call it before the finished model is pushed."""
+        if self._upload is not None:
+            self._upload.join()
+            shutil.rmtree(Path(output_dir) / STAGED, ignore_errors=True)
