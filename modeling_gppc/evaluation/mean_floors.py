@@ -39,6 +39,10 @@ class Floor:
         """Expected value of every gene of the target, shape `(n, V)`."""
         raise TypeError(f"`{type(self).__name__}` is abstract; use one of its subclasses.")
 
+    def predict_moments(self, pairs: PairArrays) -> tuple[np.ndarray, np.ndarray | None]:
+        """The same, and its variance where the floor has one, each `(n, V)`."""
+        return self.predict(pairs), None
+
     def choose(self, setting: str, candidates: Sequence, validation: PairArrays, apply) -> None:
         """Keeps the candidate with the smallest validation error; the middle one where there is no validation."""
         errors = []

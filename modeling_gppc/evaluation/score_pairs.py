@@ -22,7 +22,7 @@ from modeling_gppc.evaluation.pair_arrays import PairArrays
 
 # A predictor takes a batch of pairs and returns means `(n, V)`, or means and variances.
 Predictor = Callable[[PairArrays], np.ndarray | tuple[np.ndarray, np.ndarray | None]]
-MODEL_METHOD, OPTIMUM, REFERENCE = "gppc", "optimum", "mean"
+MODEL_METHOD, OPTIMUM, REFERENCE, GAUSSIAN = "gppc", "optimum", "mean", "conditional_gaussian"
 RESULTS_VERSION = 1
 
 
@@ -111,7 +111,8 @@ def score_split(
         `methods`: name -> `mse`, `mse_ci95`, `r2` and `r2_ci95` (against `mean`), `pearson_delta`,
         `pearson_delta_ci95`, `uses_labels`, `difference_from_best_floor` and `difference_from_best_label_free_floor`
         (`floor`, `mse`, `ci95`: negative is better), `gain_from_revealed` (`mse`, `ci95`: how far the error falls
-        when the genes are revealed), and `coverage90`, `crps` where the method predicts a variance.
+        when the genes are revealed), and, where the method predicts a variance, `coverage90`, `coverage90_ci95`,
+        `crps`, `crps_ci95` and `crps_difference` from the conditional Gaussian (`crps`, `ci95`: negative is better).
 
     Raises:
         ValueError: If there are no pairs.
@@ -121,7 +122,7 @@ def score_split(
     predictors: dict[str, Predictor] = dict(methods)
     revealing = dict.fromkeys(methods, True)
     for name, floor in (floors.floors if floors else {}).items():
-        predictors[name], revealing[name] = floor.predict, floor.uses_revealed
+        predictors[name], revealing[name] = floor.predict_moments, floor.uses_revealed
     scores, blind = {}, {}
     with_gain = with_gain and bool(pairs.revealed_mask.any())
     for name, predict in tqdm(predictors.items(), desc="scoring", unit="method", disable=not progress):
@@ -204,12 +205,31 @@ def _summarise(pairs, scores, blind, floors, seed, n_resamples) -> dict:
             }
             if REFERENCE in names:
                 entry["r2_without_revealed"] = 1 - mse[name, "blind"] / mse[REFERENCE, "full"]
-        if scores[name].covered is not None:
-            total = scores[name].n_scored.sum()
-            entry["coverage90"] = float(scores[name].covered.sum() / total)
-            entry["crps"] = float(scores[name].crps.sum() / total)
         summary["methods"][name] = entry
+    _add_spread(summary["methods"], scores, sums, counts, seed, n_resamples)
     return summary
+
+
+def _add_spread(methods: dict, scores: Mapping[str, PairScores], sums, counts, seed: int, n_resamples: int) -> None:
+    """Coverage and CRPS of the methods that predict a variance, with intervals, into their entries."""
+    names = [name for name in scores if scores[name].covered is not None]
+    if not names:
+        return
+    parts = [sums(getattr(scores[name], part)) for part in ("covered", "crps") for name in names]
+    samples = cluster_bootstrap(np.stack(parts), counts, n_resamples, seed)
+    point = np.stack(parts).sum(axis=1) / counts.sum()
+    n = len(names)
+    for position, name in enumerate(names):
+        entry = methods[name]
+        for key, column in (("coverage90", position), ("crps", n + position)):
+            entry[key] = float(point[column])
+            entry[f"{key}_ci95"] = percentile_interval(samples[:, column])
+        if GAUSSIAN in names and name != GAUSSIAN:
+            other = n + names.index(GAUSSIAN)
+            entry["crps_difference"] = {
+                "crps": float(point[n + position] - point[other]),
+                "ci95": percentile_interval(samples[:, n + position] - samples[:, other]),
+            }
 
 
 def _number(value: float) -> float | None:

@@ -112,7 +112,9 @@ def test_bootstrap_draws_are_shared_between_methods():
 def test_results_hold_every_number_the_table_needs(tmp_path):
     train, validation, test = make_pairs(), make_pairs(n=100, seed=1), make_pairs(n=300, seed=2)
     floors = fit_floors(train, validation, test, progress=False)
+    sharp = floors.floors["conditional_gaussian"].predict_moments
     truth = {"optimum": lambda batch: batch.target * 0.999, "gppc": floors.floors["linear_joint"].predict}
+    truth["narrow"] = lambda batch: (sharp(batch)[0], 0.01 * sharp(batch)[1])
     summary = score_split(test, truth, floors=floors, seed=3, n_resamples=200, progress=False)
     assert summary["n_pairs"] == 300 and summary["n_targets"] == 300
     methods = summary["methods"]
@@ -124,6 +126,12 @@ def test_results_hold_every_number_the_table_needs(tmp_path):
     assert "difference_from_best_floor" not in methods[summary["best_floor"]]
     assert methods["gppc"]["gain_from_revealed"]["mse"] == methods["linear_joint"]["gain_from_revealed"]["mse"] > 0
     assert "gain_from_revealed" not in methods["context_mean"] and methods["context_mean"]["uses_labels"]
+    # The same mean with a tenth of the spread covers less and scores worse; a floor without a variance has neither.
+    narrow, gaussian = methods["narrow"], methods["conditional_gaussian"]
+    assert narrow["mse"] == pytest.approx(gaussian["mse"])
+    assert narrow["coverage90"] < gaussian["coverage90_ci95"][0] < 0.95 and "crps" not in methods["linear_joint"]
+    assert narrow["crps_difference"]["crps"] == pytest.approx(narrow["crps"] - gaussian["crps"])
+    assert narrow["crps_difference"]["ci95"][0] > 0 and "crps_difference" not in gaussian
     for entry in methods.values():
         low, high = entry["mse_ci95"]
         assert low < entry["mse"] < high
