@@ -1,0 +1,37 @@
+"""The model's benchmarks run, on a few genes, and write their figures."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FIGURES = {
+    "bench_screen_prediction": ("ratio_one_by_one", "ratio_in_batches", "largest_difference", "peak_rss_gb"),
+    "bench_model_training": ("ratio", "ratio_origin_fused", "exponent", "origin_attention_gb"),
+    "bench_model_sizes": ("sizes",),
+    "bench_gpu": ("matmul_per_second", "runs"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FIGURES)
+def test_smoke(name, tmp_path):
+    out = tmp_path / "figures.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--smoke", "--out", str(out)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    figures = json.loads(out.read_text())
+    assert set(FIGURES[name]) <= set(figures)
+    if name == "bench_screen_prediction":
+        assert figures["largest_difference"] < 1e-5 and figures["ratio_one_by_one"] > 1
+    if name == "bench_model_training":
+        # The operations of the origin's form grow with the square of the genes, those of the default do not.
+        assert figures["ratio"] > 0 and all("error" not in run for run in figures["runs"])
+    if name == "bench_gpu":
+        assert all("error" not in run for run in figures["runs"])
