@@ -59,9 +59,14 @@ class GppcLinearResponse(nn.Module):
         """
         factors = self.loadings.shape[1]
         weighted = self.loadings / self.noise[:, None]
-        products = (weighted[:, :, None] * self.loadings[:, None, :]).flatten(1)
-        identity = torch.eye(factors, dtype=products.dtype, device=products.device)
-        precision = (measured.to(products.dtype) @ products).view(-1, factors, factors) + identity
+        if measured.shape[0] <= factors:
+            # A few panels: one product each.
+            precision = (measured.to(weighted.dtype)[:, :, None] * weighted).transpose(1, 2) @ self.loadings
+        else:
+            # Many: one product for all, over a table of V r^2 values.
+            products = (weighted[:, :, None] * self.loadings[:, None, :]).flatten(1)
+            precision = (measured.to(products.dtype) @ products).view(-1, factors, factors)
+        precision = precision + torch.eye(factors, dtype=precision.dtype, device=precision.device)
         covariance = torch.cholesky_inverse(torch.linalg.cholesky(precision))
         if panel_index is not None:
             covariance = covariance[panel_index]
@@ -74,6 +79,27 @@ class GppcLinearResponse(nn.Module):
         mean = torch.einsum("bc,bcr->br", shares, by_component)
         return logits, mean, mean - shares @ means, covariance
 
+    def prior(
+        self,
+        component_logits: torch.Tensor,
+        factor_residual: torch.Tensor,
+        factor_covariance: torch.Tensor,
+        pairing_ids: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What the source says of the target before a level is imposed; arguments as in `condition`.
+
+        Returns:
+            Log probabilities of the components `(B, C)`, their means `(B, C, r)` and their covariance `(B, r, r)`.
+        """
+        coupling = self.coupling[pairing_ids]
+        transition = torch.log_softmax(self.transition_logits, dim=-1)[pairing_ids]
+        logits = torch.logsumexp(component_logits[:, :, None] + transition, dim=1)
+        within = torch.einsum("brs,bs->br", coupling, factor_residual)
+        means = self.component_means + within[:, None]
+        identity = torch.eye(coupling.shape[-1], dtype=means.dtype, device=means.device)
+        covariance = identity - coupling @ (identity - factor_covariance) @ coupling.transpose(1, 2)
+        return logits, means, covariance
+
     def condition(
         self,
         component_logits: torch.Tensor,
@@ -83,6 +109,7 @@ class GppcLinearResponse(nn.Module):
         ids: torch.Tensor,
         levels: torch.Tensor,
         mask: torch.Tensor,
+        state_index: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Posterior of the target's state and factors given the source's and the imposed levels.
 
@@ -90,17 +117,21 @@ class GppcLinearResponse(nn.Module):
             component_logits, factor_residual, factor_covariance (`torch.FloatTensor`): From `encode`.
             pairing_ids (`torch.LongTensor` of shape `(B,)`): Shared context.
             ids, levels, mask (`torch.Tensor` of shape `(B, K)`): Imposed genes, their log values, 1 where real.
+            state_index (`torch.LongTensor` of shape `(B,)`, *optional*): Which of the sources each row is about;
+                defaults to one a row.
 
         Returns:
             Log probabilities of the components `(B, C)`, mean `(B, r)` and covariance `(B, r, r)` of the factors.
         """
-        coupling = self.coupling[pairing_ids]
-        transition = torch.log_softmax(self.transition_logits, dim=-1)[pairing_ids]
-        logits = torch.logsumexp(component_logits[:, :, None] + transition, dim=1)
-        within = torch.einsum("brs,bs->br", coupling, factor_residual)
-        means = self.component_means + within[:, None]
-        identity = torch.eye(coupling.shape[-1], dtype=means.dtype, device=means.device)
-        covariance = identity - coupling @ (identity - factor_covariance) @ coupling.transpose(1, 2)
+        if state_index is None:
+            logits, means, covariance = self.prior(component_logits, factor_residual, factor_covariance, pairing_ids)
+        else:
+            # Every source under every pairing once, for however many rows.
+            pairings = self.coupling.shape[0]
+            sources = (component_logits, factor_residual, factor_covariance)
+            every = torch.arange(pairings, device=pairing_ids.device).repeat(component_logits.shape[0])
+            prior = self.prior(*(tensor.repeat_interleave(pairings, dim=0) for tensor in sources), every)
+            logits, means, covariance = (tensor[state_index * pairings + pairing_ids] for tensor in prior)
         if ids.shape[1] > 0:
             mask = mask.to(means.dtype)
             design = self.loadings[ids] * mask[:, :, None]
@@ -119,14 +150,25 @@ class GppcLinearResponse(nn.Module):
         shares = logits.exp()
         mean = torch.einsum("bc,bcr->br", shares, means)
         around = means - mean[:, None]
-        covariance = covariance + torch.einsum("bc,bcr,bcs->brs", shares, around, around)
+        covariance = covariance + (shares[:, :, None] * around).transpose(1, 2) @ around
         return logits, mean, covariance
 
     def read(
-        self, mean: torch.Tensor, covariance: torch.Tensor, query_ids: torch.Tensor
+        self, mean: torch.Tensor, covariance: torch.Tensor, query_ids: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Expected log value and its variance, each `(B, Q)`, at genes `query_ids` `(Q,)`."""
-        loadings = self.loadings[query_ids]
-        expected = self.gene_mean[query_ids] + mean @ loadings.T
-        spread = torch.einsum("brs,qr,qs->bq", covariance, loadings, loadings).clamp(min=0)
-        return expected, spread + self.noise[query_ids]
+        """Expected log value and its variance, each `(B, Q)`, at genes `query_ids` `(Q,)`, or at all."""
+        gene_mean, loadings, noise = (
+            tensor if query_ids is None else tensor[query_ids]
+            for tensor in (self.gene_mean, self.loadings, self.noise)
+        )
+        expected = gene_mean + mean @ loadings.T
+        factors = loadings.shape[1]
+        if mean.shape[0] <= factors // 4:
+            spread = ((loadings @ covariance) * loadings).sum(-1)
+        else:
+            # Many rows: the products of two loadings, each pair once, so that nothing is as large as (B, Q, r).
+            first, second = torch.triu_indices(factors, factors, device=mean.device)
+            twice = covariance * (2.0 - torch.eye(factors, dtype=covariance.dtype, device=covariance.device))
+            products = torch.cat([loadings[:, row : row + 1] * loadings[:, row:] for row in range(factors)], dim=1)
+            spread = twice[:, first, second] @ products.T
+        return expected, spread.clamp(min=0) + noise
