@@ -311,18 +311,25 @@ class GppcModel(GppcPreTrainedModel):
         )
 
     def imposed_levels(
-        self, encoded: GppcEncoderOutput, perturbation_ids: torch.Tensor, perturbation_values: torch.Tensor
+        self,
+        encoded: GppcEncoderOutput,
+        perturbation_ids: torch.Tensor,
+        perturbation_values: torch.Tensor,
+        state_index: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Log values that the perturbed genes are set to, `(B, K)`: the source's level plus the change.
 
         Where the source did not measure a gene its level is the one that the rest of the state suggests.
         """
-        source = encoded.state_values.gather(1, perturbation_ids)
+        if state_index is None:
+            state_index = torch.arange(perturbation_ids.shape[0], device=perturbation_ids.device)
+        source = encoded.state_values[state_index[:, None], perturbation_ids]
         response = self.linear_response
+        factors = encoded.factor_mean[state_index].to(response.loadings.dtype)
         expected = response.gene_mean[perturbation_ids] + torch.einsum(
-            "bkr,br->bk", response.loadings[perturbation_ids], encoded.factor_mean.to(response.loadings.dtype)
+            "bkr,br->bk", response.loadings[perturbation_ids], factors
         )
-        known = encoded.measured.gather(1, perturbation_ids)
+        known = encoded.measured[state_index[:, None], perturbation_ids]
         return torch.where(known, source, expected.to(source.dtype)) + perturbation_values
 
     def decode(
@@ -332,14 +339,21 @@ class GppcModel(GppcPreTrainedModel):
         perturbation_values: torch.FloatTensor,
         perturbation_mask: torch.Tensor,
         pairing_ids: torch.LongTensor,
+        state_index: torch.LongTensor | None = None,
     ) -> tuple[GppcModelOutput, torch.Tensor]:
         """
-        Lets perturbations act on encoded states; arguments as in `forward`, one encoded state a row.
+        Lets perturbations act on encoded states; arguments as in `forward`.
+
+        Nothing as wide as the vocabulary is copied for a row that shares its state with others.
+
+        Args:
+            state_index (`torch.LongTensor` of shape `(B,)`, *optional*): Which encoded state each row acts on;
+                defaults to one a row.
 
         Returns:
             [`GppcModelOutput`] and the imposed levels `(B, K)`.
         """
-        levels = self.imposed_levels(encoded, perturbation_ids, perturbation_values)
+        levels = self.imposed_levels(encoded, perturbation_ids, perturbation_values, state_index)
         with torch.autocast(device_type=levels.device.type, enabled=False):
             component_logits, factor_mean, factor_covariance = self.linear_response.condition(
                 encoded.component_logits.float(),
@@ -349,6 +363,7 @@ class GppcModel(GppcPreTrainedModel):
                 perturbation_ids,
                 levels.float(),
                 perturbation_mask,
+                state_index,
             )
         response = self.linear_response
         identity = self.perturbation_embedding(perturbation_ids)
@@ -357,7 +372,8 @@ class GppcModel(GppcPreTrainedModel):
         tokens = self.perturbation_proj(torch.cat([identity, surprise * identity, change * identity], dim=-1))
         expected = torch.cat([factor_mean, component_logits.exp()], dim=-1)
         linear_token = self.factor_proj(expected.to(identity.dtype))[:, None]
-        latents = encoded.last_hidden_state + self.pairing_embedding(pairing_ids)[:, None]
+        states = encoded.last_hidden_state if state_index is None else encoded.last_hidden_state[state_index]
+        latents = states + self.pairing_embedding(pairing_ids)[:, None]
         hidden_states = torch.cat([latents, linear_token, tokens], dim=1)
         ones = perturbation_mask.new_ones(perturbation_mask.shape[0], latents.shape[1] + 1)
         visible = torch.cat([ones, perturbation_mask], dim=1).bool()
@@ -369,7 +385,7 @@ class GppcModel(GppcPreTrainedModel):
         hidden_states = self.final_norm(hidden_states[:, : latents.shape[1] + 1])
         output = GppcModelOutput(
             last_hidden_state=hidden_states,
-            encoder_last_hidden_state=encoded.last_hidden_state,
+            encoder_last_hidden_state=states,
             factor_mean=factor_mean,
             factor_covariance=factor_covariance,
         )
@@ -432,11 +448,17 @@ class GppcReadout(nn.Module):
         self.gene_vectors_logvar = nn.Parameter(torch.zeros(config.vocab_size, config.readout_size))
         self.gene_logvar = nn.Parameter(torch.zeros(config.vocab_size))
 
-    def forward(self, hidden_states: torch.Tensor, query_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, hidden_states: torch.Tensor, query_ids: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Departure of the mean and of the log variance from the linear response, each `(B, Q)`."""
         state = self.dropout(self.activation(self.proj(hidden_states.flatten(1))))
-        departure = state @ self.gene_vectors[query_ids].T
-        logvar = state.detach() @ self.gene_vectors_logvar[query_ids].T + self.gene_logvar[query_ids]
+        vectors, vectors_logvar, gene_logvar = (
+            tensor if query_ids is None else tensor[query_ids]
+            for tensor in (self.gene_vectors, self.gene_vectors_logvar, self.gene_logvar)
+        )
+        departure = state @ vectors.T
+        logvar = state.detach() @ vectors_logvar.T + gene_logvar
         return departure, MAX_LOG_VARIANCE_CHANGE * torch.tanh(logvar / MAX_LOG_VARIANCE_CHANGE)
 
 
@@ -508,27 +530,25 @@ class GppcForPerturbationPrediction(GppcPreTrainedModel):
         Returns:
             [`GppcOutput`] without a loss.
         """
-        rows = encoded.state_values.shape[0] if perturbation_ids is None else perturbation_ids.shape[0]
-        if state_index is not None:
-            encoded = encoded.select(state_index)
-        elif encoded.state_values.shape[0] == 1 and rows > 1:
-            encoded = encoded.select(torch.zeros(rows, dtype=torch.long, device=encoded.state_values.device))
-        if encoded.state_values.shape[0] != rows:
+        device = encoded.state_values.device
+        states = encoded.state_values.shape[0] if state_index is None else state_index.shape[0]
+        rows = states if perturbation_ids is None else perturbation_ids.shape[0]
+        if state_index is None and states == 1 and rows > 1:
+            states, state_index = rows, torch.zeros(rows, dtype=torch.long, device=device)
+        if states != rows:
             raise ValueError(
-                f"`perturbation_ids` has {rows} rows for {encoded.state_values.shape[0]} encoded states; wanted one row a "
+                f"`perturbation_ids` has {rows} rows for {states} encoded states; wanted one row a "
                 "state, a single state, or `state_index`."
             )
-        device = encoded.state_values.device
         perturbations = self.model.default_inputs(
             rows, device, perturbation_ids, perturbation_values, perturbation_mask, pairing_ids
         )
-        if query_ids is None:
-            query_ids = torch.arange(self.config.vocab_size, device=device)
-        output, levels = self.model.decode(encoded, *perturbations)
+        output, levels = self.model.decode(encoded, *perturbations, state_index)
         response = self.model.linear_response
         with torch.autocast(device_type=device.type, enabled=False):
             expected, variance = response.read(output.factor_mean, output.factor_covariance, query_ids)
-        base = expected if self.config.use_linear_response else response.gene_mean[query_ids].expand_as(expected)
+        gene_mean = response.gene_mean if query_ids is None else response.gene_mean[query_ids]
+        base = expected if self.config.use_linear_response else gene_mean.expand_as(expected)
         logits, logvar = base, variance.log()
         if self.config.use_departure:
             departure, logvar_change = self.readout(output.last_hidden_state, query_ids)
@@ -536,8 +556,7 @@ class GppcForPerturbationPrediction(GppcPreTrainedModel):
             logvar = logvar + logvar_change.to(base.dtype)
         ids, _, mask, _ = perturbations
         logits, base = (
-            impose(values, query_ids, ids, levels.to(values.dtype), mask, self.config.vocab_size)
-            for values in (logits, base)
+            impose(values, query_ids, ids, levels, mask, self.config.vocab_size) for values in (logits, base)
         )
         return GppcOutput(
             logits=logits,
@@ -662,7 +681,7 @@ class GppcForPerturbationPrediction(GppcPreTrainedModel):
 
 def impose(
     predicted: torch.Tensor,
-    query_ids: torch.Tensor,
+    query_ids: torch.Tensor | None,
     perturbation_ids: torch.Tensor,
     levels: torch.Tensor,
     mask: torch.Tensor,
@@ -671,12 +690,16 @@ def impose(
     """Puts the imposed levels `(B, K)` in the place of predictions `(B, Q)` of the perturbed genes themselves."""
     if perturbation_ids.shape[1] == 0:
         return predicted
-    # Over the vocabulary, so that a gene reads its level however often it is asked for; padding goes to a column of
-    # its own.
+    # Padding is no gene: it equals no query and goes to a column of its own, which is cut off.
     columns = torch.where(mask.bool(), perturbation_ids, vocab_size)
-    imposed = predicted.new_zeros(predicted.shape[0], vocab_size + 1)
-    is_imposed = torch.zeros_like(imposed, dtype=torch.bool).scatter(1, columns, True)
-    return torch.where(is_imposed[:, query_ids], imposed.scatter(1, columns, levels)[:, query_ids], predicted)
+    levels = levels.to(predicted.dtype)
+    if query_ids is None:
+        wider = torch.cat([predicted, predicted.new_zeros(predicted.shape[0], 1)], dim=1)
+        return wider.scatter(1, columns, levels)[:, :vocab_size]
+    for column in range(columns.shape[1]):
+        one = slice(column, column + 1)
+        predicted = torch.where(query_ids == columns[:, one], levels[:, one], predicted)
+    return predicted
 
 
 __all__ = ["GppcForPerturbationPrediction", "GppcModel", "GppcPreTrainedModel"]
