@@ -5,12 +5,13 @@ import math
 import os
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from string import Template
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from modeling_gppc.evaluation.transfer_scorecard import TRANSFER_FILE, transfer_scorecard
 from modeling_gppc.feature_extraction_gppc import close_matches
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -24,6 +25,13 @@ METRICS = {
     "pearson_delta": "Pearson correlation of the change",
     "coverage90": "share inside the predicted 90 % interval",
     "crps": "continuous ranked probability score",
+}
+TRANSFER = {
+    "pearson_delta": "Pearson correlation of the response",
+    "direction_accuracy": "share of directions right",
+    "normalised_squared_error": "squared error over that of no response",
+    "matched_minus_shuffled": "correlation beyond shuffled targets",
+    "coverage90": "share inside the predicted 90 % interval",
 }
 # What `run.json` must say: key -> (type, what it is). `None` is allowed where a fact was not measured.
 RUN_FACTS = {
@@ -80,6 +88,17 @@ def read_results(path: Path) -> dict:
         if missing:
             raise ValueError(f"`{path.name}`: split `{split}` lacks {', '.join(f'`{key}`' for key in missing)}.")
     return results
+
+
+def read_transfer(path: Path) -> dict:
+    """Reads and checks the scorecard on real screens; see [`~transfer_scorecard.transfer_scorecard`]."""
+    transfer = read_json(path)
+    if transfer.get("schema_version") != 1 or not isinstance(transfer.get("screens"), list):
+        raise ValueError(
+            f"`{path.name}` in {path.parent} has no `schema_version` 1 with `screens`; write it with "
+            "`gppc push MODEL --evaluation DIR`."
+        )
+    return transfer
 
 
 def check_run(run: Mapping) -> None:
@@ -207,10 +226,35 @@ def _figures(folder: Path) -> str:
     return "".join(f"![{path.stem.replace('_', ' ')}](figures/{path.name})\n\n" for path in figures)
 
 
+def transfer_tables(transfer: Mapping) -> str:
+    """One Markdown table a screen: the model first, then the baselines by correlation, with intervals."""
+    lines = [
+        "Responses (perturbed minus control means) to real perturbations that this checkpoint was not trained on, "
+        "perturbed genes left out of the scores; intervals are over perturbations.\n"
+    ]
+    for screen in transfer["screens"]:
+        methods, subject = screen["methods"], screen["subject"]
+        metrics = [name for name in TRANSFER if any(scores.get(name) is not None for scores in methods.values())]
+        lines.append(
+            f"**{portable(screen['screen'])}**, {screen['mode']} ({shown(screen['n_perturbations'])} perturbations, "
+            f"{shown(screen['n_genes'])} genes; a replicate would correlate {shown(screen['split_half_pearson'])})\n"
+        )
+        lines.append("| method | " + " | ".join(TRANSFER[metric] for metric in metrics) + " |")
+        lines.append("|---|" + "---|" * len(metrics))
+        order = sorted(methods, key=lambda name: (name != subject, -(methods[name].get("pearson_delta") or 0)))
+        for name in order:
+            label = f"**{name}**" if name == subject else name
+            label += " (perturbed cells)" if methods[name]["reads_perturbed_cells"] else ""
+            cells = [_with_interval(methods[name], metric) for metric in metrics]
+            lines.append(f"| {label} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
 def _transfer(folder: Path) -> str:
-    path = folder / "transfer.json"
+    path = folder / TRANSFER_FILE
     if path.is_file():
-        return "Scored on real screens; intervals are over perturbations.\n\n" + score_tables(read_results(path))
+        return transfer_tables(read_transfer(path))
     return (
         "This checkpoint was not scored on a real perturbation screen when the card was written: how far it carries "
         "over to real interventions is not known. Score it on a screen like yours before relying on it.\n"
@@ -224,7 +268,8 @@ def render_model_card(folder: str | Path) -> str:
         folder (`str` or `Path`): Holds `config.json`, `preprocessor_config.json`, `results.json` (scores and floors by
             split) and `run.json` (the facts of [`RUN_FACTS`], and those of [`OPTIONAL_FACTS`] that are known); where
             that says `unfinished` (`step`, `max_steps` and, if known, `eval_mse`, `eval_linear_mse`, `eval_r2`), there
-            are no results yet and the card says so; also `transfer.json`, of the layout of `results.json` with screens as splits, where screens were scored.
+            are no results yet and the card says so; also `transfer.json` where screens were
+            scored; see [`add_transfer`].
 
     Returns:
         `str`: The Markdown text with its metadata block.
@@ -267,6 +312,22 @@ def render_model_card(folder: str | Path) -> str:
         version=run.get("version", "0.1.0"),
     )
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}"))
+
+
+def add_transfer(folder: str | Path, evaluations: Iterable[str | Path]) -> Path:
+    """Writes what `gppc evaluate` found for a model into its folder as `transfer.json`, and the card anew.
+
+    Args:
+        folder (`str` or `Path`): The model folder.
+        evaluations (`Iterable`): See [`~transfer_scorecard.transfer_scorecard`], also for what is raised.
+
+    Returns:
+        Path of the card.
+    """
+    folder = Path(folder)
+    text = json.dumps(transfer_scorecard(folder, evaluations), indent=2)
+    write_text(folder / TRANSFER_FILE, f"{text}\n")
+    return write_model_card(folder)
 
 
 def write_model_card(folder: str | Path) -> Path:

@@ -19,6 +19,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--message", default="Upload with gppc push", help="title of the commit")
     parser.add_argument("--license", default="other", help="licence identifier for a data set (default: other)")
     parser.add_argument("--model", help="model repository that the demo asks")
+    parser.add_argument(
+        "--evaluation",
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="folders of `gppc evaluate` with this model, for its card; kept in the model folder as transfer.json",
+    )
     parser.add_argument("--attempts", type=int, default=6, help="attempts after dropped connections, 429 and 5xx")
 
 
@@ -53,6 +60,8 @@ def run(arguments: argparse.Namespace) -> int:
     kind = find_kind(arguments.kind, folder)
     if kind == "demo" and not arguments.model:
         raise ValueError("`--model` is missing; wanted the model repository that the demo asks.")
+    if arguments.evaluation and kind != "model":
+        raise ValueError(f"`--evaluation` is for the card of a model; this is a {kind}.")
     # Only now: importing takes seconds, a mistyped argument should not.
     from hub_card.hub_upload import Retries
     from hub_card.push import push_dataset, push_demo, push_metric, push_model
@@ -66,6 +75,10 @@ def run(arguments: argparse.Namespace) -> int:
         "retries": Retries(attempts=arguments.attempts),
     }
     if kind == "model":
+        if arguments.evaluation:
+            from hub_card.model_card import add_transfer
+
+            add_transfer(folder, arguments.evaluation)
         report = push_model(folder, arguments.repo_id, **options)
     elif kind == "dataset":
         report = push_dataset(folder, arguments.repo_id, license=arguments.license, **options)

@@ -143,9 +143,10 @@ def launcher(processes: int = 2) -> list[str]:
     return [*accelerate, *world, "--main_process_port", str(free_port()), str(ROOT / "train.py")]
 
 
-def run(command: list[str], timeout: float = 240, path: str | None = None) -> subprocess.CompletedProcess:
-    """Runs a command to its end, with both outputs as text; `path` goes before the modules that it finds."""
-    variables = environment()
+def run(command: list[str], timeout: float = 240, path: str | None = None, **more: str) -> subprocess.CompletedProcess:
+    """Runs a command to its end, with both outputs as text; `path` goes before the modules that it finds, `more` are
+    further environment variables."""
+    variables = {**environment(), **more}
     if path is not None:
         variables["PYTHONPATH"] = os.pathsep.join([path, variables["PYTHONPATH"]])
     return subprocess.run(

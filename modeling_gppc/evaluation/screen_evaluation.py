@@ -20,6 +20,7 @@ from modeling_gppc.evaluation.screen_scores import (
     score_prediction,
     summarise_method,
 )
+from modeling_gppc.evaluation.transfer_scorecard import weights_digest
 
 
 @dataclasses.dataclass
@@ -105,6 +106,7 @@ def summarise(run: ScreenRun, scores: dict[str, dict[str, np.ndarray]], options:
             if key not in ("model", "more_models")
         },
         "n_models": len(options.folders),
+        "weights": [weights_digest(folder) for folder in options.folders],
         "notes": run.notes,
         "n_cells": len(screen.values),
         "n_controls": int(screen.is_control.sum()),

@@ -4,10 +4,13 @@ import copy
 import json
 import re
 
+import numpy as np
 import pytest
 from huggingface_hub import ModelCard
+from safetensors.numpy import save_file
 
-from hub_card.model_card import METRICS, portable, render_model_card, shown, write_model_card
+from hub_card.model_card import METRICS, add_transfer, portable, render_model_card, shown, write_model_card
+from modeling_gppc.evaluation.transfer_scorecard import weights_digest
 
 CONFIG = {"model_type": "gppc", "pairings": ["same_type", "same_dataset"]}
 PREPROCESSOR = {
@@ -134,12 +137,100 @@ def test_figures_are_shown_where_there_are_any(folder):
     assert "![learning curve](figures/learning_curve.png)" in render_model_card(folder)
 
 
-def test_transfer_scores_are_shown_when_known(folder):
-    transfer = {"schema_version": 1, "splits": {"papalexi": RESULTS["splits"]["test"]}}
-    (folder / "transfer.json").write_text(json.dumps(transfer))
-    text = render_model_card(folder)
-    assert "**papalexi**" in text.split("## On real")[1]
+EVALUATION = {
+    "schema_version": 1,
+    "screen": "papalexi",
+    "mode": "zero-shot",
+    "n_perturbations": 25,
+    "n_scored_genes": 1_975,
+    "subject": "gppc",
+    "ceiling": {"split_half_pearson": 0.612345, "n_above_half": 9},
+    "methods": {
+        "context_mean": {"pearson_delta": 0.251, "pearson_delta_ci95": [0.2, 0.3], "reads_perturbed_cells": True},
+        "no_change": {"pearson_delta": None, "normalised_squared_error": 1.0, "reads_perturbed_cells": False},
+        "gppc": {
+            "pearson_delta": 0.151234,
+            "pearson_delta_ci95": [0.1, 0.2],
+            "normalised_squared_error": 0.987654,
+            "matched_minus_shuffled": 0.0123,
+            "matched_minus_shuffled_ci95": [-0.01, 0.03],
+            "l2_top_expressed": 3.0,
+            "reads_perturbed_cells": False,
+        },
+    },
+}
+
+
+@pytest.fixture
+def evaluation(folder):
+    """Writes `evaluation.json` of the model in `folder`, changed as asked for."""
+    save_file({"weight": np.ones(3)}, folder / "model.safetensors")
+
+    def write(name="evaluation", **changes):
+        found = folder.parent / name
+        found.mkdir(exist_ok=True)
+        content = {**copy.deepcopy(EVALUATION), "weights": [weights_digest(folder)], **changes}
+        (found / "evaluation.json").write_text(json.dumps(content))
+        return found
+
+    return write
+
+
+def test_every_figure_on_screens_is_that_of_the_evaluation(folder, evaluation):
+    other = evaluation("other", screen="replogle")
+    add_transfer(folder, [evaluation(), other])
+    assert [entry["screen"] for entry in json.loads((folder / "transfer.json").read_text())["screens"]] == [
+        "papalexi",
+        "replogle",
+    ]
+    text = (folder / "README.md").read_text().split("## On real")[1].split("## Limits")[0]
     assert "was not scored" not in text
+    head = "**papalexi**, zero-shot (25 perturbations, 1,975 genes; a replicate would correlate 0.6123)"
+    assert head in text and head.replace("papalexi", "replogle") in text
+    table = text.split(head)[1].split("**replogle**")[0].strip().splitlines()
+    assert table[0].count("|") == 5  # metrics that nobody has are left out
+    assert table[2:] == [
+        "| **gppc** | 0.1512 [0.1000, 0.2000] | 0.9877 | 0.0123 [-0.0100, 0.0300] |",
+        "| context_mean (perturbed cells) | 0.2510 [0.2000, 0.3000] | - | - |",
+        "| no_change | - | 1.0000 | - |",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weights": ["0" * 64]}, r"scored another model \(00000000, not "),
+        ({"weights": []}, "scored no model folder"),
+        ({"weights": ["0" * 64, "1" * 64]}, "scored another model"),
+        ({"methods": {"gppc": {}}}, "is not what `gppc evaluate` writes"),
+        ({"ceiling": None}, "is not what `gppc evaluate` writes"),
+    ],
+)
+def test_evaluations_that_are_not_of_this_model_are_refused(folder, evaluation, changes, message):
+    with pytest.raises(ValueError, match=message):
+        add_transfer(folder, [evaluation(**changes)])
+    assert not (folder / "transfer.json").exists()
+
+
+def test_other_bad_evaluations(folder, evaluation, tmp_path):
+    with pytest.raises(ValueError, match=r"holds no evaluation\.json"):
+        add_transfer(folder, [tmp_path / "absent"])
+    with pytest.raises(ValueError, match=r"'papalexi' [(]zero-shot[)] is given twice"):
+        add_transfer(folder, [evaluation(), evaluation("again")])
+    (folder / "transfer.json").write_text(json.dumps({"schema_version": 1, "splits": {}}))
+    with pytest.raises(ValueError, match="--evaluation DIR"):
+        render_model_card(folder)
+
+
+def test_the_card_of_a_run_that_goes_on(folder):
+    progress = {"step": 250, "max_steps": 3000, "eval_mse": 0.123456, "eval_linear_mse": 0.125, "eval_r2": 0.3}
+    (folder / "run.json").write_text(json.dumps({**RUN, "unfinished": progress}))
+    (folder / "results.json").unlink()
+    card = ModelCard.load(write_model_card(folder))
+    assert card.data.eval_results is None and card.data.license == "apache-2.0"
+    assert "this is step 250 of 3,000" in card.text and "0.1235 (linear response alone 0.1250)" in card.text
+    (folder / "run.json").write_text(json.dumps({**RUN, "unfinished": {"step": 1, "max_steps": 2}}))
+    assert "Last validation" not in render_model_card(folder)
 
 
 @pytest.mark.parametrize("key", ["store", "filters", "cells", "genes", "seconds", "flop", "seed", "command"])

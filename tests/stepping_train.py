@@ -1,0 +1,52 @@
+"""train.py that tells from outside how far it is: PROGRESS gets the number of batches trained, SEEN the cells of each.
+
+Both are environment variables with a path; SEEN is followed by the rank. Nothing of training itself is changed.
+"""
+
+import json
+import os
+import struct
+import sys
+
+from accelerate import PartialState
+from tiny_runs import train_module
+
+from modeling_gppc.training.stream_rows import TableCollator
+from modeling_gppc.training.trainer import GppcTrainer
+
+original_step, original_collate = GppcTrainer.training_step, TableCollator.__call__
+last_cells: list[int] = []
+
+
+def read_progress(path) -> int:
+    """Batches that the main process has trained on, counted over the whole run; 0 before the first."""
+    try:
+        return struct.unpack("<q", path.read_bytes())[0]
+    except (FileNotFoundError, struct.error):
+        return 0
+
+
+def collate(self, table):
+    """Remembers which cells the batch holds; with no workers, collating is what comes right before training."""
+    last_cells[:] = table.column("source_soma_joinid").to_pylist()
+    return original_collate(self, table)
+
+
+def step(self, *args, **kwargs):
+    """Notes the batch before it is trained on."""
+    if "PROGRESS" in os.environ and self.is_world_process_zero():
+        accumulated = self.args.gradient_accumulation_steps
+        self.batches = getattr(self, "batches", 0) + 1
+        done = self.state.global_step * accumulated + (self.batches - 1) % accumulated + 1
+        file = os.open(os.environ["PROGRESS"], os.O_WRONLY | os.O_CREAT)
+        os.pwrite(file, struct.pack("<q", done), 0)
+        os.close(file)
+    if "SEEN" in os.environ:
+        with open(f"{os.environ['SEEN']}{PartialState().process_index}", "a") as file:
+            file.write(json.dumps({"epoch": self.stream.positions[0][0], "cells": last_cells}) + "\n")
+    return original_step(self, *args, **kwargs)
+
+
+if __name__ == "__main__":
+    GppcTrainer.training_step, TableCollator.__call__ = step, collate
+    sys.exit(train_module().main())
