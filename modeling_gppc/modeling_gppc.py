@@ -326,9 +326,10 @@ class GppcModel(GppcPreTrainedModel):
         source = encoded.state_values[state_index[:, None], perturbation_ids]
         response = self.linear_response
         factors = encoded.factor_mean[state_index].to(response.loadings.dtype)
-        expected = response.gene_mean[perturbation_ids] + torch.einsum(
-            "bkr,br->bk", response.loadings[perturbation_ids], factors
-        )
+        # Not a matrix product, which autocast would round.
+        expected = response.gene_mean[perturbation_ids] + (
+            response.loadings[perturbation_ids] * factors[:, None]
+        ).sum(-1)
         known = encoded.measured[state_index[:, None], perturbation_ids]
         return torch.where(known, source, expected.to(source.dtype)) + perturbation_values
 
