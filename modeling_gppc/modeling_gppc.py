@@ -327,9 +327,8 @@ class GppcModel(GppcPreTrainedModel):
         response = self.linear_response
         factors = encoded.factor_mean[state_index].to(response.loadings.dtype)
         # Not a matrix product, which autocast would round.
-        expected = response.gene_mean[perturbation_ids] + (
-            response.loadings[perturbation_ids] * factors[:, None]
-        ).sum(-1)
+        shift = (response.loadings[perturbation_ids] * factors[:, None]).sum(-1)
+        expected = response.gene_mean[perturbation_ids] + shift
         known = encoded.measured[state_index[:, None], perturbation_ids]
         return torch.where(known, source, expected.to(source.dtype)) + perturbation_values
 
