@@ -2,10 +2,12 @@
 
     python benchmarks/bench_training.py --pairs runs/pbmc/pairs --config pbmc --workers 0 1
     python benchmarks/bench_training.py --pairs runs/pbmc/pairs --config pbmc --workers 1 --processes 1 2
+    python benchmarks/bench_training.py --stream cells.soma --config pbmc --steps 400 --workers 0 1
     python benchmarks/bench_training.py --smoke        # tiny synthetic pairs, to see that the benchmark runs
 
 Each line is a run of its own process(es), one thread each; two processes share the batch of one. The first log entries
-are left out: they hold the start of the workers.
+are left out: they hold the start of the workers. With `--stream` training reads from the store, whose shards are made
+small (2,048 cells), so that there are several; take enough steps for several pools of two shards.
 """
 
 import argparse
@@ -27,15 +29,16 @@ def train(arguments: argparse.Namespace) -> None:
     from modeling_gppc import GppcForPerturbationPrediction
     from modeling_gppc.training.arguments import parse_options
     from modeling_gppc.training.data_collator import PairCollator
-    from modeling_gppc.training.launch import start_processes
+    from modeling_gppc.training.launch import main_first, start_processes
     from modeling_gppc.training.pair_dataset import PairDataset
+    from modeling_gppc.training.prepare_data import prepare_pairs
+    from modeling_gppc.training.stream_rows import open_stream
     from modeling_gppc.training.trainer import make_trainer
 
     state = start_processes(arguments.cpu)
     with tempfile.TemporaryDirectory() as out:
         flags = {
-            "data.pairs": arguments.pairs,
-            "output_dir": out,
+            **source_flags(arguments),
             "training.max_steps": arguments.steps,
             "training.logging_steps": max(arguments.steps // 6, 1),
             "training.eval_steps": arguments.steps,
@@ -48,13 +51,19 @@ def train(arguments: argparse.Namespace) -> None:
             arguments.config, [part for flag in flags.items() for part in (f"--{flag[0]}", str(flag[1]))]
         )
         options.training.per_device_train_batch_size //= state.num_processes
-        folder = PairFolder(arguments.pairs)
+        if arguments.pairs:
+            folder = PairFolder(arguments.pairs)
+        else:
+            folder = main_first(state, lambda: prepare_pairs(options, progress=False))
+        rows = PairDataset(folder.split("train"), folder.pairings)
+        if arguments.stream:
+            rows = open_stream(options, folder, state.process_index, state.num_processes)
         trainer = make_trainer(
             GppcForPerturbationPrediction(options.model_config(folder.genes.num_rows, folder.pairings)),
             options.training,
             out,
             options.seed,
-            PairDataset(folder.split("train"), folder.pairings),
+            rows,
             PairDataset(folder.split("validation"), folder.pairings),
             PairCollator(folder.panels, options.pairs.perturbation, seed=options.seed),
             PairCollator(folder.panels),
@@ -68,13 +77,24 @@ def train(arguments: argparse.Namespace) -> None:
     state.destroy_process_group()
 
 
+def source_flags(arguments: argparse.Namespace) -> dict[str, str]:
+    """Options that say where the pairs come from."""
+    if arguments.pairs:
+        return {"data.pairs": arguments.pairs}
+    # One folder for all lines: what is not streamed is written once, before the first.
+    folder = str(Path(arguments.out).parent / "streamed")
+    shards = {"pairs.shard_cells": 2048, "pairs.query.uri": arguments.stream}
+    return {"output_dir": folder, "data.stream": "true", **shards}
+
+
 def launch(arguments: argparse.Namespace, workers: int, processes: int, out: Path) -> dict:
     """Runs `train` in so many processes."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     world = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", str(port)]
-    script = [__file__, "--one", "--pairs", arguments.pairs, "--config", arguments.config, "--out", str(out)]
+    source = ["--pairs", arguments.pairs] if arguments.pairs else ["--stream", arguments.stream]
+    script = [__file__, "--one", *source, "--config", arguments.config, "--out", str(out)]
     settings = ["--steps", str(arguments.steps), "--workers", str(workers), *(["--cpu"] if arguments.cpu else [])]
     command = [sys.executable, *(world if processes > 1 else []), *script, *settings]
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True)
@@ -98,6 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--pairs", help="pairs folder")
+    source.add_argument("--stream", metavar="URI", help="store to stream from")
     source.add_argument("--smoke", action="store_true", help="tiny synthetic pairs, few steps")
     parser.add_argument("--config", default="default", help="YAML file or the name of a shipped one")
     parser.add_argument("--steps", type=int, default=60)

@@ -38,6 +38,7 @@ from modeling_gppc.evaluation.screen_scores import (
     swapped_pearson,
 )
 from modeling_gppc.evaluation.screen_splits import combination_folds, held_out_group, perturbation_folds
+from modeling_gppc.evaluation.transfer_scorecard import transfer_scorecard
 from modeling_gppc.feature_extraction_gppc import GppcFeatureExtractor
 from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
 
@@ -373,6 +374,11 @@ def test_a_saved_model_is_scored_as_it_is(screen, tmp_path):
     others = np.setdiff1d(np.arange(N_GENES), [0, 2])
     assert np.allclose(prediction[row, others], expected[others], atol=1e-4)
     assert prediction[row, 0] == 0 and not prediction[evaluation.truth.labels.index("G0")].any()
+    # What the run leaves is what a card of this model takes its scorecard from.
+    (found,) = transfer_scorecard(tmp_path, [write_evaluation(evaluation, tmp_path / "scored")])["screens"]
+    assert found["subject"] == "gppc" and found["n_genes"] == evaluation.summary["n_scored_genes"]
+    for name, scores in evaluation.summary["methods"].items():
+        assert found["methods"][name]["pearson_delta"] == scores["pearson_delta"]
 
 
 def test_files_and_page(in_context, tmp_path):

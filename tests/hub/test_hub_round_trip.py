@@ -15,6 +15,7 @@ from data_scripts.pair_folder import PairFolder
 from hub_card.push import push_model
 from hub_card.upload_scan import ABSOLUTE_PATH, SECRETS
 from modeling_gppc.cli import main
+from modeling_gppc.evaluation.transfer_scorecard import weights_digest
 
 ROOT = Path(__file__).resolve().parents[2]
 WITH_PACKAGE = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -220,6 +221,38 @@ def test_an_interrupted_command_is_completed_by_repeating_it(hub, command, model
     hub.failures.clear()
     assert command("tester/model", model_folder)[0] == 0
     assert hub.history("model", "tester/model") == ["initial commit", "Upload with gppc push"]
+
+
+def test_an_evaluation_goes_into_the_card(hub, command, model_folder, pairs_folder, tmp_path):
+    scores = {"pearson_delta": 0.25, "pearson_delta_ci95": [0.125, 0.375], "reads_perturbed_cells": False}
+    summary = {
+        "screen": "papalexi",
+        "mode": "zero-shot",
+        "weights": [weights_digest(model_folder)],
+        "n_perturbations": 25,
+        "n_scored_genes": 1975,
+        "subject": "gppc",
+        "ceiling": {"split_half_pearson": 0.5},
+        "methods": {"gppc": scores, "no_change": {**scores, "pearson_delta": None}},
+    }
+    scored = tmp_path / "scored"
+    scored.mkdir()
+    (scored / "evaluation.json").write_text(json.dumps(summary))
+    assert command("tester/model", model_folder)[0] == 0
+    assert "was not scored on a real" in hub.files("model", "tester/model")["README.md"].decode()
+    status, out, err = command("tester/model", model_folder, "--evaluation", scored)
+    assert status == 0 and "2 files sent" in out, err
+    files = hub.files("model", "tester/model")
+    assert json.loads(files["transfer.json"])["screens"][0]["methods"]["gppc"]["pearson_delta"] == 0.25
+    assert "| **gppc** | 0.2500 [0.1250, 0.3750] |" in files["README.md"].decode()
+    scan(hub)
+    assert "nothing to change" in command("tester/model", model_folder)[1]  # a later push keeps it
+    status, out, err = command("tester/pairs", pairs_folder, "--evaluation", scored)
+    assert status == 2 and "`--evaluation` is for the card of a model; this is a dataset" in err
+    (scored / "evaluation.json").write_text(json.dumps({**summary, "weights": ["0" * 64]}))
+    status, out, err = command("tester/model", model_folder, "--evaluation", scored)
+    assert status == 2 and err.count("\n") == 1 and "scored another model" in err
+    assert hub.files("model", "tester/model") == files
 
 
 @pytest.mark.parametrize(
