@@ -32,7 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layer", help="raw (default), normalized or log_values")
     parser.add_argument("--n-genes", type=int, help="size of the gene panel")
     parser.add_argument("--pairs-per-cell", type=int, help="partners drawn for each cell")
-    parser.add_argument("--format", help="arrow (default, memory-mapped) or parquet (small)")
+    parser.add_argument(
+        "--format",
+        help="arrow (memory-mapped), parquet (small) or auto (default): parquet for panels of more than 4,096 genes",
+    )
     parser.add_argument("--seed", type=int, help="seed of matching and sampling")
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="any option, e.g. matching.policy=nearest"

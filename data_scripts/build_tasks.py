@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 from tqdm.auto import tqdm
 
 from data_scripts.cell_stream import CellStream
@@ -59,19 +60,34 @@ def build_shard(out: str, identity: str, index: int) -> None:
     """Writes the pair rows of a shard, its gene statistics and, last, its report `work/shard-*.json`."""
     plan = open_plan(out, identity)
     cells = plan.shard_cells(index)
-    values = read_shard_values(plan.matrix, cells, plan.options, plan.vocabulary, plan.gene_lengths)
+    with plan.reading:  # while another thread matches and writes what it has read
+        values = read_shard_values(plan.matrix, cells, plan.options, plan.vocabulary, plan.gene_lengths)
     rows = ShardRows(cells, values, plan.panels, plan.options, index, plan.revealable)
     files = {}
+    train_rows = plan.content["identity"].get("train_rows")
     for split in np.unique(cells.split):
-        name = f"{SPLITS[split]}/shard-{index:05d}.{plan.options.file_format}"
-        summary = write_table_atomically(rows.batches(split), PAIR_SCHEMA, plan.out / name)
+        name = f"{SPLITS[split]}/shard-{index:05d}.{plan.file_format}"
+        batches = rows.batches(split)
+        if split == 0 and train_rows is not None:
+            n_cells = np.count_nonzero(plan.cells.column("split").to_numpy() == 0)
+            batches = first_rows(batches, -(-train_rows * np.count_nonzero(cells.split == 0) // n_cells))
+        summary = write_table_atomically(batches, PAIR_SCHEMA, plan.out / name)
         if summary["n_rows"]:
             files[SPLITS[split]] = {"file": name, **summary}
         else:
             (plan.out / name).unlink()
+    if train_rows is not None:
+        rows.report.pop(SPLITS[0], None)  # not all were counted
     _write_npz(plan.work / f"shard-{index:05d}.npz", gene_moments(values, cells.split == 0))
     content = json.dumps({"files": files, "report": rows.report})
     write_bytes_atomically(content.encode(), plan.work / f"shard-{index:05d}.json")
+
+
+def first_rows(batches: Iterator[pa.RecordBatch], n: int) -> Iterator[pa.RecordBatch]:
+    """The first `n` rows; no more batches are made than they need. Rows of a shard are in random order."""
+    while n > 0 and (batch := next(batches, None)) is not None:
+        yield batch.slice(0, n)
+        n -= batch.num_rows
 
 
 def shard_done(plan: PairPlan, index: int) -> bool:

@@ -15,6 +15,7 @@ import pyarrow as pa
 
 from data_scripts.build_tasks import build_shard, count_part, load_part, run_tasks, shard_done
 from data_scripts.census_query import CellQuery
+from data_scripts.freed_memory import return_freed_memory
 from data_scripts.gene_selection import find_genes, read_gene_list, select_genes
 from data_scripts.pair_folder import MANIFEST, PairFolder, finish_pair_folder, read_table
 from data_scripts.pair_options import PairOptions
@@ -40,8 +41,17 @@ def exclusive(folder: Path) -> Iterator[None]:
         yield
 
 
+# What a stream needs of the plan.
+STREAMED_FROM = ("plan.json", "cells.arrow", "measured.npy", "genes.npy")
+
+
 def build_pairs(
-    options: PairOptions, out: str | Path, num_proc: int = 1, progress: bool = True, dask: str | None = None
+    options: PairOptions,
+    out: str | Path,
+    num_proc: int = 1,
+    progress: bool = True,
+    dask: str | None = None,
+    train_rows: int | None = None,
 ) -> PairFolder:
     """Builds a pairs folder, or finishes or opens the one that the same options began.
 
@@ -52,6 +62,8 @@ def build_pairs(
         progress (`bool`, *optional*, defaults to `True`): Show progress bars.
         dask (`str`, *optional*): Address of a `dask.distributed` scheduler to run the shards on; its workers must see
             the store and `out` under the same paths.
+        train_rows (`int`, *optional*): Write only about so many training rows, a random sample of the whole store, and
+            keep the plan: for training from a [`~stream_pairs.PairStream`]. The other splits are written whole.
 
     Raises:
         ValueError: For bad options, a bad store or a folder of another run; before long work where it can be known.
@@ -61,6 +73,8 @@ def build_pairs(
         raise ValueError(f"`num_proc` is {num_proc}; wanted at least 1.")
     query = query_for(options)
     identity = plan_identity(options, query.source)
+    if train_rows is not None:
+        identity["train_rows"] = train_rows
     if check_folder(out, identity) == "finished":
         return PairFolder(out)
     with exclusive(out):
@@ -71,6 +85,7 @@ def build_pairs(
         todo = [index for index in range(plan.n_shards) if not shard_done(plan, index)]
         run_tasks(build_shard, plan, todo, num_proc, progress, "pairs", dask)
         finish(plan)
+        return_freed_memory()
     return PairFolder(out)
 
 
@@ -145,6 +160,10 @@ def finish(plan: PairPlan) -> None:
         splits[name] = {"n_pairs": sum(shard["n_rows"] for shard in shards), "shards": shards}
     report = merge_reports([report["report"] for report in reports])
     report["panel"] = json.loads((plan.work / "panel.json").read_text())
+    sampled = plan.content["identity"].get("train_rows") is not None
+    if sampled:
+        n_cells = int(np.count_nonzero(plan.cells.column("split").to_numpy() == 0))
+        report["splits"] = {SPLITS[0]: {"cells": n_cells}, **report["splits"]}
     if not any(entry["n_pairs"] for entry in splits.values()):
         raise ValueError(f"no cell found a partner ({report['splits']}); relax `pairings` or `min_shared_genes`.")
     options = dataclasses.asdict(plan.options)
@@ -162,9 +181,15 @@ def finish(plan: PairPlan) -> None:
             "identity": plan.content["identity"],
             "splits": splits,
             "report": report,
+            **({"train_split": "a random sample of the pairs; training streams all of them"} if sampled else {}),
         },
     )
-    shutil.rmtree(plan.work)
+    if sampled:
+        for path in plan.work.iterdir():
+            if path.name not in STREAMED_FROM:
+                path.unlink()
+    else:
+        shutil.rmtree(plan.work)
 
 
 def merge_reports(reports: list[dict]) -> dict:

@@ -11,11 +11,12 @@ import pandas as pd
 import scipy.sparse as sp
 import tiledbsoma
 
+from data_scripts.freed_memory import keep_freed_memory
 from data_scripts.pair_options import QueryOptions
 from modeling_gppc.feature_extraction_gppc import close_matches
 
-# Peak memory of a reader fell from 6.0 to 1.2 GB with buffers of this size, at the same speed.
-TILEDB_CONFIG = {"soma.init_buffer_bytes": 128 * 1024**2}
+# Small buffers are filled, copied and filled again: most time of a reader with large ones goes into fresh memory.
+TILEDB_CONFIG = {"soma.init_buffer_bytes": 4 * 1024**2}
 MEASUREMENT = "RNA"
 PRESENCE = "feature_dataset_presence_matrix"
 
@@ -62,6 +63,7 @@ def open_experiment(options: QueryOptions) -> tuple[tiledbsoma.Collection, tiled
     """
     import cellxgene_census
 
+    keep_freed_memory()
     if options.uri is None:
         version = options.census_version or "stable"
         try:

@@ -9,9 +9,10 @@ from data_scripts.cell_stream import CellStream, read_values
 from data_scripts.census_query import CellQuery
 from data_scripts.gene_selection import count_genes, find_genes, gene_lengths_of, read_gene_list, select_genes
 from data_scripts.pair_options import PairOptions, PanelOptions
-from data_scripts.pair_plan import cell_table, query_for, shard_bounds
+from data_scripts.pair_plan import auto_format, cell_table, query_for, shard_bounds
 from data_scripts.pair_shard import CellTable, ShardRows
-from data_scripts.schema import SPLITS
+from data_scripts.schema import PAIR_SCHEMA, SPLITS
+from data_scripts.shard_files import shard_writer
 
 SAMPLE_BLOCKS = 4
 SAMPLE_CELLS = 512
@@ -62,6 +63,7 @@ def estimate(options: PairOptions, num_proc: int = 1) -> dict:
         "genes": sample["genes"],
         "shards": len(bounds) - 1,
         "pairs_at_most": n_pairs,
+        "file_format": sample["file_format"],
         "gigabytes": sample["bytes_per_pair"] * n_pairs / 1e9,
         "minutes": (pair_pass + panel_pass * needs_panel) / 60 / max(1, min(num_proc, len(bounds) - 1)),
     }
@@ -108,13 +110,18 @@ def _sample(query: CellQuery, options: PairOptions, cells: pa.Table) -> dict:
         len(options.matching.pairings),
     )
     everything = [np.ones(len(chosen_genes), dtype=bool)] * len(SPLITS)
-    batches = list(ShardRows(labels, values, panels, options, 0, everything).batches(0))
-    n_rows = sum(batch.num_rows for batch in batches)
+    file_format = auto_format(len(chosen_genes)) if options.file_format == "auto" else options.file_format
+    sink, n_rows = pa.BufferOutputStream(), 0
+    with shard_writer(sink, PAIR_SCHEMA, f".{file_format}") as writer:
+        for batch in ShardRows(labels, values, panels, options, 0, everything).batches(0):
+            writer.write_batch(batch)
+            n_rows += batch.num_rows
     return {
+        "file_format": file_format,
         "genes": genes,
         "read_seconds_per_cell": seconds / len(chosen),
         "pair_seconds": (time.perf_counter() - began) / max(n_rows, 1),
-        "bytes_per_pair": sum(batch.nbytes for batch in batches) / max(n_rows, 1),
+        "bytes_per_pair": sink.tell() / max(n_rows, 1),
     }
 
 
@@ -131,7 +138,7 @@ def tell(numbers: dict) -> str:
             f"with a partner    {numbers['cells_with_a_possible_partner']:,} cells",
             f"genes by rule     {', '.join(f'{name} {n:,}' for name, n in numbers['genes'].items())} (from a sample)",
             f"pairs             at most {numbers['pairs_at_most']:,} in {numbers['shards']:,} shards",
-            f"on disk           about {numbers['gigabytes']:.2f} GB as arrow",
+            f"on disk           about {numbers['gigabytes']:.2f} GB as {numbers['file_format']}",
             f"time              about {numbers['minutes']:.1f} minutes",
         ]
     )

@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import uuid
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -11,82 +9,21 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import xxhash
+from tqdm.auto import tqdm
 
 from data_scripts.schema import GENE_SCHEMA, PAIR_SCHEMA, PANEL_SCHEMA, SCHEMA_VERSION, SPLITS
+from data_scripts.shard_files import (
+    file_digest,
+    read_decoded,
+    read_table,
+    write_bytes_atomically,
+    write_table_atomically,
+)
 from modeling_gppc.feature_extraction_gppc import close_matches
 
 MANIFEST = "manifest.json"
 FILE_FORMATS = ("arrow", "parquet")
-
-
-def write_bytes_atomically(content: bytes, path: str | Path) -> None:
-    """Writes `content` under a temporary name beside `path` and renames it: a reader sees all of it or nothing."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_table_atomically(batches: Iterable[pa.RecordBatch], schema: pa.Schema, path: str | Path) -> dict:
-    """Writes record batches to one `.arrow` (IPC stream) or `.parquet` (zstd) file, atomically.
-
-    The bytes depend on the batches only, so equal rows in equal batches give an equal digest.
-
-    Args:
-        batches (`Iterable[pa.RecordBatch]`): Rows in `schema`.
-        schema (`pa.Schema`): Schema of the file.
-        path (`str` or `Path`): Where to; the ending chooses the format.
-
-    Returns:
-        `dict` with `n_rows`, `n_bytes` and `digest` of the file.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    n_rows = 0
-    try:
-        with pa.OSFile(str(temporary), "wb") as sink:
-            if path.suffix == ".parquet":
-                writer = pq.ParquetWriter(sink, schema, compression="zstd", compression_level=3)
-            else:
-                writer = pa.ipc.new_stream(sink, schema)
-            with writer:
-                for batch in batches:
-                    writer.write_batch(batch)
-                    n_rows += batch.num_rows
-        summary = {"n_rows": n_rows, "n_bytes": temporary.stat().st_size, "digest": file_digest(temporary)}
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return summary
-
-
-def file_digest(path: str | Path) -> str:
-    """Digest (xxh3, 16 bytes, hexadecimal) of a file's bytes: tells damage apart, at the speed of memory."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
-
-
-def read_table(path: str | Path) -> pa.Table:
-    """Opens a shard: `.arrow` memory-mapped without a copy, `.parquet` decoded.
-
-    Raises:
-        ValueError: If the file cannot be read as what its ending says.
-    """
-    path = Path(path)
-    try:
-        if path.suffix == ".parquet":
-            return pq.read_table(path)
-        return pa.ipc.open_stream(pa.memory_map(str(path), "r")).read_all()
-    except (pa.ArrowInvalid, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"`{path}` is damaged ({reason}); delete it and run `gppc build-pairs` again.") from error
+DECODED_IN_MEMORY = 64 * 1024**2  # bytes of parquet in a split up to which it is simply decoded into memory
 
 
 def write_pair_folder(
@@ -250,13 +187,21 @@ class PairFolder:
     def split(self, name: str) -> pa.Table:
         """Rows of a split in `PAIR_SCHEMA`: memory-mapped shards, one after the other, nothing copied.
 
+        Shards in parquet are decoded once into the cache of decoded shards (see [`read_decoded`]) and mapped from
+        there, or into memory where they are few.
+
         Raises:
             ValueError: If the folder holds no such split.
         """
         if name not in self.splits:
             raise ValueError(f"`split` {name!r} is not in {self.path}{close_matches(str(name), self.splits)}.")
         shards = self.manifest["splits"][name]["shards"]
-        return pa.concat_tables([read_table(self.path / shard["file"]) for shard in shards])
+        packed = sum(shard["n_bytes"] for shard in shards if shard["file"].endswith(".parquet"))
+        if packed <= DECODED_IN_MEMORY:
+            return pa.concat_tables([read_table(self.path / shard["file"]) for shard in shards])
+        # The bar appears only where decoding takes its time.
+        bar = tqdm(shards, desc=f"decoding {name}", unit="shard", delay=2)
+        return pa.concat_tables([read_decoded(self.path / shard["file"], shard["digest"]) for shard in bar])
 
     def dataset(self, name: str):
         """The same rows as a `datasets.Dataset` over the same memory.

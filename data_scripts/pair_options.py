@@ -254,7 +254,8 @@ class PairOptions:
         seed (`int`, *optional*, defaults to 0): Seed of matching and perturbation sampling.
         shard_cells (`int`, *optional*, defaults to 16,384): Cells in a shard, which is also the waiting room in which
             partners are sought.
-        file_format (`str`, *optional*, defaults to `"arrow"`): `arrow` (memory-mapped) or `parquet` (small).
+        file_format (`str`, *optional*, defaults to `"auto"`): `arrow` (memory-mapped), `parquet` (small; decoded once
+            into a cache for training) or `auto`: parquet for panels of more than 4,096 genes.
     """
 
     query: QueryOptions = field(default_factory=QueryOptions)
@@ -264,7 +265,7 @@ class PairOptions:
     splits: SplitOptions = field(default_factory=SplitOptions)
     seed: int = 0
     shard_cells: int = 16_384
-    file_format: Literal["arrow", "parquet"] = "arrow"
+    file_format: Literal["auto", "arrow", "parquet"] = "auto"
 
     def __post_init__(self):
         _check(self.shard_cells >= 2, "shard_cells", self.shard_cells, "at least 2 cells")

@@ -22,8 +22,15 @@ from data_scripts.schema import CONTEXT_COLUMNS, SCHEMA_VERSION, SPLITS
 from data_scripts.splits import assign_splits, columns_of, held_out_gene_split
 
 BUILD_VERSION = 1  # raised whenever the same options would give other rows
+# Panels up to this size are written as they are mapped; rows of larger ones are packed to a quarter.
+MAPPED_GENES = 4_096
 WORK = "work"
 PLAN = "plan.json"
+
+
+def auto_format(n_genes: int) -> str:
+    """File format of a panel of so many genes where none is asked for."""
+    return "parquet" if n_genes > MAPPED_GENES else "arrow"
 
 
 def digest_of(content) -> str:
@@ -189,6 +196,7 @@ class PairPlan:
         self.options = from_mapping(PairOptions, self.content["options"], "options")
         self.n_shards = len(self.content["bounds"]) - 1
         self._opening = threading.Lock()
+        self.reading = threading.Lock()  # held while a shard is read: threads take turns, so memory is bounded
 
     @classmethod
     def create(cls, out: str | Path, query: CellQuery, options: PairOptions, identity: dict) -> "PairPlan":
@@ -257,6 +265,13 @@ class PairPlan:
     def genes(self) -> np.ndarray:
         """Chosen genes (`soma_joinid`, ascending); their order is the vocabulary's."""
         return np.load(self.work / "genes.npy")
+
+    @property
+    def file_format(self) -> str:
+        """`arrow` or `parquet`; `auto` depends on the size of the panel."""
+        if self.options.file_format != "auto":
+            return self.options.file_format
+        return auto_format(len(self.genes))
 
     @cached_property
     def vocabulary(self) -> np.ndarray:

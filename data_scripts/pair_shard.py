@@ -9,11 +9,11 @@ import scipy.sparse as sp
 from data_scripts.cell_stream import CellStream, read_values
 from data_scripts.pair_options import PairOptions
 from data_scripts.partner_matching import match_partners
-from data_scripts.perturbation_sampling import sample_from_changes
+from data_scripts.perturbation_sampling import candidate_changes, sample_from_changes
 from data_scripts.schema import CONTEXT_COLUMNS, PAIR_SCHEMA, SPLITS, TARGET_COLUMNS
 
 ROWS_PER_BATCH = 1_024
-MOMENT_ENTRIES = 1 << 17  # summed at once: few enough to stay in the processor's cache
+MOMENT_CELLS = 128  # summed at once: few enough to stay in the processor's cache
 # Why a cell is in no pair, besides the reasons of partner matching.
 NO_CHANGE = "no_differing_gene"
 LEFT_OVER = "too_few_for_a_state"
@@ -181,7 +181,8 @@ class ShardRows:
 
     def _rows(self, source, target, pairing, split, rng, sums) -> tuple[pa.RecordBatch, np.ndarray]:
         before, after = self.values[source], self.values[target]
-        changes = self._candidates(before, after, source, target, self.revealable[split])
+        own, other = self.cells.panel[source], self.cells.panel[target]
+        changes = candidate_changes(before, after, self.panels, own, other, self.revealable[split])
         kept = np.diff(changes.indptr) >= min(1, self.options.perturbation.min_genes)
         if not kept.all():
             source, target, pairing = source[kept], target[kept], pairing[kept]
@@ -214,20 +215,6 @@ class ShardRows:
         arrays = [_array(columns[field.name], field.type) for field in PAIR_SCHEMA]
         return pa.RecordBatch.from_arrays(arrays, schema=PAIR_SCHEMA), kept
 
-    def _candidates(self, before, after, source, target, revealable) -> sp.csr_matrix:
-        """Changes of the genes that may be revealed: measured in both cells, differing, allowed in the split."""
-        changes = (after - before).tocsr()
-        own, other = self.cells.panel[source], self.cells.panel[target]
-        wanted = changes.data != 0
-        if (own != other).any() or not revealable.all():
-            rows = np.repeat(np.arange(len(source)), np.diff(changes.indptr))
-            genes = changes.indices
-            wanted &= self.panels[own[rows], genes] & self.panels[other[rows], genes] & revealable[genes]
-        if wanted.all():
-            return changes
-        indptr = np.concatenate([[0], np.cumsum(wanted)])[changes.indptr]
-        return sp.csr_matrix((changes.data[wanted], changes.indices[wanted], indptr), shape=changes.shape)
-
 
 def _lists(offsets: np.ndarray, values: np.ndarray, kind: pa.DataType) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values, kind))
@@ -239,12 +226,13 @@ def _array(values, kind: pa.DataType) -> pa.Array:
 
 def gene_moments(values: sp.csr_matrix, chosen: np.ndarray) -> dict[str, np.ndarray]:
     """Number of cells that express each gene, sum and sum of squares of its values over the chosen cells."""
-    part = values if chosen.all() else values[chosen]
-    n_genes = part.shape[1]
+    n_genes = values.shape[1]
     totals = {"n_expressed": np.zeros(n_genes, np.int64), "sums": np.zeros(n_genes), "squares": np.zeros(n_genes)}
-    for first in range(0, part.nnz, MOMENT_ENTRIES):
-        genes = part.indices[first : first + MOMENT_ENTRIES].astype(np.intp)
-        data = part.data[first : first + MOMENT_ENTRIES].astype(np.float64)
+    rows = np.flatnonzero(chosen)
+    for first in range(0, len(rows), MOMENT_CELLS):
+        part = values[rows[first : first + MOMENT_CELLS]]
+        genes = part.indices.astype(np.intp)
+        data = part.data.astype(np.float64)
         totals["n_expressed"] += np.bincount(genes, minlength=n_genes)
         totals["sums"] += np.bincount(genes, weights=data, minlength=n_genes)
         totals["squares"] += np.bincount(genes, weights=data * data, minlength=n_genes)

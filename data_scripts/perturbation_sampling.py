@@ -16,71 +16,53 @@ def draw_numbers(n: int, options: PerturbationOptions, rng: np.random.Generator)
     return np.minimum(low + rng.geometric(1.0 / (options.mean_genes - low + 1.0), size=n) - 1, high)
 
 
-def sample_perturbations(
-    source_values: np.ndarray,
-    target_values: np.ndarray,
-    both_measured: np.ndarray,
-    rng: np.random.Generator,
-    options: PerturbationOptions,
+def candidate_changes(
+    source: sp.csr_matrix,
+    target: sp.csr_matrix,
+    panels: np.ndarray,
+    source_panel: np.ndarray,
+    target_panel: np.ndarray,
     allowed: np.ndarray | None = None,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draws the revealed genes of a batch, for redrawing them every epoch.
+) -> sp.csr_matrix:
+    """Changes of the genes that may be revealed: measured in both cells, differing, allowed.
 
     Args:
-        source_values (`np.ndarray`): Normalised values of the source cells, shape `(B, V)`.
-        target_values (`np.ndarray`): Of the target cells, shape `(B, V)`.
-        both_measured (`np.ndarray`): Genes measured in both, bool of shape `(B, V)` or `(V,)`.
-        rng (`np.random.Generator`): The only source of randomness.
-        options (`PerturbationOptions`): How many and which.
+        source, target (`sp.csr_matrix`): Values of the cells, shape `(B, V)`.
+        panels (`np.ndarray`): Measured genes, bool of shape `(P, V)`.
+        source_panel, target_panel (`np.ndarray`): Panel of each cell, shape `(B,)`.
         allowed (`np.ndarray`, *optional*): Genes that may be revealed, bool of shape `(V,)`.
 
     Returns:
-        Tuple of `ids` (int64), `values` (float32; target minus source) and `mask` (int64; 1 = a revealed gene), each
-        `(B, K)` with `K = options.max_genes`; ids ascend within a row and are 0 where the mask is.
+        `sp.csr_matrix` of target minus source, no stored zeros, shape `(B, V)`.
     """
-    change = np.subtract(target_values, source_values, dtype=np.float32)
-    candidate = (change != 0) & both_measured
-    if allowed is not None:
-        candidate &= allowed
-    n, width = change.shape[0], min(options.max_genes, change.shape[1])
-    numbers = np.minimum(draw_numbers(n, options, rng), candidate.sum(1))
-    if options.weighting == "change":
-        # The first arrivals of exponential clocks: successive draws in proportion to the rates, without replacement.
-        with np.errstate(divide="ignore", invalid="ignore"):
-            keys = rng.standard_exponential(change.shape, dtype=np.float32) / np.abs(change)
-    else:
-        keys = rng.random(change.shape, dtype=np.float32)
-    keys[~candidate] = np.inf
-    ids = np.zeros((n, options.max_genes), dtype=np.int64)
-    if width < change.shape[1]:
-        first = np.argpartition(keys, width, axis=1)[:, :width]
-        first = np.take_along_axis(first, np.argsort(np.take_along_axis(keys, first, 1), axis=1, kind="stable"), 1)
-    else:
-        first = np.argsort(keys, axis=1, kind="stable")
-    ids[:, :width] = first
-    mask = np.arange(options.max_genes)[None, :] < numbers[:, None]
-    return _finish(ids, mask, lambda rows, genes: change[rows, genes], change.shape[1])
-
-
-def _finish(ids, mask, look_up, n_genes):
-    """Sorts the revealed genes of each row, pads with zeros and looks their changes up."""
-    ids = np.sort(np.where(mask, ids, n_genes), axis=1)
-    ids = np.where(mask, ids, 0)
-    values = np.zeros(ids.shape, dtype=np.float32)
-    rows, columns = np.nonzero(mask)
-    values[rows, columns] = look_up(rows, ids[rows, columns])
-    return ids, values, mask.astype(np.int64)
+    changes = (target - source).tocsr()
+    wanted = changes.data != 0
+    if allowed is not None and not allowed.all():
+        wanted &= allowed[changes.indices]
+    for row in np.flatnonzero(source_panel != target_panel).tolist():  # a gene that one of them expresses
+        part = slice(changes.indptr[row], changes.indptr[row + 1])
+        genes = changes.indices[part]
+        wanted[part] &= panels[source_panel[row]][genes] & panels[target_panel[row]][genes]
+    if wanted.all():
+        return changes
+    indptr = np.concatenate([[0], np.cumsum(wanted)])[changes.indptr]
+    return sp.csr_matrix((changes.data[wanted], changes.indices[wanted], indptr), shape=changes.shape)
 
 
 def sample_from_changes(
-    changes: sp.csr_matrix, rng: np.random.Generator, options: PerturbationOptions
+    changes: sp.csr_matrix,
+    rng: np.random.Generator,
+    options: PerturbationOptions,
+    clocks: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The same draw from sparse rows, at a cost that grows with the number of revealed genes, not of candidates.
+    """Draws the revealed genes of each row, at a cost that grows with their number, not with that of candidates.
 
     Args:
         changes (`sp.csr_matrix`): Target minus source at the candidate genes, no stored zeros, shape `(B, V)`.
         rng (`np.random.Generator`): The only source of randomness.
         options (`PerturbationOptions`): How many and which.
+        clocks (`np.ndarray`, *optional*): For `weighting="change"`, an exponential number of mean 1 for every stored
+            change, where these are not to come from `rng`.
 
     Returns:
         Tuple of `offsets` (int32, `(B + 1,)`), `ids` (int32) and `values` (float32) of the revealed genes, ascending
@@ -92,7 +74,7 @@ def sample_from_changes(
     if options.weighting == "uniform":
         picks = _distinct_integers(available, width, rng)
     else:
-        picks = _weighted(changes, width, rng)
+        picks = _weighted(changes, width, rng.standard_exponential(changes.nnz) if clocks is None else clocks)
     mask = np.arange(width)[None, :] < numbers[:, None]
     picks = np.sort(np.where(mask, picks, np.iinfo(np.int64).max), axis=1)
     entries = (changes.indptr[:-1, None].astype(np.int64) + np.where(mask, picks, 0))[mask]
@@ -113,10 +95,10 @@ def _distinct_integers(available: np.ndarray, width: int, rng: np.random.Generat
     return picks
 
 
-def _weighted(changes: sp.csr_matrix, width: int, rng: np.random.Generator) -> np.ndarray:
+def _weighted(changes: sp.csr_matrix, width: int, clocks: np.ndarray) -> np.ndarray:
     """Positions within each row of the `width` first arrivals of clocks with rates |change|, `(B, width)`."""
     n = changes.shape[0]
-    keys = rng.standard_exponential(changes.nnz) / np.abs(changes.data)
+    keys = clocks / np.abs(changes.data)
     picks = np.zeros((n, width), dtype=np.int64)
     rows = np.flatnonzero(np.diff(changes.indptr))
     starts = changes.indptr[rows].astype(np.int64)

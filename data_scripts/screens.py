@@ -1,141 +1,15 @@
 """CRISPR screens in AnnData files: labels read, genes found, cells normalised, exclusions counted."""
 
 import dataclasses
-import re
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import anndata
 import numpy as np
 import scipy.sparse
 
+from data_scripts.screen_labels import CONTROL, Perturbation, read_labels
+from data_scripts.screen_options import ScreenOptions, find_column
 from modeling_gppc.feature_extraction_gppc import check_raw_counts, close_matches, normalize_counts
-
-# Names by which the usual collections (scPerturb, pertpy, cell-eval, GEARS, Census) call their columns, best first.
-STANDARD_COLUMNS = {
-    "perturbation": (
-        "perturbation",
-        "perturbation_name",
-        "target_gene",
-        "target",
-        "gene",
-        "gene_target",
-        "condition",
-        "guide_target",
-        "sgRNA_target",
-        "gene_name",
-        "treatment",
-    ),
-    "batch": ("batch", "batch_var", "gem_group", "gemgroup", "replicate", "sample", "lane", "donor_id"),
-    "cell_line": ("cell_line", "cell_type", "celltype", "cellline"),
-    "modality": ("perturbation_type", "modality", "crispr_type"),
-    "library_size": ("n_counts_full", "total_counts_full", "ncounts_full"),
-    "n_expressed": ("n_genes_full", "ngenes_full"),
-    "p_mito": ("p_mito", "percent_mito", "pct_counts_mt", "percent.mt"),
-}
-CONTROL_WORDS = frozenset(
-    [
-        "control",
-        "ctrl",
-        "nt",
-        "ntc",
-        "nontargeting",
-        "nontarget",
-        "negative",
-        "negativecontrol",
-        "negctrl",
-        "neg",
-        "scramble",
-        "scrambled",
-        "safe",
-        "safetargeting",
-        "unperturbed",
-        "untreated",
-        "mock",
-        "vehicle",
-        "dmso",
-        "none",
-        "wt",
-        "wildtype",
-    ]
-)
-NON_GENE_MODALITIES = ("cytokine", "drug", "compound", "chemical", "small molecule", "stimulation", "ligand")
-MODALITIES = ("knock-out", "CRISPRi", "CRISPRa", "overexpression", "unknown")
-CONTROL = "control"
-
-
-@dataclasses.dataclass
-class ScreenOptions:
-    """How to read a screen.
-
-    Args:
-        perturbation_column, batch_column, cell_line_column, library_size_column (`str`, *optional*): Columns of `obs`;
-            found by their standard names when absent.
-        symbol_column (`str`, *optional*): Column of `var` with symbols; `symbol`, `gene_symbol`, `gene_name` or
-            `feature_name` is taken when absent, else the index.
-        control_labels (`list[str]`, *optional*): Labels of control cells; found by their usual words when absent.
-        layer (`str`, *optional*): Layer with the values; `X` when absent.
-        value_kind (`str`, *optional*, defaults to `"counts"`): `"counts"`, or `"log"` for values that are normalised
-            log values already. Never guessed.
-        target_sum (`float`, *optional*, defaults to 10,000): See `normalize_counts`.
-        label_genes (`dict[str, str]`, *optional*): Perturbation label -> gene (or `A+B`) that it stands for, e.g. for
-            enhancers or cytokines.
-        guide_efficiency (`dict[str, float]`, *optional*): Share of a target's expression that its guides remove,
-            stated by the user; used only where the change cannot be measured.
-        min_cells (`int`, *optional*, defaults to 10): Perturbations with fewer cells are set aside.
-        max_cells (`int`, *optional*): At most so many cells a label, drawn with `seed`.
-        seed (`int`, *optional*, defaults to 0): Of that draw.
-    """
-
-    perturbation_column: str | None = None
-    batch_column: str | None = None
-    cell_line_column: str | None = None
-    library_size_column: str | None = None
-    symbol_column: str | None = None
-    control_labels: list[str] | None = None
-    layer: str | None = None
-    value_kind: str = "counts"
-    target_sum: float = 10_000.0
-    label_genes: dict[str, str] = dataclasses.field(default_factory=dict)
-    guide_efficiency: dict[str, float] = dataclasses.field(default_factory=dict)
-    min_cells: int = 10
-    max_cells: int | None = None
-    seed: int = 0
-
-    def __post_init__(self):
-        if self.value_kind not in ("counts", "log"):
-            raise ValueError(f"`value_kind` is {self.value_kind!r}; wanted 'counts' or 'log'.")
-        if self.min_cells < 2:
-            raise ValueError(
-                f"`min_cells` is {self.min_cells}; a mean of fewer than 2 cells has no error: wanted >= 2."
-            )
-        for gene, share in self.guide_efficiency.items():
-            if not 0 <= share <= 1:
-                raise ValueError(f"`guide_efficiency` of `{gene}` is {share}; wanted a share between 0 and 1.")
-
-
-@dataclasses.dataclass
-class Perturbation:
-    """One perturbation of a screen.
-
-    Args:
-        label (`str`): Genes in alphabetical order joined by `+`.
-        genes (`tuple[str, ...]`): Symbols (or ids) of its targets.
-        gene_index (`np.ndarray`): Columns of the targets; -1 where not measured.
-        modality (`str`): One of `knock-out`, `CRISPRi`, `CRISPRa`, `overexpression`, `unknown`.
-        n_cells (`int`): Cells that carry it.
-    """
-
-    label: str
-    genes: tuple[str, ...]
-    gene_index: np.ndarray
-    modality: str
-    n_cells: int
-
-    @property
-    def measured(self) -> bool:
-        """Whether every target is among the measured genes."""
-        return bool((self.gene_index >= 0).all())
 
 
 @dataclasses.dataclass
@@ -238,63 +112,6 @@ class Screen:
         return "\n".join(lines)
 
 
-def find_column(names: Sequence[str], kind: str, given: str | None, required: bool = False) -> str | None:
-    """Column of a kind: the one given, or the first of its standard names that is there (case does not matter).
-
-    Raises:
-        ValueError: If the given column, or a required one, is not there.
-    """
-    names = [str(name) for name in names]
-    if given is not None:
-        if given not in names:
-            raise ValueError(f"`{kind}_column` {given!r} is not a column of obs{close_matches(given, names)}.")
-        return given
-    folded = {name.casefold(): name for name in reversed(names)}
-    for standard in STANDARD_COLUMNS[kind]:
-        if standard.casefold() in folded:
-            return folded[standard.casefold()]
-    if required:
-        wanted = ", ".join(STANDARD_COLUMNS[kind][:6])
-        raise ValueError(f"`{kind}_column` is not given and obs has none of {wanted}{close_matches(wanted, names)}.")
-    return None
-
-
-def _fold(text: str) -> str:
-    return re.sub(r"[\s_\-.]+", "", text).casefold()
-
-
-def is_control_word(part: str) -> bool:
-    """Whether a label means "no perturbation", whatever its case and separators; numbered controls included."""
-    folded = _fold(part)
-    return folded in CONTROL_WORDS or re.sub(r"\d+$", "", folded) in CONTROL_WORDS - {
-        "nt",
-        "wt",
-        "neg",
-        "safe",
-        "none",
-    }
-
-
-def split_label(label: str) -> list[str]:
-    """Parts of a combination: `A+B`, `A;B`, `A,B`, `A&B`, `A|B`; control parts (`A+ctrl`) are dropped."""
-    parts = [part.strip() for part in re.split(r"[+;,&|]", label)]
-    return [part for part in parts if part and not is_control_word(part)]
-
-
-def read_modality(text: str) -> str:
-    """One of [`MODALITIES`] from free text such as `CRISPRko` or `dCas9-KRAB`."""
-    folded = _fold(text)
-    for words, name in (
-        (("crispri", "krab", "interference", "knockdown", "kd"), "CRISPRi"),
-        (("crispra", "vp64", "vpr", "activation"), "CRISPRa"),
-        (("crisprko", "knockout", "ko", "crispr", "cas9"), "knock-out"),
-        (("overexpression", "orf", "oe", "cdna"), "overexpression"),
-    ):
-        if any(word in folded for word in words):
-            return name
-    return "unknown"
-
-
 def read_screen(source: str | Path | anndata.AnnData, options: ScreenOptions | None = None) -> Screen:
     """Reads and checks a screen; see [`ScreenOptions`] for what is found and what must be said.
 
@@ -327,7 +144,7 @@ def read_screen(source: str | Path | anndata.AnnData, options: ScreenOptions | N
     text = obs[column].astype(object).where(obs[column].notna(), "").astype(str).str.strip().to_numpy(dtype=object)
     modality_column = find_column(obs.columns, "modality", None)
     modalities = obs[modality_column].astype(str).to_numpy() if modality_column else np.full(len(obs), "")
-    label, perturbations, exclusions = _read_labels(text.astype(str), modalities, symbols, ids, options, column)
+    label, perturbations, exclusions = read_labels(text.astype(str), modalities, symbols, ids, options, column)
 
     keep = np.flatnonzero(label != "")
     if options.max_cells is not None:
@@ -422,83 +239,6 @@ def _check_values(matrix, value_kind: str) -> None:
     check_raw_counts(stored, "screen")
 
 
-def _read_labels(text, modalities, symbols, ids, options: ScreenOptions, column: str):
-    """Canonical label of each cell (empty where set aside), the perturbations, and what was set aside."""
-    by_name = {}
-    for position, (symbol, gene_id) in enumerate(zip(symbols, ids)):
-        by_name.setdefault(symbol.casefold(), (position, symbol))
-        by_name.setdefault(gene_id.casefold(), (position, symbol))
-    wanted_controls = {_fold(name) for name in options.control_labels or ()}
-    canonical: dict[str, str] = {}
-    found: dict[str, Perturbation] = {}
-    spelt: dict[str, set[str]] = {}
-    reasons: dict[str, list[str]] = {}
-    unique, inverse, times = np.unique(text, return_inverse=True, return_counts=True)
-    inverse = inverse.ravel()
-    first = np.zeros(len(unique), dtype=int)
-    first[inverse[::-1]] = np.arange(len(text))[::-1]
-    for position, label in enumerate(unique):
-        modality = modalities[first[position]]
-        if _fold(label) in wanted_controls if wanted_controls else (label != "" and not split_label(label)):
-            canonical[label] = CONTROL
-            continue
-        mapped = options.label_genes.get(label)
-        parts = split_label(mapped or label)
-        if not parts:
-            reasons.setdefault("no label", []).append(label)
-            continue
-        # `A_B` is a combination only where both halves are known genes and the whole is not.
-        if len(parts) == 1 and parts[0].casefold() not in by_name and parts[0].count("_") == 1:
-            halves = [half for half in parts[0].split("_") if not is_control_word(half)]
-            if all(half.casefold() in by_name for half in halves):
-                parts = halves
-        looks_like_genes = all(re.fullmatch(r"[A-Za-z][A-Za-z0-9.\-]{0,24}", part) for part in parts)
-        if mapped is None and (_fold(modality) in map(_fold, NON_GENE_MODALITIES) or not looks_like_genes):
-            reasons.setdefault("not a gene (map it with `label_genes` if it stands for one)", []).append(label)
-            continue
-        genes = sorted({by_name.get(part.casefold(), (-1, part.upper()))[1] for part in parts})
-        name = "+".join(genes)
-        canonical[label] = name
-        spelt.setdefault(name, set()).add(label)
-        index = np.array([by_name.get(gene.casefold(), (-1, gene))[0] for gene in genes], dtype=int)
-        found[name] = Perturbation(name, tuple(genes), index, read_modality(modality), 0)
-    if CONTROL not in canonical.values():
-        shown = options.control_labels or "none of the usual words (control, ctrl, non-targeting, NTC, ...)"
-        raise ValueError(
-            f"`control_labels`: no control cells in obs[{column!r}] (looked for {shown})"
-            f"{close_matches('control', unique.tolist())}; name them with `control_labels`."
-        )
-    label = np.array([canonical.get(name, "") for name in unique], dtype=str)[inverse]
-    exclusions = []
-    for reason, names in reasons.items():
-        count = int(times[np.isin(unique, names)].sum())
-        exclusions.append((reason, count, ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")))
-    merged = {name: sorted(names) for name, names in spelt.items() if len(names) > 1}
-    if merged:
-        example = "; ".join(f"{' = '.join(names)}" for names in list(merged.values())[:3])
-        exclusions.append(("labels spelt differently were merged, nothing was lost", 0, example))
-    for name in list(found):
-        count = int((label == name).sum())
-        if count < options.min_cells:
-            exclusions.append((f"fewer than {options.min_cells} cells of a perturbation", count, name))
-            label[label == name] = ""
-            del found[name]
-    if not found:
-        raise ValueError(
-            f"`screen` has no perturbation left: {'; '.join(f'{r} ({e})' for r, _, e in exclusions) or 'only controls'}."
-        )
-    n_controls = int((label == CONTROL).sum())
-    if n_controls < options.min_cells:
-        raise ValueError(
-            f"`screen` has {n_controls} control cells; wanted at least `min_cells` = {options.min_cells}."
-        )
-    if not any(p.measured for p in found.values()):
-        exclusions.append(
-            ("no perturbation's targets are all measured: nothing can be imposed on the model", 0, "all")
-        )
-    return label, found, exclusions
-
-
 def _covariates(obs, library: np.ndarray | None, batch: np.ndarray) -> tuple[np.ndarray, list[str]]:
     columns: list[tuple[str, np.ndarray]] = []
     if library is not None:
@@ -513,20 +253,3 @@ def _covariates(obs, library: np.ndarray | None, batch: np.ndarray) -> tuple[np.
     if not columns:
         return np.zeros((len(obs), 0)), []
     return np.stack([values for _, values in columns], axis=1), [name for name, _ in columns]
-
-
-def options_from_flags(**flags) -> ScreenOptions:
-    """[`ScreenOptions`] from command-line values; `label_genes` and `guide_efficiency` as `LABEL=VALUE` texts."""
-    pairs: Mapping[str, type] = {"label_genes": str, "guide_efficiency": float}
-    for name, kind in pairs.items():
-        entries = {}
-        for text in flags.get(name) or ():
-            key, equals, value = text.partition("=")
-            try:
-                entries[key] = kind(value)
-            except ValueError:
-                equals = ""
-            if not equals or not key:
-                raise ValueError(f"`{name}` {text!r} is not LABEL={'GENE' if kind is str else 'SHARE'}.")
-        flags[name] = entries
-    return ScreenOptions(**flags)

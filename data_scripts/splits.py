@@ -95,35 +95,48 @@ def check_held_out(values: np.ndarray, split: np.ndarray, given: np.ndarray, col
         )
 
 
-def guard_splits(tables: Mapping[str, pa.Table], columns: Sequence[str]) -> None:
-    """Refuses pair tables whose splits share a cell or a held-out value.
+def guard_splits(tables: Mapping[str, pa.Table], columns: Sequence[str], gene_split: np.ndarray | None = None) -> None:
+    """Refuses pair tables whose splits share a cell, a held-out value or a held-out perturbed gene.
 
     Args:
         tables (`Mapping[str, pa.Table]`): Split name -> rows in `PAIR_SCHEMA`.
         columns (`Sequence[str]`): Columns whose values must not be in two splits, e.g. `donor_id`; a value is told
             apart by all columns together.
+        gene_split (`np.ndarray`, *optional*): From [`held_out_gene_split`]: genes of a split other than `train` must
+            not be revealed in another one.
 
     Raises:
         ValueError: Naming the value and the two splits.
     """
     sides = ("source_soma_joinid", "target_soma_joinid")
-    seen: dict[str, set] = {}
+    seen: dict[str, tuple[np.ndarray, set]] = {}
     for name, table in tables.items():
-        cells = set(np.unique(np.concatenate([table.column(side).to_numpy() for side in sides])).tolist())
-        keys = {("soma_joinid", cell) for cell in cells}
-        if columns:
-            for prefix in ("", "target_"):
-                # The target lies in the data set of the source wherever the row does not name its own.
-                names = [prefix + column if prefix + column in table.column_names else column for column in columns]
-                rows = table.select(list(dict.fromkeys(names))).group_by(list(dict.fromkeys(names))).aggregate([])
-                keys |= {tuple(row[column] for column in names) for row in rows.to_pylist()}
-        for other, known in seen.items():
-            shared = sorted(keys & known, key=str)
-            if shared:
-                what = "soma_joinid" if shared[0][0] == "soma_joinid" else ", ".join(columns)
-                value = shared[0][-1] if what == "soma_joinid" else ", ".join(map(str, shared[0]))
-                raise ValueError(f"splits {other} and {name} share {what} {value} ({len(shared)} in all).")
-        seen[name] = keys
+        cells = np.unique(np.concatenate([table.column(side).to_numpy() for side in sides]))
+        keys = set()
+        for prefix in ("", "target_") if columns else ():
+            # The target lies in the data set of the source wherever the row does not name its own.
+            names = [prefix + column if prefix + column in table.column_names else column for column in columns]
+            rows = table.select(list(dict.fromkeys(names))).group_by(list(dict.fromkeys(names))).aggregate([])
+            keys |= {tuple(row[column] for column in names) for row in rows.to_pylist()}
+        for other, (known_cells, known_keys) in seen.items():
+            shared = np.intersect1d(cells, known_cells, assume_unique=True)
+            if len(shared):
+                raise ValueError(f"splits {other} and {name} share soma_joinid {shared[0]} ({len(shared)} in all).")
+            both = sorted(keys & known_keys, key=str)
+            if both:
+                what, value = ", ".join(columns), ", ".join(map(str, both[0]))
+                raise ValueError(f"splits {other} and {name} share {what} {value} ({len(both)} in all).")
+        seen[name] = cells, keys
+        if gene_split is not None:
+            revealed = np.unique(table.column("perturbation_gene_ids").combine_chunks().flatten().to_numpy())
+            owner = gene_split[revealed]
+            leaked = revealed[(owner != SPLITS.index("train")) & (owner != SPLITS.index(name))]
+            if len(leaked):
+                home = SPLITS[gene_split[leaked[0]]]
+                raise ValueError(
+                    f"splits {home} and {name} share perturbed gene {leaked[0]}, held out for {home} "
+                    f"({len(leaked)} in all)."
+                )
 
 
 def held_out_gene_split(gene_ids: Sequence[str], options: SplitOptions) -> np.ndarray:

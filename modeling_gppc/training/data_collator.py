@@ -1,14 +1,16 @@
 """Pair rows -> tensors: redrawn perturbations, padded tokens, labels without what was revealed."""
 
 import numpy as np
+import scipy.sparse as sp
 import torch
 
 from data_scripts.pair_options import PerturbationOptions
-from data_scripts.perturbation_sampling import sample_perturbations
-from modeling_gppc.training.pair_dataset import PairRows, pad, scatter
+from data_scripts.perturbation_sampling import candidate_changes, sample_from_changes
+from modeling_gppc.training.pair_dataset import PairRows, pad
 from modeling_gppc.training.row_generator import RowGenerator
 
 IGNORED_LABEL = -100.0
+ZERO_SHARE = 0.05  # how often a gene that no target of a batch expresses is queried, beside one that all express
 
 
 class PairCollator:
@@ -21,8 +23,9 @@ class PairCollator:
             stored in the rows.
         allowed (`np.ndarray` of bool, *optional*): Genes that may be revealed, shape `(V,)`.
         seed (`int`, *optional*, defaults to 0): Seed of the redrawing and of the queried genes.
-        n_query_genes (`int`, *optional*): Predict only so many genes, drawn uniformly for each batch, so that the cost
-            of the read-out does not grow with the vocabulary; the expected loss is the same. Defaults to all.
+        n_query_genes (`int`, *optional*): Predict only so many genes, drawn for each batch: those that its targets
+            express most likely, of the others a share; `label_weights` make the expected loss that of all genes.
+            Defaults to all.
     """
 
     def __init__(
@@ -38,6 +41,7 @@ class PairCollator:
         self.allowed = allowed
         self.seed = seed
         self.n_query_genes = n_query_genes
+        self._all_measured = self.panels.all(1)
 
     def __call__(self, rows: PairRows | list[PairRows]) -> dict[str, torch.Tensor]:
         """
@@ -45,7 +49,7 @@ class PairCollator:
             `dict` with `input_ids`, `expression_values`, `attention_mask` `(B, N)`; `measured_mask` `(P', V)` and
             `panel_index` `(B,)` over the panels of this batch; `perturbation_ids`, `perturbation_values`,
             `perturbation_mask` `(B, K)`; `pairing_ids` `(B,)`; `labels` `(B, Q)`, -100 at genes that the target did
-            not measure and at revealed genes; `query_ids` `(Q,)` if only some genes are predicted.
+            not measure and at revealed genes; `query_ids` and `label_weights` `(Q,)` if only some genes are predicted.
         """
         if isinstance(rows, list):
             if len(rows) != 1:
@@ -54,16 +58,11 @@ class PairCollator:
                 )
             rows = rows[0]
         n_genes = self.panels.shape[1]
-        target = scatter(*rows.lists["target"], n_genes)
-        target_measured = self.panels[rows.panels["target_panel"]]
         if self.redraw is None:
             ids, changes, mask = pad(*rows.lists["perturbation"])
         else:
-            source = scatter(*rows.lists["source"], n_genes)
-            both = target_measured & self.panels[rows.panels["source_panel"]]
-            generator = RowGenerator(self.seed, rows.epoch, rows.rows)
-            ids, changes, mask = sample_perturbations(source, target, both, generator, self.redraw, self.allowed)
-        labels = np.where(target_measured, target, np.float32(IGNORED_LABEL))
+            ids, changes, mask = self._redrawn(rows)
+        labels = self._labels(rows)
         row, column = np.nonzero(mask)
         labels[row, ids[row, column]] = IGNORED_LABEL
         input_ids, values, attention_mask = pad(*rows.lists["source"])
@@ -82,7 +81,72 @@ class PairCollator:
         }
         if self.n_query_genes is not None and self.n_query_genes < n_genes:
             generator = np.random.default_rng([self.seed, rows.epoch, int(rows.rows.sum())])
-            queries = np.sort(generator.choice(n_genes, self.n_query_genes, replace=False))
-            batch["query_ids"] = queries
+            _, target_ids, _ = rows.lists["target"]
+            expressed = np.bincount(target_ids, minlength=n_genes) / max(len(rows), 1)
+            queries, chance = draw_queries(expressed, self.n_query_genes, generator)
+            n_scored = np.count_nonzero(labels != IGNORED_LABEL)
             batch["labels"] = labels[:, queries]
+            # The loss is divided by the number of scored labels; what is wanted is the mean over all of them.
+            share = np.count_nonzero(batch["labels"] != IGNORED_LABEL) / max(n_scored, 1)
+            batch["label_weights"] = (share / chance).astype(np.float32)
+            batch["query_ids"] = queries
         return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in batch.items()}
+
+    def _redrawn(self, rows: PairRows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        cells = []
+        for side in ("source", "target"):
+            lengths, ids, values = rows.lists[side]
+            indptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+            cells.append(sp.csr_matrix((values, ids, indptr), shape=(len(lengths), self.panels.shape[1])))
+        panels = (rows.panels["source_panel"], rows.panels["target_panel"])
+        changes = candidate_changes(*cells, self.panels, *panels, self.allowed)
+        generator = RowGenerator(self.seed, rows.epoch, rows.rows)
+        clocks = None
+        if self.redraw.weighting == "change":
+            clocks = generator.ragged_exponential(np.diff(changes.indptr))
+        offsets, ids, values = sample_from_changes(changes, generator, self.redraw, clocks)
+        return pad(np.diff(offsets), ids, values, width=self.redraw.max_genes)
+
+    def _labels(self, rows: PairRows) -> np.ndarray:
+        """Values of the targets, -100 where not measured, float32 of shape `(B, V)`."""
+        lengths, ids, values = rows.lists["target"]
+        panel = rows.panels["target_panel"]
+        labels = np.zeros((len(lengths), self.panels.shape[1]), dtype=np.float32)
+        end = 0
+        for row, length in enumerate(lengths.tolist()):
+            begin, end = end, end + length
+            labels[row][ids[begin:end]] = values[begin:end]
+        for row in np.flatnonzero(~self._all_measured[panel]).tolist():
+            np.copyto(labels[row], IGNORED_LABEL, where=~self.panels[panel[row]])
+        return labels
+
+
+def draw_queries(expressed: np.ndarray, n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Draws `n` genes without replacement, those expressed by more targets more likely.
+
+    Systematic sampling: the chance of a gene is in proportion to its share of expressing targets plus
+    `ZERO_SHARE`, and 1 where that would be above 1.
+
+    Args:
+        expressed (`np.ndarray`): Share of the targets that express each gene, shape `(V,)`.
+        n (`int`): How many, below `V`.
+        rng (`np.random.Generator`): The only source of randomness.
+
+    Returns:
+        Tuple of the genes, int64 ascending, and the chance that each of them had, float64; both of shape `(n,)`.
+    """
+    size = expressed + ZERO_SHARE
+    certain = np.zeros(len(size), dtype=bool)
+    while True:
+        left = n - np.count_nonzero(certain)
+        chance = np.where(certain, 1.0, size * (left / size[~certain].sum()))
+        more = (chance >= 1.0) & ~certain
+        if not more.any():
+            break
+        certain |= more
+    open_genes = np.flatnonzero(~certain)
+    ends = np.cumsum(chance[open_genes])
+    # One point in each interval of length 1: no gene's interval, all below 1, holds two of them.
+    places = np.searchsorted(ends, (rng.random() + np.arange(left)) * (ends[-1] / max(left, 1)), side="right")
+    genes = np.sort(np.concatenate([np.flatnonzero(certain), open_genes[np.minimum(places, len(open_genes) - 1)]]))
+    return genes, chance[genes]

@@ -57,14 +57,15 @@ class PairDataset(torch.utils.data.Dataset):
             raise ValueError(f"`table` holds pairs of pairing {unknown[0]!r}; wanted {', '.join(pairings)}.")
         lookup = np.array([pairings.index(name) for name in names], dtype=np.int64)
         self.pairing_ids = lookup[codes.indices.to_numpy()]
-        # Views into the buffers of every chunk: offsets, ids, values.
-        self._chunks = {
-            ids.split("_")[0]: [
-                (first.offsets.to_numpy(), first.values.to_numpy(), second.values.to_numpy())
-                for first, second in zip(table.column(ids).chunks, table.column(values).chunks)
-            ]
-            for ids, values in LISTS
-        }
+        # Views into the buffers of every chunk, and where each row lies in them.
+        self._chunks, self._begins, self._ends = {}, {}, {}
+        for ids, values in LISTS:
+            chunks = list(zip(table.column(ids).chunks, table.column(values).chunks))
+            offsets = [first.offsets.to_numpy() for first, _ in chunks]
+            name = ids.split("_")[0]
+            self._chunks[name] = [(first.values.to_numpy(), second.values.to_numpy()) for first, second in chunks]
+            self._begins[name] = np.concatenate([np.empty(0, np.int32), *(offset[:-1] for offset in offsets)])
+            self._ends[name] = np.concatenate([np.empty(0, np.int32), *(offset[1:] for offset in offsets)])
         lengths = [len(chunk) for chunk in table.column("source_gene_ids").chunks]
         self._starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
@@ -83,39 +84,28 @@ class PairDataset(torch.utils.data.Dataset):
         return PairRows(
             rows=rows,
             epoch=self.epoch,
-            lists={name: self._gather(chunks, rows) for name, chunks in self._chunks.items()},
+            lists={name: self._gather(name, rows) for name in self._chunks},
             panels={name: values[rows] for name, values in self._scalars.items()},
             pairing_ids=self.pairing_ids[rows],
         )
 
-    def _gather(self, chunks: list, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        chunk_of_row = np.searchsorted(self._starts, rows, side="right") - 1
-        local = rows - self._starts[chunk_of_row]
-        if len(rows) and (chunk_of_row == chunk_of_row[0]).all():
-            offsets, ids, values = chunks[chunk_of_row[0]]
-            begins = offsets[local].astype(np.int64)
-            lengths = offsets[local + 1] - begins
-            # Flat position of every value: its row's beginning plus its place within the row.
-            ends = np.cumsum(lengths)
-            flat = np.arange(ends[-1]) + np.repeat(begins - (ends - lengths), lengths)
-            return lengths, ids[flat], values[flat]
-        # Rows from anywhere: one slice of a buffer each, at a cost that does not grow with the number of chunks.
-        spans = [
-            (chunks[chunk][0][row], chunks[chunk][0][row + 1], chunk)
-            for chunk, row in zip(chunk_of_row.tolist(), local.tolist())
-        ]
-        lengths = np.array([end - begin for begin, end, _ in spans], dtype=np.int64)
-        ids = [chunks[chunk][1][begin:end] for begin, end, chunk in spans]
-        values = [chunks[chunk][2][begin:end] for begin, end, chunk in spans]
+    def _gather(self, name: str, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        # One slice of a buffer a row, at a cost that does not grow with the number of chunks.
+        chunks = self._chunks[name]
+        begins, ends = self._begins[name][rows], self._ends[name][rows]
+        places = (np.searchsorted(self._starts, rows, side="right") - 1).tolist()
+        spans = list(zip(places, begins.tolist(), ends.tolist()))
+        ids = [chunks[chunk][0][begin:end] for chunk, begin, end in spans]
+        values = [chunks[chunk][1][begin:end] for chunk, begin, end in spans]
         return (
-            lengths,
+            (ends - begins).astype(np.int64),
             np.concatenate(ids) if ids else np.empty(0, np.int32),
             np.concatenate(values) if values else np.empty(0, np.float32),
         )
 
     def dense_cells(self, which: str, rows: np.ndarray, n_genes: int) -> np.ndarray:
         """Values of the `source` or `target` cells of some rows over the vocabulary, float32 of shape `(B, V)`."""
-        lengths, ids, values = self._gather(self._chunks[which], np.asarray(rows, dtype=np.int64))
+        lengths, ids, values = self._gather(which, np.asarray(rows, dtype=np.int64))
         return scatter(lengths, ids, values, n_genes)
 
 
@@ -126,12 +116,19 @@ def scatter(lengths: np.ndarray, ids: np.ndarray, values: np.ndarray, n_genes: i
     return dense
 
 
-def pad(lengths: np.ndarray, ids: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Flat lists as padded arrays: ids int64, values float32, mask int64, each `(B, longest)`, at least one wide."""
-    width = max(int(lengths.max(initial=0)), 1)
-    mask = np.arange(width)[None, :] < lengths[:, None]
-    padded_ids = np.zeros(mask.shape, dtype=np.int64)
-    padded_values = np.zeros(mask.shape, dtype=np.float32)
-    padded_ids[mask] = ids
-    padded_values[mask] = values
-    return padded_ids, padded_values, mask.astype(np.int64)
+def pad(
+    lengths: np.ndarray, ids: np.ndarray, values: np.ndarray, width: int | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Flat lists as padded arrays: ids int64, values float32, mask int64, each `(B, width)`; by default the longest
+    list's length, at least 1."""
+    width = max(int(lengths.max(initial=0)), 1) if width is None else width
+    padded_ids = np.zeros((len(lengths), width), dtype=np.int64)
+    padded_values = np.zeros((len(lengths), width), dtype=np.float32)
+    mask = np.zeros((len(lengths), width), dtype=np.int64)
+    end = 0
+    for row, length in enumerate(lengths.tolist()):  # copies of rows are faster than a mask over all places
+        begin, end = end, end + length
+        padded_ids[row, :length] = ids[begin:end]
+        padded_values[row, :length] = values[begin:end]
+        mask[row, :length] = 1
+    return padded_ids, padded_values, mask

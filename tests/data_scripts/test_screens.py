@@ -7,16 +7,10 @@ import pytest
 import scipy.sparse
 
 from data_scripts.pair_folder import PairFolder
+from data_scripts.screen_labels import is_control_word, read_modality, split_label
+from data_scripts.screen_options import ScreenOptions, find_column, options_from_flags
 from data_scripts.screen_pairs import match_controls, screen_pair_table, write_screen_pairs
-from data_scripts.screens import (
-    ScreenOptions,
-    find_column,
-    is_control_word,
-    options_from_flags,
-    read_modality,
-    read_screen,
-    split_label,
-)
+from data_scripts.screens import read_screen
 
 GENES = ["STAT1", "IRF1", "MYC", "HLA-A", "ACTB"]
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pair_rows import N_GENES, PAIRINGS, PANELS, ROWS, pair_table
 
 from data_scripts.pair_options import PerturbationOptions
-from modeling_gppc.training.data_collator import PairCollator
+from modeling_gppc.training.data_collator import PairCollator, draw_queries
 from modeling_gppc.training.pair_dataset import PairDataset
 
 X = -100.0
@@ -127,9 +127,57 @@ def test_some_queried_genes():
     assert batch["query_ids"].shape == (2,)
     assert torch.equal(batch["labels"], whole["labels"][:, batch["query_ids"]])
     assert torch.equal(batch["query_ids"], collator(data.__getitems__([0, 2, 4]))["query_ids"])
-    asked = {gene for epoch in range(30) for gene in collator(dataset(epoch).__getitems__([0]))["query_ids"].tolist()}
+    asked = {gene for epoch in range(300) for gene in collator(dataset(epoch).__getitems__([0]))["query_ids"].tolist()}
     assert asked == set(range(N_GENES))
     assert "query_ids" not in PairCollator(PANELS, n_query_genes=N_GENES)(data.__getitems__([0]))
+
+
+def test_a_redraw_has_the_odds_of_its_options():
+    data = dataset()
+    for weighting, expected in (("uniform", [1 / 3, 1 / 3, 0, 1 / 3, 0]), ("change", [1 / 8, 3 / 8, 0, 4 / 8, 0])):
+        redraw = PerturbationOptions(distribution="fixed", max_genes=1, weighting=weighting)
+        collator, counts = PairCollator(PANELS, redraw=redraw), np.zeros(N_GENES)
+        for epoch in range(3000):  # row 0 changes by -0.5, 1.5 and -2
+            data.set_epoch(epoch)
+            counts[collator(data.__getitems__([0]))["perturbation_ids"][0, 0]] += 1
+        np.testing.assert_allclose(counts / 3000, expected, atol=0.04)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 30), st.data())
+def test_chances_of_queries(n_genes, data):
+    n = data.draw(st.integers(1, n_genes - 1))
+    expressed = np.array(
+        data.draw(st.lists(st.sampled_from([0.0, 0.1, 0.5, 1.0]), min_size=n_genes, max_size=n_genes))
+    )
+    counts, chance = np.zeros(n_genes), np.zeros(n_genes)
+    for seed in range(400):
+        genes, own = draw_queries(expressed, n, np.random.default_rng(seed))
+        assert len(genes) == n and (np.diff(genes) > 0).all()
+        assert (own > 0).all() and (own <= 1 + 1e-9).all()
+        counts[genes] += 1
+        chance[genes] = own
+    np.testing.assert_allclose(counts / 400, chance, atol=0.13)
+    # Of two genes, the one that more targets express is not less likely.
+    known = np.flatnonzero(counts)
+    order = known[np.argsort(expressed[known], kind="stable")]
+    assert (np.diff(chance[order]) >= -1e-9).all()
+
+
+def test_weights_make_the_loss_that_of_all_genes():
+    rng = np.random.default_rng(0)
+    predicted = torch.from_numpy(rng.normal(0, 1, (len(ROWS), N_GENES)).astype(np.float32))
+    rows = range(len(ROWS))
+    whole = PairCollator(PANELS)(dataset().__getitems__(rows))["labels"]
+    full = (predicted - whole)[whole != X].square().mean().item()
+    losses = []
+    for seed in range(4000):
+        batch = PairCollator(PANELS, n_query_genes=3, seed=seed)(dataset().__getitems__(rows))
+        scored = batch["labels"] != X
+        error = torch.where(scored, predicted[:, batch["query_ids"]] - batch["labels"], torch.zeros(()))
+        losses.append(((error.square() * batch["label_weights"]).sum() / scored.sum()).item())
+    assert np.mean(losses) == pytest.approx(full, abs=4 * np.std(losses) / np.sqrt(len(losses)))
+    assert np.std(losses) > 0
 
 
 def test_nothing_of_the_target_reaches_the_inputs():

@@ -1,0 +1,37 @@
+"""Memory that was freed is used again rather than given back to the system and asked for anew, block after block."""
+
+import ctypes
+
+# Of glibc's malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
+LARGEST_KEPT = 32 * 1024**2  # the highest threshold that glibc takes
+NEVER = 2**31 - 1
+
+
+def _mallopt(**settings: int) -> bool:
+    """Sets parameters of glibc's allocator; does nothing where there is another one."""
+    try:
+        library = ctypes.CDLL(None)
+        function, trim = library.mallopt, library.malloc_trim
+    except (OSError, AttributeError):
+        return False
+    for name, value in settings.items():
+        function({"trim": M_TRIM_THRESHOLD, "mmap": M_MMAP_THRESHOLD, "arenas": M_ARENA_MAX}[name], value)
+    if settings["trim"] != NEVER:
+        trim(0)
+    return True
+
+
+def keep_freed_memory() -> None:
+    """Keeps what is freed, for the blocks of cells that follow.
+
+    Reading a store allocates and frees the same few hundred megabytes over and over; every time the pages are fresh
+    the system has to clear them, which costs as much as decoding. Call it before the store is opened, since threads
+    settle on where they allocate when they first do.
+    """
+    _mallopt(arenas=1, mmap=LARGEST_KEPT, trim=NEVER)
+
+
+def return_freed_memory() -> None:
+    """Gives back what is free, and from now on does so as glibc does once it has seen large blocks freed."""
+    _mallopt(arenas=0, mmap=LARGEST_KEPT, trim=2 * LARGEST_KEPT)

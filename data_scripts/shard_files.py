@@ -1,0 +1,135 @@
+"""Files of rows: written atomically, read memory-mapped; what is packed is unpacked once, into a cache."""
+
+import fcntl
+import hashlib
+import os
+import uuid
+from collections.abc import Iterable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+from huggingface_hub.constants import HF_HOME
+
+DECODED_ROWS = 1_024  # decoded at once
+
+
+def write_bytes_atomically(content: bytes, path: str | Path) -> None:
+    """Writes `content` under a temporary name beside `path` and renames it: a reader sees all of it or nothing."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_table_atomically(batches: Iterable[pa.RecordBatch], schema: pa.Schema, path: str | Path) -> dict:
+    """Writes record batches to one `.arrow` (IPC stream) or `.parquet` (zstd) file, atomically.
+
+    The bytes depend on the batches only, so equal rows in equal batches give an equal digest.
+
+    Args:
+        batches (`Iterable[pa.RecordBatch]`): Rows in `schema`.
+        schema (`pa.Schema`): Schema of the file.
+        path (`str` or `Path`): Where to; the ending chooses the format.
+
+    Returns:
+        `dict` with `n_rows`, `n_bytes` and `digest` of the file.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    n_rows = 0
+    try:
+        with pa.OSFile(str(temporary), "wb") as sink, shard_writer(sink, schema, path.suffix) as writer:
+            for batch in batches:
+                writer.write_batch(batch)
+                n_rows += batch.num_rows
+        summary = {"n_rows": n_rows, "n_bytes": temporary.stat().st_size, "digest": file_digest(temporary)}
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return summary
+
+
+def shard_writer(
+    sink: pa.NativeFile, schema: pa.Schema, suffix: str
+) -> pq.ParquetWriter | pa.ipc.RecordBatchStreamWriter:
+    """What encodes record batches as `.parquet` (zstd) or `.arrow` (IPC stream)."""
+    if suffix == ".parquet":
+        lists = {field.name: field for field in schema if pa.types.is_list(field.type)}
+        ids = [name for name, field in lists.items() if pa.types.is_integer(field.type.value_type)]
+        return pq.ParquetWriter(
+            sink,
+            schema,
+            compression="zstd",
+            compression_level=1,
+            # Ascending ids are small steps; values repeat within a cell, which zstd finds faster than a dictionary.
+            column_encoding={f"{name}.list.element": "DELTA_BINARY_PACKED" for name in ids},
+            use_dictionary=[field.name for field in schema if field.name not in lists],
+        )
+    return pa.ipc.new_stream(sink, schema)
+
+
+def file_digest(path: str | Path) -> str:
+    """Digest (xxh3, 16 bytes, hexadecimal) of a file's bytes: tells damage apart, at the speed of memory."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+
+
+def read_table(path: str | Path) -> pa.Table:
+    """Opens a shard: `.arrow` memory-mapped without a copy, `.parquet` decoded.
+
+    Raises:
+        ValueError: If the file cannot be read as what its ending says.
+    """
+    path = Path(path)
+    try:
+        if path.suffix == ".parquet":
+            return pq.read_table(path)
+        return pa.ipc.open_stream(pa.memory_map(str(path), "r")).read_all()
+    except (pa.ArrowInvalid, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"`{path}` is damaged ({reason}); delete it and run `gppc build-pairs` again.") from error
+
+
+def decoded_folder() -> Path:
+    """Where decoded shards are kept: `gppc/shards` in the cache of Hugging Face (`HF_HOME`); may be deleted any time."""
+    return Path(HF_HOME) / "gppc" / "shards"
+
+
+def read_decoded(path: str | Path, digest: str) -> pa.Table:
+    """Opens a parquet shard memory-mapped: decoded, a few rows at a time, into a file named by its digest.
+
+    Whoever comes first decodes, in any number of processes; a file appears whole or not at all.
+
+    Args:
+        path (`str` or `Path`): The shard; others than `.parquet` are opened as they are.
+        digest (`str`): Digest of the file.
+
+    Raises:
+        ValueError: If the shard is damaged.
+    """
+    path = Path(path)
+    if path.suffix != ".parquet":
+        return read_table(path)
+    decoded = decoded_folder() / f"{digest}.arrow"
+    if not decoded.is_file():
+        decoded.parent.mkdir(parents=True, exist_ok=True)
+        with open(decoded.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not decoded.is_file():
+                try:
+                    shard = pq.ParquetFile(path)
+                    write_table_atomically(shard.iter_batches(DECODED_ROWS), shard.schema_arrow, decoded)
+                except pa.ArrowInvalid as error:
+                    reason = " ".join(str(error).split())
+                    raise ValueError(
+                        f"`{path}` is damaged ({reason}); delete it and run `gppc build-pairs` again."
+                    ) from error
+    return read_table(decoded)
