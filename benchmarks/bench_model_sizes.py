@@ -21,6 +21,7 @@ from model_bench import (
     training_step,
     write_result,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_gppc import GppcConfig, GppcForPerturbationPrediction
@@ -32,12 +33,13 @@ CELLS = (1_000_000, 10_000_000, 60_000_000)
 def count(size: str, genes: int, batch: int) -> dict:
     """Parameters and operations a pair, without doing them."""
     config = GppcConfig.from_size(size, vocab_size=genes)
-    pairs = {name: tensor.to("meta") for name, tensor in random_pairs(genes, batch, share=0.0).items()}
-    with torch.device("meta"):
-        model = GppcForPerturbationPrediction(config).train()
     counter = FlopCounterMode(display=False)
-    with counter:
-        model(**pairs).loss.backward()
+    # Tensors without storage: `large` is counted on any machine.
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        model = GppcForPerturbationPrediction(config).train()
+        pairs = {name: fake.from_tensor(tensor) for name, tensor in random_pairs(genes, batch, share=0.0).items()}
+        with counter:
+            model(**pairs).loss.backward()
     by_genes = sum(p.numel() for p in model.parameters() if genes in p.shape)
     parameters = sum(p.numel() for p in model.parameters())
     return {

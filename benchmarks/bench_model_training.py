@@ -34,7 +34,7 @@ WIDTH = {
     "decoder_layers": 2,
 }
 # What a process may address where nothing else is said.
-MEMORY_GB = 16.0
+MEMORY_GB, ORIGIN_GB = 12.0, 18.0
 # Options of training; twice the tokens is what padding to the longest cell costs where it is twice the mean.
 OPTIONS = ({"share": 2 * EXPRESSED_SHARE}, {"fused": False}, {"bf16": True}, {"checkpointing": True})
 SCALING = (1_000, 2_000, 5_000, 10_000, 20_000)
@@ -103,15 +103,18 @@ def main() -> None:
         return {**settings, **found}
 
     print(f"training steps, {EXPRESSED_SHARE:.0%} of the genes expressed, width {width['hidden_size']}")
-    ours = run("latents", arguments.genes, arguments.batch)
     ours_large = run("latents", arguments.genes, 8 * arguments.batch)
-    origin = run("origin", arguments.genes, arguments.batch)
+    for batch in (arguments.batch, max(1, arguments.batch // 4)):
+        ours = run("latents", arguments.genes, batch)
+        origin = run("origin", arguments.genes, batch, limit=ORIGIN_GB)
+        if "error" not in origin:
+            break
     # Without dropout on attention its fused kernels run: the most that can be said for it.
-    fused = run("origin", arguments.genes, arguments.batch, dropout=0.0)
+    fused = run("origin", arguments.genes, batch, dropout=0.0, limit=ORIGIN_GB)
     many = run("latents", arguments.many_genes, arguments.batch, limit=arguments.limit_gb)
     origin_many = run("origin", arguments.many_genes, arguments.batch, limit=arguments.limit_gb)
     steps = [run("latents", genes, 4 * arguments.batch) for genes in scaling]
-    origin_steps = [run("origin", genes, arguments.batch) for genes in origin_scaling]
+    origin_steps = [run("origin", genes, arguments.batch // 4) for genes in origin_scaling]
     options = [run("latents", arguments.genes, 8 * arguments.batch, **option) for option in OPTIONS]
 
     def slope(found: list[dict]) -> float:

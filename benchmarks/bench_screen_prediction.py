@@ -65,8 +65,8 @@ def compare(arguments: argparse.Namespace) -> dict:
 
         start = time.perf_counter()
         alone = [
-            model(**state, perturbation_ids=ids[[i]], perturbation_values=changes[[i]], query_ids=queries)
-            for i in kept
+            model(**state, perturbation_ids=ids[i : i + 1], perturbation_values=changes[i : i + 1], query_ids=queries)
+            for i in kept.tolist()
         ]
         one_by_one = (time.perf_counter() - start) / len(kept)
         rows = kept[: arguments.batch]

@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import os
 import resource
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -132,7 +133,8 @@ def in_child(
     Returns:
         What the function returned with `peak_rss_gb`, or `{"error": why}`.
     """
-    context = multiprocessing.get_context("spawn")
+    # Forked children need not import anything again; the parent has computed nothing.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(function, arguments, limit_gb, threads, sender))
     process.start()
