@@ -453,10 +453,11 @@ class GppcReadout(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Departure of the mean and of the log variance from the linear response, each `(B, Q)`."""
         state = self.dropout(self.activation(self.proj(hidden_states.flatten(1))))
-        vectors, vectors_logvar, gene_logvar = (
-            tensor if query_ids is None else tensor[query_ids]
-            for tensor in (self.gene_vectors, self.gene_vectors_logvar, self.gene_logvar)
-        )
+        vectors, vectors_logvar, gene_logvar = self.gene_vectors, self.gene_vectors_logvar, self.gene_logvar
+        if query_ids is not None:
+            # Rows are copied whole; an index would go value by value, and so would its gradient.
+            vectors, vectors_logvar = (nn.functional.embedding(query_ids, rows) for rows in (vectors, vectors_logvar))
+            gene_logvar = gene_logvar[query_ids]
         departure = state @ vectors.T
         logvar = state.detach() @ vectors_logvar.T + gene_logvar
         return departure, MAX_LOG_VARIANCE_CHANGE * torch.tanh(logvar / MAX_LOG_VARIANCE_CHANGE)
