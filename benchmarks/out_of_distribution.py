@@ -33,6 +33,7 @@ from modeling_gppc.training.data_collator import PairCollator
 from modeling_gppc.training.linear_start import initialize_linear_response, keep_departure_if_it_pays
 from modeling_gppc.training.pair_dataset import PairDataset
 from modeling_gppc.training.trainer import make_trainer
+from modeling_gppc.training.transported_pairs import transporting
 
 REVEALED = (
     ("ISG15",),
@@ -95,16 +96,10 @@ def untrained(folder: PairFolder, seed: int, **settings) -> GppcForPerturbationP
 def trained(folder: PairFolder, options: TrainingOptions, out: Path, seed: int, **settings):
     """A model trained the way `train.py` trains one."""
     model = untrained(folder, seed, **settings)
-    trainer = make_trainer(
-        model,
-        options,
-        out,
-        seed,
-        PairDataset(folder.split("train"), folder.pairings),
-        PairDataset(folder.split("validation"), folder.pairings),
-        PairCollator(folder.panels, REVEAL, seed=seed),
-        PairCollator(folder.panels),
-    )
+    train, validation = (PairDataset(folder.split(name), folder.pairings) for name in ("train", "validation"))
+    collate = PairCollator(folder.panels, REVEAL, seed=seed)
+    trainer = make_trainer(model, options, out, seed, train, validation, collate, PairCollator(folder.panels))
+    trainer.data_collator = transporting(collate, model, train, options)
     trainer.train()
     keep_departure_if_it_pays(model, trainer.state.log_history)
     return model.eval()
@@ -190,7 +185,7 @@ def examine(cells: Cells, held_out: str, arguments: argparse.Namespace, options:
         }
         folder = write_folder(Path(scratch) / "pairs", cells, splits)
         gaussian = untrained(folder, arguments.seed, num_components=1)
-        model = trained(folder, options, Path(scratch) / "run", arguments.seed)
+        model = trained(folder, options, Path(scratch) / "run", arguments.seed, num_components=arguments.states)
         for symbols in REVEALED:
             pairs = held_out_pairs(cells, held_out, symbols, arguments.pairing, arguments.seed)
             case = Case(cells, held_out, pairs, arguments.resamples)
@@ -281,6 +276,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--pairs-per-cell", type=int, default=12)
     parser.add_argument("--pairing", choices=PAIRINGS, default="same_type", help="context assumed at the test")
+    parser.add_argument("--states", type=int, default=SMALL["num_components"], help="cell states at most")
+    parser.add_argument("--transported-share", type=float, default=TrainingOptions.transported_share)
+    parser.add_argument("--transported-width", type=float, default=TrainingOptions.transported_width)
     parser.add_argument("--resamples", type=int, default=1_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON file to write")
@@ -302,6 +300,8 @@ def main() -> None:
         save_steps=step,
         logging_steps=step,
         dataloader_num_workers=0,
+        transported_share=arguments.transported_share,
+        transported_width=arguments.transported_width,
         use_cpu=True,
     )
     results = []

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import scipy.sparse
 
+from data_scripts.gene_selection import standardized_dispersion
 from data_scripts.pair_folder import PairFolder, write_pair_folder
 from data_scripts.pair_options import PerturbationOptions
 from data_scripts.perturbation_sampling import sample_from_changes
@@ -69,8 +70,10 @@ def read_cells(path: str | Path) -> Cells:
 
 
 def variable_genes(values: np.ndarray, n_genes: int, always: np.ndarray) -> np.ndarray:
-    """Columns of the genes that vary most between some cells, ascending, `always` among them."""
-    order = np.argsort(-values.var(axis=0), kind="stable")
+    """Columns of the genes that vary most between some cells for their mean, ascending, `always` among them."""
+    sums = values.sum(axis=0, dtype=np.float64)
+    squares = (values.astype(np.float64) ** 2).sum(axis=0)
+    order = np.argsort(-standardized_dispersion(len(values), (values != 0).sum(axis=0), sums, squares), kind="stable")
     rest = order[~np.isin(order, always)][: max(n_genes - len(always), 0)]
     return np.sort(np.concatenate([always, rest]))
 

@@ -42,6 +42,7 @@ POSITIVE = (
     "n_query_genes",
     "linear_start_cells",
     "linear_start_iterations",
+    "transported_width",
 )
 
 
@@ -113,6 +114,9 @@ class TrainingOptions:
         early_stopping_patience (`int`, *optional*): Evaluations without improvement before training ends.
         max_validation_pairs (`int`): Validation pairs scored at each evaluation.
         redraw_perturbations (`bool`): Draw the revealed genes anew in every epoch.
+        transported_share (`float`): Share of the training rows whose target carries the response of another pair of
+            like cells, see [`TransportedPairs`]; 0: none. Not where pairs are streamed.
+        transported_width (`float`): How unlike the cells may be, in units of what is typical for two cells.
         n_query_genes (`int`, *optional*): Genes predicted in a batch; defaults to all.
         start_from (`str`, *optional*): Folder of a trained model whose weights the network starts with; genes are
             found by id, sizes are that model's. The linear response is fitted on the run's own cells all the same.
@@ -145,6 +149,8 @@ class TrainingOptions:
     early_stopping_patience: int | None = None
     max_validation_pairs: int = 2_000
     redraw_perturbations: bool = True
+    transported_share: float = 0.0
+    transported_width: float = 0.2
     n_query_genes: int | None = None
     start_from: str | None = None
     linear_start_cells: int = 20_000
@@ -163,6 +169,8 @@ class TrainingOptions:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"`training.{name}` is {value}; wanted a positive number.")
+        if not 0 <= self.transported_share <= 1:
+            raise ValueError(f"`training.transported_share` is {self.transported_share}; wanted between 0 and 1.")
         for name in ("weight_decay", "max_grad_norm", "warmup_steps", "dataloader_num_workers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`training.{name}` is {getattr(self, name)}; wanted 0 or more.")

@@ -32,8 +32,9 @@ def initialize_linear_response(
     """
     Fits gene means, loadings, noise, cell states and the coupling of every pairing on the training pairs; no gradient.
 
-    Cell states are kept only where they pay: the plain conditional Gaussian (one state) is fitted as well, and what
-    has the smaller squared error on validation pairs is taken, so that the start is not below it.
+    Cell states are kept only where they pay: the plain conditional Gaussian (one state) is fitted as well, and states
+    are taken if they raise the squared error on validation pairs of no pairing. A gain in one context at the expense of
+    another is paid for out of distribution: on responses of a cell type that was held out such states cost 2 %.
 
     Args:
         model ([`GppcForPerturbationPrediction`]): Changed in place.
@@ -66,7 +67,7 @@ def initialize_linear_response(
         for pairing in range(len(config.pairings))
     ]
     held_out = _sample(np.arange(len(validation)), SCALE_PAIRS, rng)
-    best_error, best_state = np.inf, None
+    best_errors, best_state = np.full(len(pairs), np.inf), None
     response = model.model.linear_response
     for n_components in sorted({1, config.num_components}):
         mixture = fit_factor_mixture(fitted, *cells, panels, n_components=n_components, seed=seed)
@@ -75,9 +76,9 @@ def initialize_linear_response(
             if len(chosen):
                 _put_coupling(response, pairing, mixture, dataset, panels, chosen)
                 choose_evidence_scale(model, dataset, panels, pairing, chosen[:: max(1, len(chosen) // SCALE_PAIRS)])
-        error = linear_error(model, validation, panels, held_out)
-        if error < best_error:
-            best_error = error
+        errors = linear_errors(model, validation, panels, held_out)
+        if (errors <= best_errors).all():
+            best_errors = errors
             best_state = {name: tensor.clone() for name, tensor in response.state_dict().items()}
     response.load_state_dict(best_state)
 
@@ -127,20 +128,20 @@ def choose_evidence_scale(
     errors = []
     for scale in EVIDENCE_SCALES:
         scales[pairing] = scale
-        errors.append(linear_error(model, dataset, panels, rows))
+        errors.append(linear_errors(model, dataset, panels, rows).sum())
         if model.config.num_components == 1:
             return
     scales[pairing] = EVIDENCE_SCALES[int(np.argmin(errors))]
 
 
 @torch.inference_mode()
-def linear_error(
+def linear_errors(
     model: GppcForPerturbationPrediction, dataset: PairDataset, panels: np.ndarray, rows: np.ndarray
-) -> float:
-    """Squared error of the linear response on some pairs, summed over their scored genes."""
+) -> np.ndarray:
+    """Squared error of the linear response on some pairs, summed over the scored genes of each pairing, `(P,)`."""
     collate = PairCollator(panels)
     response = model.model.linear_response
-    total = 0.0
+    totals = np.zeros(len(model.config.pairings))
     for start in range(0, len(rows), 256):
         batch = collate(dataset[rows[start : start + 256]])
         labels, perturbations = batch.pop("labels"), {}
@@ -160,8 +161,9 @@ def linear_error(
             perturbations["perturbation_mask"],
         )
         expected = response.gene_mean + mean @ response.loadings.T
-        total += float(torch.where(labels != IGNORED_LABEL, expected - labels, torch.zeros(())).square().sum())
-    return total
+        error = torch.where(labels != IGNORED_LABEL, expected - labels, torch.zeros(())).square().sum(1)
+        totals += np.bincount(perturbations["pairing_ids"], weights=error.double(), minlength=len(totals))
+    return totals
 
 
 def keep_departure_if_it_pays(model: GppcForPerturbationPrediction, log_history: list[dict]) -> bool:
