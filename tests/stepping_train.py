@@ -8,13 +8,14 @@ import os
 import struct
 import sys
 
-from accelerate import PartialState
 from tiny_runs import train_module
 
+from data_scripts.stream_pairs import PairStream
 from modeling_gppc.training.stream_rows import TableCollator
 from modeling_gppc.training.trainer import GppcTrainer
 
 original_step, original_collate = GppcTrainer.training_step, TableCollator.__call__
+original_batches = PairStream.__iter__
 last_cells: list[int] = []
 
 
@@ -27,26 +28,34 @@ def read_progress(path) -> int:
 
 
 def collate(self, table):
-    """Remembers which cells the batch holds; with no workers, collating is what comes right before training."""
+    """Remembers which cells the batch holds; with no workers, it is handed out right after."""
     last_cells[:] = table.column("source_soma_joinid").to_pylist()
     return original_collate(self, table)
 
 
+def batches(self):
+    """Notes the cells of every batch that is handed to training."""
+    for batch in original_batches(self):
+        with open(f"{os.environ['SEEN']}{self.rank}", "a") as file:
+            file.write(json.dumps({"epoch": self.positions[0][0], "cells": last_cells}) + "\n")
+        yield batch
+
+
 def step(self, *args, **kwargs):
-    """Notes the batch before it is trained on."""
-    if "PROGRESS" in os.environ and self.is_world_process_zero():
+    """Notes how many batches there were, before this one is trained on."""
+    if self.is_world_process_zero():
         accumulated = self.args.gradient_accumulation_steps
         self.batches = getattr(self, "batches", 0) + 1
         done = self.state.global_step * accumulated + (self.batches - 1) % accumulated + 1
         file = os.open(os.environ["PROGRESS"], os.O_WRONLY | os.O_CREAT)
         os.pwrite(file, struct.pack("<q", done), 0)
         os.close(file)
-    if "SEEN" in os.environ:
-        with open(f"{os.environ['SEEN']}{PartialState().process_index}", "a") as file:
-            file.write(json.dumps({"epoch": self.stream.positions[0][0], "cells": last_cells}) + "\n")
     return original_step(self, *args, **kwargs)
 
 
 if __name__ == "__main__":
-    GppcTrainer.training_step, TableCollator.__call__ = step, collate
+    if "PROGRESS" in os.environ:
+        GppcTrainer.training_step = step
+    if "SEEN" in os.environ:
+        PairStream.__iter__, TableCollator.__call__ = batches, collate
     sys.exit(train_module().main())

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from collections import Counter
 
 import pyarrow as pa
@@ -181,6 +182,20 @@ def test_shards_without_the_split_are_not_read(tmp_path):
     read = {row[0] for row in flat(PairStream(plan.out, SMALL, transform=keys))}
     split = dict(zip(plan.cells.column("soma_joinid").to_pylist(), plan.cells.column("split").to_pylist()))
     assert read and all(split[cell] == 0 for cell in read)
+
+
+def test_a_store_truncated_meanwhile_ends_the_stream(tmp_path):
+    """With an error, not with fewer rows."""
+    store = make_store(tmp_path / "store")
+    mapping = {"query": {"uri": str(store)}, "shard_cells": 15, "splits": {"rules": []}}
+    plan = plan_pairs(from_mapping(PairOptions, mapping), tmp_path / "plan", progress=False)
+    fragments = sorted(store.rglob("raw/__fragments/*"))
+    for path in fragments[len(fragments) // 2 :]:
+        shutil.rmtree(path)
+    for path in sorted(store.rglob("raw/__commits/*"))[len(fragments) // 2 :]:
+        path.unlink()
+    with pytest.raises(ValueError, match="the store is damaged"):
+        list(PairStream(plan.out, SMALL))
 
 
 def test_a_sample_is_written_and_the_rest_streamed(options, built, tmp_path):

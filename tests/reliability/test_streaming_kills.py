@@ -44,16 +44,20 @@ def start(processes: int, store: Path, out: Path, *more: str) -> psutil.Popen:
         return psutil.Popen(arguments, env=variables, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
 
 
-def kill_all(process: psutil.Popen, generator: random.Random) -> int:
-    """Kills a launcher, its processes and their workers in random order; returns how many there were."""
+def kill_all(process: psutil.Popen, processes: int, generator: random.Random) -> int:
+    """Kills a run; returns how many processes it was made of.
+
+    Of several processes the launcher, the trainers and their workers are killed in random order; of one the trainer
+    alone, whose workers have to notice.
+    """
     family = [process, *process.children(recursive=True)]
-    generator.shuffle(family)
-    for member in family:
+    killed = [process] if processes == 1 else generator.sample(family, len(family))
+    for member in killed:
         if member.is_running():
             member.send_signal(signal.SIGKILL)
-    gone, alive = psutil.wait_procs(family, timeout=60)
+    _, alive = psutil.wait_procs(family, timeout=60)
     assert not alive
-    return len(gone)
+    return len(family)
 
 
 def run_to_end(processes: int, store: Path, out: Path, *more: str) -> None:
@@ -86,7 +90,7 @@ def kill_at(kind: str, batch: int, processes: int, store: Path, out: Path, gener
         except psutil.TimeoutExpired:
             continue
         raise AssertionError(f"ended before {kind} {batch}: {(out.parent / 'output.txt').read_text()[-3000:]}")
-    assert kill_all(process, generator) >= processes
+    assert kill_all(process, processes, generator) >= processes
 
 
 @pytest.mark.slow
