@@ -42,7 +42,13 @@ def store(tmp_path_factory):
 def two(store, tmp_path_factory):
     """A run of two processes that noted the cells of every batch."""
     out = tmp_path_factory.mktemp("two") / "run"
-    launch = [*launcher(2)[:-1], str(Path(TESTS) / "stepping_train.py")]
+    settings = [
+        "--config_file",
+        str(CONFIGS / "accelerate" / "cpu_2proc.yaml"),
+        "--main_process_port",
+        str(free_port()),
+    ]
+    launch = [*launcher(2)[:4], *settings, str(Path(TESTS) / "stepping_train.py")]
     done = run([*launch, *stream_arguments(store, out, **FLAGS)], path=TESTS, SEEN=str(out.parent / "seen-"))
     assert done.returncode == 0, done.stderr[-3000:]
     return out
