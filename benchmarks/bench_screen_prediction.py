@@ -35,11 +35,11 @@ def screen(
     outputs: dict[str, list[torch.Tensor]] = {name: [] for name in OUTPUTS}
     start = time.perf_counter()
     encoded = model.encode(**state)
-    strongest = torch.zeros(len(ids))
+    departures = torch.zeros(len(ids))
     for first in tqdm(range(0, len(ids), chunk), desc="screen", leave=False):
         rows = slice(first, first + chunk)
         output = model.decode(encoded, ids[rows], changes[rows], query_ids=queries)
-        strongest[rows] = (output.logits - output.linear_response).abs().amax(1)
+        departures[rows] = output.departure
         wanted = kept[(kept >= first) & (kept < first + chunk)] - first
         for name in OUTPUTS:
             outputs[name].append(output[name][wanted].clone())
