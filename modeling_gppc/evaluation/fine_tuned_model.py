@@ -1,7 +1,6 @@
 """GPPC fine-tuned on some perturbations of a screen: what they share, what the target's correlates say, what is like it."""
 
 import dataclasses
-import itertools
 
 import numpy as np
 
@@ -18,12 +17,10 @@ class Blend:
     Args:
         power (`float`): Each training response is divided by its length to this power: 0 is the plain mean, 1 gives
             every perturbation the same length, so that strong perturbations do not drown the others.
-        focus (`float`): Share of the average that goes to perturbations whose targets have like features.
-        weight (`float`): Weight of the in-context response, both directions having unit length.
+        weight (`float`): Weight of the in-context response, relative to the rest.
     """
 
     power: float
-    focus: float
     weight: float
 
 
@@ -31,28 +28,32 @@ class FineTunedModel:
     """
     GPPC adapted on the controls, then on the training perturbations.
 
-    response = size x (average of training responses + weight x in-context response of the target). What is averaged is
-    in part what all perturbations have in common, in part what those with like targets do. Every number is chosen by
-    leave-one-out over the training perturbations, whose errors give the uncertainty; a perturbation left out takes with
-    it all that share a gene, as the folds do.
+    response = size x (what perturbations of the screen do + weight x in-context response of the target). The first part
+    is a Gaussian process over perturbations about their mean: where features of genes are given, perturbations whose
+    targets have like features respond alike (cosine, and as much of a response that no feature explains as one that
+    does); where none are, it is the mean. Power, weight and size are chosen by leave-one-out over the training
+    perturbations, whose errors give the uncertainty; a perturbation left out takes with it all that share a gene, as the
+    folds do.
 
     Args:
         in_context ([`InContextModel`]): Adapted on the controls of the same screen.
-        powers, focuses, weights (`tuple[float, ...]`, *optional*): Candidates, see [`Blend`].
+        powers, weights (`tuple[float, ...]`, *optional*): Candidates, see [`Blend`].
+        unexplained (`float`, *optional*, defaults to 1): Variance of a response that features do not explain, in units
+            of what they do.
 
     Attributes:
         blend (`Blend`): What the last fold chose.
-        scale (`float`): Size of the response, in log values.
+        scale (`float`): Size of the response relative to the blend.
     """
 
     def __init__(
         self,
         in_context: InContextModel,
-        powers: tuple[float, ...] = (0.0, 0.5, 0.75, 1.0),
-        focuses: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0),
+        powers: tuple[float, ...] = (0.0, 0.5, 1.0),
         weights: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.4, 0.6),
+        unexplained: float = 1.0,
     ):
-        self.in_context, self.powers, self.focuses, self.weights = in_context, powers, focuses, weights
+        self.in_context, self.powers, self.weights, self.unexplained = in_context, powers, weights, unexplained
 
     def predict(self, context: ScreenContext) -> ScreenPrediction:
         """Responses of the test perturbations.
@@ -71,20 +72,13 @@ class FineTunedModel:
         own, other = self._responses(context, context.train), self._responses(context, context.test)
         own, other = _unit(own, mask), _unit(other, mask)
         likeness = _likeness(context, context.train)
-        likeness[relatives(context)] = 0.0
-        everyone = (~relatives(context)).astype(float)
-        self.blend = self._choose(train, norms, everyone, likeness, own, mask)
-        guess = _average(train / norms**self.blend.power, everyone, likeness, self.blend.focus, mask)
-        guess = guess + self.blend.weight * own
+        guess = self._choose(train, norms, likeness, relatives(context), own, mask)
         # Least squares with weights between "every gene alike" and "every perturbation alike".
         weights = 1 / norms[:, 0]
         products, squares = (guess * train)[:, mask].sum(axis=1), (guess**2)[:, mask].sum(axis=1)
         self.scale = max(float(weights @ products / max(weights @ squares, 1e-12)), 0.0)
-        test_likeness = _likeness(context, context.test)
-        average = _average(
-            train / norms**self.blend.power, np.ones_like(test_likeness), test_likeness, self.blend.focus, mask
-        )
-        delta = self.scale * (average + self.blend.weight * other)
+        shared = self._process(train / norms**self.blend.power, likeness, _likeness(context, context.test))
+        delta = self.scale * _with(shared, other, self.blend.weight, mask)
         seen = self._seen(context, mask)
         for row, label in enumerate(context.test):
             members = context.screen.perturbations[label].genes
@@ -98,17 +92,30 @@ class FineTunedModel:
         variance = self._variance(context, train - self.scale * guess, mask)
         return ScreenPrediction(delta, np.tile(variance, (len(delta), 1)), reads_perturbed_cells=True)
 
-    def _choose(self, train, norms, everyone, likeness, own, mask) -> Blend:
-        """The blend whose leave-one-out predictions have the highest mean cosine with the training responses."""
-        best, best_agreement = Blend(self.powers[0], 0.0, 0.0), -np.inf
-        focuses = self.focuses if likeness.any() else (0.0,)
-        for power, focus in itertools.product(self.powers, focuses):
-            average = _average(train / norms**power, everyone, likeness, focus, mask)
+    def _choose(self, train, norms, likeness, related, own, mask) -> np.ndarray:
+        """Sets the blend whose leave-one-out predictions have the highest mean cosine with the training responses; returns
+        those predictions `(T, V)`."""
+        best, best_agreement = None, -np.inf
+        for power in self.powers:
+            votes, shared = train / norms**power, np.zeros_like(train)
+            for row in range(len(train)):
+                rest = np.flatnonzero(~related[row])
+                if len(rest):
+                    shared[row] = self._process(votes[rest], likeness[np.ix_(rest, rest)], likeness[row][None, rest])[
+                        0
+                    ]
             for weight in self.weights:
-                agreement = _cosine(average + weight * own, train, mask).mean()
+                guess = _with(shared, own, weight, mask)
+                agreement = _cosine(guess, train, mask).mean()
                 if agreement > best_agreement + 1e-9:
-                    best, best_agreement = Blend(power, focus, weight), agreement
+                    best, best_agreement, self.blend = guess, agreement, Blend(power, weight)
         return best
+
+    def _process(self, votes: np.ndarray, likeness: np.ndarray, to_test: np.ndarray) -> np.ndarray:
+        """Posterior mean of the process at test perturbations: `votes` `(T, V)`, `likeness` `(T, T)`, `(P, T)`."""
+        mean = votes.mean(axis=0)
+        weights = np.linalg.solve(likeness + self.unexplained * np.eye(len(votes)), votes - mean)
+        return mean + to_test @ weights
 
     def _seen(self, context: ScreenContext, mask: np.ndarray) -> dict[str, np.ndarray]:
         """Response to each training perturbation, drawn towards zero by the share of its size that sampling explains."""
@@ -148,20 +155,18 @@ def relatives(context: ScreenContext) -> np.ndarray:
 
 
 def _likeness(context: ScreenContext, labels: list[str]) -> np.ndarray:
-    """Cosine of the features of `labels` with those of the training perturbations, below zero cut off; `(n, T)`."""
+    """Cosine of the given features of `labels` with those of the training perturbations, `(n, T)`; zero without any."""
+    if context.features is None:
+        return np.zeros((len(labels), len(context.train)))
     rows, columns = context.feature_matrix(labels), context.feature_matrix(context.train)
     products = rows @ columns.T
     norms = np.linalg.norm(rows, axis=1)[:, None] * np.linalg.norm(columns, axis=1)
-    return np.maximum(np.divide(products, norms, out=np.zeros_like(products), where=norms > 1e-12), 0.0)
+    return np.divide(products, norms, out=np.zeros_like(products), where=norms > 1e-12)
 
 
-def _average(votes: np.ndarray, everyone: np.ndarray, likeness: np.ndarray, focus: float, mask) -> np.ndarray:
-    """Weighted averages of the votes `(T, V)`, of unit length; where nothing is alike, everyone's average."""
-    totals = likeness.sum(axis=1, keepdims=True)
-    alike = np.divide(likeness, totals, out=np.zeros_like(likeness), where=totals > 1e-12)
-    whole = everyone / np.maximum(everyone.sum(axis=1, keepdims=True), 1e-12)
-    share = np.where(totals > 1e-12, focus, 0.0)
-    return _unit(((1 - share) * whole + share * alike) @ votes, mask)
+def _with(shared: np.ndarray, own: np.ndarray, weight: float, mask: np.ndarray) -> np.ndarray:
+    """`shared` plus `weight` times its length times the unit vectors `own`, row by row."""
+    return shared + weight * np.linalg.norm(shared[:, mask], axis=1, keepdims=True) * own
 
 
 def _unit(rows: np.ndarray, mask: np.ndarray) -> np.ndarray:

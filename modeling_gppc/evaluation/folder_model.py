@@ -11,7 +11,7 @@ from data_scripts.screen_pairs import SCREEN_PAIRING
 from data_scripts.screens import CONTROL
 from modeling_gppc.evaluation.response_size import ResponseSize
 from modeling_gppc.evaluation.screen_baselines import ScreenContext, no_change
-from modeling_gppc.evaluation.screen_scores import ScreenPrediction
+from modeling_gppc.evaluation.screen_scores import ScreenPrediction, scored_genes
 from modeling_gppc.feature_extraction_gppc import GppcFeatureExtractor, close_matches
 from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
 
@@ -84,18 +84,22 @@ class FolderModel:
             pairings = torch.full((len(state),), pairing, dtype=torch.long)
             return self.model.decode(encoded, ids, imposed, pairing_ids=pairings).logits.double().mean(dim=0).numpy()
 
-        prediction = no_change(context)
+        prediction, size = no_change(context), self.size.of(screen)
         for row, label in enumerate(context.test):
             genes, changes = context.changes(label)
             inside = columns[genes] >= 0
             genes, changes = genes[inside], changes[inside]
             if not len(genes) and not self.fine_tuned:
                 continue
-            sized = changes if self.fine_tuned else self.size(changes, deviation[genes])
             at = columns[genes]
-            response = expected(at, sized, self.perturbed_id) - expected(at, 0 * sized, self.pairing_id)
-            prediction.delta[row, found] = response[columns[found]]
+            # A step of a natural size, scaled: a model of unperturbed cells learned nothing of larger ones.
+            steps = np.abs(changes) / np.maximum(deviation[genes], 1e-6)
+            scale = 1.0 if self.fine_tuned else max(float(steps.max()), 1e-6)
+            response = expected(at, changes / scale, self.perturbed_id) - expected(at, 0 * changes, self.pairing_id)
+            prediction.delta[row, found] = scale * response[columns[found]]
+            if not self.fine_tuned:
+                prediction.delta[row] = size(prediction.delta[row], deviation, scored_genes(screen))
             prediction.delta[row, genes] = changes
-        prediction.variance = np.tile((self.size.unexplained * deviation) ** 2, (len(context.test), 1))
+        prediction.variance = np.tile((size.drift * deviation) ** 2, (len(context.test), 1))
         prediction.reads_perturbed_cells = self.fine_tuned
         return prediction

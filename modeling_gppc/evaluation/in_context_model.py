@@ -9,7 +9,7 @@ from data_scripts.screens import CONTROL, Screen
 from modeling_gppc.configuration_gppc import GppcConfig
 from modeling_gppc.evaluation.response_size import ResponseSize
 from modeling_gppc.evaluation.screen_baselines import ScreenContext, no_change
-from modeling_gppc.evaluation.screen_scores import ScreenPrediction
+from modeling_gppc.evaluation.screen_scores import ScreenPrediction, scored_genes
 from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
 from modeling_gppc.training.factor_model import FactorModel, fit_factor_model, fit_pair_coupling
 
@@ -97,16 +97,18 @@ class InContextModel:
         return loadings @ (loadings[imposed].T @ np.linalg.solve(within, changes))
 
     def predict(self, context: ScreenContext) -> ScreenPrediction:
-        """Responses of the test perturbations: prediction with their targets' level minus prediction without."""
+        """Responses of the test perturbations: prediction with their targets' level minus prediction without, sized."""
         prediction = no_change(context)
+        size, counted = self.size.of(self.screen), scored_genes(self.screen)
         for row, label in enumerate(context.test):
             genes, changes = context.changes(label)
             if len(genes):
-                sized = self.size(changes, self.deviation[genes])
-                prediction.delta[row] = self.slope(genes, sized)
+                response = self.slope(genes, changes)
                 if self.model is not None:
-                    prediction.delta[row] += self.departure(genes, sized)
-        prediction.variance = np.tile((self.size.unexplained * self.deviation) ** 2, (len(context.test), 1))
+                    response = response + self.departure(genes, changes)
+                prediction.delta[row] = size(response, self.deviation, counted)
+                prediction.delta[row, genes] = changes
+        prediction.variance = np.tile((size.drift * self.deviation) ** 2, (len(context.test), 1))
         return prediction
 
     @torch.inference_mode()
@@ -120,7 +122,7 @@ class InContextModel:
         ids = torch.as_tensor(genes).expand(len(cells), -1)
         level = torch.as_tensor(self.values[:, genes].mean(axis=0), dtype=torch.float32)
         change = torch.as_tensor(changes, dtype=torch.float32)
-        # The step is taken at a natural size and scaled back, so that a shrunken change is not lost in the network.
+        # The step is taken at a natural size and scaled: the network learned nothing of larger ones.
         step = torch.as_tensor(self.deviation[genes], dtype=torch.float32)
         scale = float(change.abs().div(step).max().clamp(min=1e-6))
         added = []

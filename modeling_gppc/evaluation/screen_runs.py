@@ -248,6 +248,11 @@ def held_out(screen: Screen, folds: list[Fold], options: EvaluateOptions, featur
     kind = {"batch": "batches", "cell_line": "cell_lines"}[column]
     groups, every = getattr(screen, column), screen.cells_of(CONTROL)
     values, labels_of_cells = screen.values.copy(), screen.label.astype(object)
+    # What files and energy distances are made of: every group with its controls on the level of all controls.
+    level = values[every].mean(axis=0)
+    for group in np.unique(groups[every]):
+        rows = np.flatnonzero(groups == group)
+        values[rows] += level - screen.values[np.intersect1d(rows, every)].mean(axis=0)
     perturbations, truths, parts, references, left_out = {}, [], [], [], []
     for fold in tqdm(folds, desc="held out", unit="group", disable=not progress):
         inside = np.sort(np.concatenate([fold.test_cells, every[groups[every] == fold.group]]))
@@ -280,9 +285,6 @@ def held_out(screen: Screen, folds: list[Fold], options: EvaluateOptions, featur
             outputs[MODEL if options.model == "gppc" else options.model] = mean_of_runs(runs)
         truth = observe(here, enough, options.seed)
         names = [f"{label} @ {fold.group}" for label in enough]
-        # Cells of the group, its controls on the level of all controls: what files and energy distances are made of.
-        shift = screen.values[every].mean(axis=0) - truth.control
-        values[inside] = values[inside] + shift.astype(np.float32)
         for label, name in zip(enough, names):
             labels_of_cells[inside[screen.label[inside] == label]] = name
             perturbations[name] = dataclasses.replace(

@@ -98,6 +98,13 @@ class ScreenPrediction:
     reads_perturbed_cells: bool = False
 
 
+def scored_genes(screen: Screen) -> np.ndarray:
+    """Genes that no perturbation of the screen targets, bool of shape `(V,)`."""
+    mask = np.ones(screen.values.shape[1], dtype=bool)
+    mask[screen.panel_targets] = False
+    return mask
+
+
 def observe(screen: Screen, labels: Sequence[str], seed: int = 0, n_splits: int = 10) -> ScreenTruth:
     """Observed responses, their sampling error, differential expression and split-half ceiling."""
     values = screen.values
@@ -105,8 +112,7 @@ def observe(screen: Screen, labels: Sequence[str], seed: int = 0, n_splits: int 
     control = values[controls].mean(axis=0, dtype=np.float64)
     control_variance = values[controls].var(axis=0, dtype=np.float64, ddof=1) / len(controls)
     delta, variance, ceiling, counts = [], [], [], []
-    mask = np.ones(values.shape[1], dtype=bool)
-    mask[screen.panel_targets] = False
+    mask = scored_genes(screen)
     for label in labels:
         cells = screen.cells_of(label)
         delta.append(values[cells].mean(axis=0, dtype=np.float64) - control)

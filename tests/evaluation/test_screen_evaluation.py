@@ -16,7 +16,7 @@ from modeling_gppc.configuration_gppc import GppcConfig
 from modeling_gppc.evaluation import metrics
 from modeling_gppc.evaluation.evaluate_options import EvaluateOptions
 from modeling_gppc.evaluation.in_context_model import InContextModel
-from modeling_gppc.evaluation.response_size import ResponseSize
+from modeling_gppc.evaluation.response_size import ResponseSize, batch_drift
 from modeling_gppc.evaluation.screen_baselines import (
     ScreenContext,
     additive,
@@ -253,9 +253,29 @@ def test_technical_covariates_are_taken_out_where_the_library_is_complete():
 
 
 def test_size_keeps_the_direction():
-    size = ResponseSize(share=0.5, saturation=2.0)
-    assert size(np.array([0.01]), 0.5)[0] == pytest.approx(0.005, rel=1e-3)
-    assert abs(size(np.array([-50.0]), 0.5)[0]) == pytest.approx(0.5)
+    size, deviation = ResponseSize(share=0.5, drift=0.1), np.array([3.0, 4.0])
+    small, large = np.array([0.003, -0.004]), np.array([3000.0, -4000.0])
+    assert size(small, deviation) == pytest.approx(small / 2, rel=1e-3)
+    # However large, no more than the share of what batches drift: 0.1 x |(3, 4)|.
+    assert np.linalg.norm(size(large, deviation)) == pytest.approx(0.25, rel=1e-3)
+    assert np.corrcoef(size(large, deviation), small)[0, 1] == pytest.approx(1)
+    assert size(large, deviation, np.array([True, False])) == pytest.approx(0.5 * 0.3 * large / 3000, rel=1e-3)
+
+
+def test_drift_is_how_far_batches_of_controls_lie_beyond_sampling_error():
+    generator = np.random.default_rng(0)
+    adata = make_adata(("control", "G0", "G1"), n=20, controls=4_000)
+    adata.X = (generator.normal(size=adata.shape) + 5).astype(np.float32)
+    still = read_screen(adata, ScreenOptions(value_kind="log"))
+    assert batch_drift(still) < 0.02
+    shift = generator.normal(size=N_GENES) * 0.3
+    adata.X[(adata.obs["batch"] == "b1").to_numpy()] += shift
+    moved = read_screen(adata, ScreenOptions(value_kind="log"))
+    # Two batches of one size lie half their distance from the whole.
+    expected = np.sqrt(np.mean((shift / 2) ** 2 / (1 + (shift / 2) ** 2)))
+    assert batch_drift(moved) == pytest.approx(expected, rel=0.1)
+    del adata.obs["batch"]
+    assert batch_drift(read_screen(adata, ScreenOptions(value_kind="log"))) == 0.06
 
 
 def test_in_context_reads_no_perturbed_cell(screen):
@@ -369,9 +389,11 @@ def test_a_saved_model_is_scored_as_it_is(screen, tmp_path):
     prediction = evaluation.predictions["gppc"].delta
     row = evaluation.truth.labels.index("G2")
     genes, changes = ScreenContext.build(screen, [], ["G2"]).changes("G2")
-    spread = screen.values[screen.is_control].std(axis=0)[genes]
-    expected = fitted.slope(genes, ResponseSize()(changes, spread))
-    others = np.setdiff1d(np.arange(N_GENES), [0, 2])
+    response = fitted.slope(genes, changes)
+    response[0] = 0
+    spread = screen.values[screen.is_control].std(axis=0)
+    others = np.setdiff1d(np.arange(N_GENES), screen.panel_targets)
+    expected = ResponseSize().of(screen)(response, spread, others)
     assert np.allclose(prediction[row, others], expected[others], atol=1e-4)
     assert prediction[row, 0] == 0 and not prediction[evaluation.truth.labels.index("G0")].any()
     # What the run leaves is what a card of this model takes its scorecard from.

@@ -118,7 +118,7 @@ def test_a_run_starts_from_a_trained_model(in_context, file, tmp_path):
     adata.var_names = [f"G{i}" if i else "NEW" for i in range(N_GENES)]
     other = tmp_path / "other.h5ad"
     adata.write_h5ad(other)
-    flags = ["--training.start_from", str(in_context), "--training.learning_rate", "1e-12"]
+    flags = ["--training.start_from", str(in_context), "--training.learning_rate", "1e-12", "--seed", "1"]
     model = train_on(other, tmp_path / "run", "screen_in_context", *flags)
     start, end = (GppcForPerturbationPrediction.from_pretrained(path) for path in (in_context, model))
     old, new = start.model.gene_pool.weight, end.model.gene_pool.weight
@@ -269,18 +269,23 @@ def test_gene_features_are_terms_or_numbers(tmp_path):
         read_gene_features(tmp_path / "bad.csv", ["A"])
 
 
-def test_perturbations_of_like_genes_are_averaged(screen):
-    """With features that tell which perturbations are alike, the blend finds them; relatives are left out together."""
+def test_perturbations_of_like_genes_respond_alike(screen):
+    """The process by hand: two like perturbations in training, one of their kind predicted, another unlike any."""
     labels = sorted(screen.perturbations)
-    twin = {label: np.eye(3)[i // 2] for i, label in enumerate(labels)}
-    context = ScreenContext.build(screen, labels[:5], labels[5:], features=twin)
-    # G4 is what G5 is like, and nothing else of the training perturbations is like another one but G0-G1 and G2-G3.
-    doubled = ScreenContext(screen, labels[:4], labels[4:], context.train_delta[[0, 0, 2, 2]], twin)
-    model = FineTunedModel(InContextModel(screen, n_factors=3))
-    model.predict(doubled)
-    assert model.blend.focus >= 0.75
-    names = make_adata(("control", "G0", "G1", "G0+G1"), n=20, controls=60)
-    double = read_screen(names, ScreenOptions(value_kind="log"))
+    features = dict(zip(labels, np.eye(3)[[0, 0, 1, 0]])) | {labels[5]: np.eye(3)[2]}
+    context = ScreenContext.build(screen, labels[:3], [labels[3], labels[5]], features=features)
+    model = FineTunedModel(InContextModel(screen, n_factors=3), powers=(0.0,), weights=(0.0,))
+    found = model.predict(context)
+    train, mean = context.train_delta, context.mean_response
+    likeness = np.array([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    alike = mean + np.array([1.0, 1.0, 0.0]) @ np.linalg.solve(likeness + np.eye(3), train - mean)
+    others = np.setdiff1d(np.arange(N_GENES), screen.panel_targets)
+    assert np.allclose(found.delta[0, others], model.scale * alike[others])
+    assert np.allclose(found.delta[1, others], model.scale * mean[others])
+    plain = model.predict(ScreenContext.build(screen, labels[:3], [labels[3]]))
+    assert np.allclose(plain.delta[0, others], model.scale * mean[others])
+    adata = make_adata(("control", "G0", "G1", "G0+G1"), n=20, controls=60)
+    double = read_screen(adata, ScreenOptions(value_kind="log"))
     related = relatives(ScreenContext.build(double, ["G0", "G0+G1", "G1"], []))
     assert related.tolist() == [[True, True, False], [True, True, True], [False, True, True]]
 

@@ -16,7 +16,7 @@ from modeling_gppc.evaluation.response_size import ResponseSize
 from modeling_gppc.evaluation.screen_baselines import ScreenContext, covariance
 
 # Full size: here the response follows the change, and the truth says so.
-AS_IMPOSED = ResponseSize(share=1.0, saturation=1e6)
+AS_IMPOSED = ResponseSize(share=1.0, drift=1e6)
 
 
 @functools.cache
