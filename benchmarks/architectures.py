@@ -45,6 +45,7 @@ class LinearPool(nn.Module):
         super().__init__()
         self.additive, self.shape = additive, (-1, config.num_latents, config.hidden_size)
         self.embedding = nn.Embedding(config.vocab_size, config.pool_size)
+        nn.init.normal_(self.embedding.weight, std=0.02)
         self.direction = nn.Parameter(torch.randn(config.pool_size) * 0.02)
         self.proj = nn.Linear(config.pool_size, config.num_latents * config.hidden_size)
         self.block = GppcBlock(config)
@@ -169,6 +170,8 @@ class BilinearDecoder(nn.Module):
         )
         self.pool = pool
         self.tie = nn.Linear(size, config.pool_size, bias=False) if head == "tied" else None
+        if head == "tied":
+            nn.init.zeros_(self.tie.weight)
         self.vectors = nn.Parameter(torch.zeros(self.n_parts, genes, size))
         if head == "mlp":
             nn.init.normal_(self.vectors, std=0.5)
@@ -181,7 +184,7 @@ class BilinearDecoder(nn.Module):
             self.logvar = nn.Parameter(torch.zeros(genes))
         if head == "hurdle":
             self.scales = nn.Parameter(torch.tensor([[1.0], [0.0]]).expand(2, genes).clone())
-            self.offsets = nn.Parameter(torch.tensor([[-2.0], [1.5]]).expand(2, genes).clone())
+            self.offsets = nn.Parameter(torch.zeros(2, genes))
 
     def forward(self, latents: torch.Tensor, batch: Batch) -> torch.Tensor:
         return self.parts(latents, batch)[0]
@@ -222,6 +225,14 @@ class BilinearDecoder(nn.Module):
         return mean_over((expected - batch.labels).square(), batch.scored)
 
 
+def start_hurdle(head: BilinearDecoder, values: torch.Tensor) -> None:
+    """A hurdle that starts at how often each gene is expressed and how much then, from cells `(n, V)`."""
+    share = (values != 0).float().mean(0).clamp(1e-3, 1 - 1e-3)
+    with torch.no_grad():
+        head.offsets[0] = torch.logit(share) - values.mean(0)
+        head.offsets[1] = values.mean(0) / share
+
+
 def mean_over(values: torch.Tensor, scored: torch.Tensor) -> torch.Tensor:
     """Mean of the scored entries."""
     return torch.where(scored, values, torch.zeros_like(values)).sum() / scored.sum()
@@ -252,8 +263,8 @@ class Variant(nn.Module):
         return mean_over((self.decoder(latents, batch) - batch.labels).square(), batch.scored)
 
 
-def make_variant(name: str, config: GppcConfig) -> Variant:
-    """A variant by its name in the table."""
+def make_variant(name: str, config: GppcConfig, values: torch.Tensor) -> Variant:
+    """A variant by its name in the table; `values` are some cells `(n, V)`."""
     encoders = {
         "dense self-attention": lambda: TokenEncoder(config, expressed_only=False, self_attention=True),
         "expressed-only tokens": lambda: TokenEncoder(config, expressed_only=True, self_attention=True),
@@ -274,8 +285,10 @@ def make_variant(name: str, config: GppcConfig) -> Variant:
     if name in decoders:
         return Variant(encoder, decoders[name]())
     head = name.removesuffix(" head") if name.endswith(" head") else "linear"
-    pool = encoder.embedding if head == "tied" else None
-    return Variant(encoder, BilinearDecoder(config, head, pool))
+    decoder = BilinearDecoder(config, head, encoder.embedding if head == "tied" else None)
+    if head == "hurdle":
+        start_hurdle(decoder, values)
+    return Variant(encoder, decoder)
 
 
 VARIANTS = (

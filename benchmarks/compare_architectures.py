@@ -280,7 +280,7 @@ def run_variant(name: str, cells: Cells, split: dict, arguments: argparse.Namesp
             return output.logits, output.logvar
 
     else:
-        module: Variant = make_variant(shape, model.config)
+        module: Variant = make_variant(shape, model.config, train.draw(1_024)["target"])
         batches = (batch_of(model, train.draw(arguments.batch_size), linear) for _ in itertools.count())
 
         def predict(pairs):
