@@ -25,15 +25,9 @@ def predict_anndata(
     adata: anndata.AnnData,
     perturbations: str | Sequence[str],
     *,
-    layer: str | None = None,
-    gene_column: str | None = None,
-    library_size_key: str | None = None,
-    pairing: str | None = None,
-    genes: Sequence[str] | None = None,
-    reference: str = "unperturbed",
     batch_size: int = 256,
-    device: str | torch.device | None = None,
     progress: bool = False,
+    **options,
 ) -> anndata.AnnData:
     """Predicts expression of cells after perturbations.
 
@@ -42,17 +36,10 @@ def predict_anndata(
         adata (`AnnData`): Cells with raw counts (log values if the model's normalisation is `"none"`).
         perturbations (`str` or `Sequence[str]`): Such as `"STAT1=ko"` or `"STAT1=kd:0.8+IRF1=x3"`; see
             [`GppcFeatureExtractor.parse_perturbation`].
-        layer, gene_column, library_size_key: Where counts, gene names and counts over all genes are; see
-            [`input_cells`].
-        pairing (`str`, *optional*): Context that the cell before and the cell after share, one of the model's
-            `config.pairings`; defaults to `config.default_pairing`.
-        genes (`Sequence[str]`, *optional*): Genes to predict; defaults to all that the model knows.
-        reference (`str`, *optional*, defaults to `"unperturbed"`): What `delta` is the difference from: the
-            prediction for the same cell without a perturbation, or (`"held"`) with the same genes imposed at the
-            cell's own level, which removes what merely knowing their level says.
         batch_size (`int`, *optional*, defaults to 256): Rows that the model sees at once.
-        device (`str`, *optional*): See [`load_model`]; only for a model given by name.
         progress (`bool`, *optional*, defaults to `False`): Whether to show a progress bar.
+        **options: See [`prepare_prediction`]: `layer`, `gene_column`, `library_size_key`, `pairing`, `genes`,
+            `reference`, `device`.
 
     Returns:
         `AnnData`, one row a perturbation and cell (perturbation by perturbation, with `obs.perturbation` and
@@ -65,26 +52,18 @@ def predict_anndata(
     Raises:
         ValueError: Before the model runs, for anything that cannot be predicted; see [`prepare_prediction`].
     """
-    prediction = prepare_prediction(
-        model,
-        adata,
-        perturbations,
-        layer=layer,
-        gene_column=gene_column,
-        library_size_key=library_size_key,
-        pairing=pairing,
-        genes=genes,
-        reference=reference,
-        batch_size=batch_size,
-        device=device,
-    )
+    prediction = prepare_prediction(model, adata, perturbations, batch_size=batch_size, **options)
     for line in prediction.warnings:
         warnings.warn(line, stacklevel=2)
     arrays = {name: np.empty(prediction.shape, dtype=np.float32) for name in ("X", *prediction.layers)}
     columns = {name: np.empty(prediction.shape[0], dtype=np.float32) for name in prediction.columns}
     mean_delta = fill(prediction, arrays | columns, batch_size, progress)
     output = anndata.AnnData(
-        arrays.pop("X"), obs=prediction.obs.assign(**columns), var=prediction.var, layers=arrays, uns={"gppc": prediction.uns}
+        arrays.pop("X"),
+        obs=prediction.obs.assign(**columns),
+        var=prediction.var,
+        layers=arrays,
+        uns={"gppc": prediction.uns},
     )
     output.varm["mean_delta"] = mean_delta
     return output

@@ -90,7 +90,19 @@ def prepare_prediction(
     batch_size: int = 256,
     device: str | torch.device | None = None,
 ) -> Prediction:
-    """Checks everything before the model runs; arguments as in [`predict_anndata`].
+    """Checks everything before the model runs.
+
+    Args:
+        model, adata, perturbations, batch_size: As in [`predict_anndata`].
+        layer, gene_column, library_size_key: Where counts, gene names and counts over all genes are; see
+            [`input_cells`].
+        pairing (`str`, *optional*): Context that the cell before and the cell after share, one of the model's
+            `config.pairings`; defaults to `config.default_pairing`.
+        genes (`Sequence[str]`, *optional*): Genes to predict; defaults to all that the model knows.
+        reference (`str`, *optional*, defaults to `"unperturbed"`): What `delta` is the difference from: the
+            prediction for the same cell without a perturbation, or (`"held"`) with the same genes imposed at the
+            cell's own level, which removes what merely knowing their level says.
+        device (`str`, *optional*): See [`load_model`]; only for a model given by name.
 
     Raises:
         ValueError: For a missing model, a malformed perturbation or one given twice, a gene or pairing that the model
