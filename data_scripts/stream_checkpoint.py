@@ -40,7 +40,8 @@ class StreamCheckpoint(TrainerCallback):
     `GppcTrainer` does both by itself.
 
     Trainer fetches a batch ahead of the step it saves, so what is saved is the state after the batches that the steps
-    have used, not after those that were handed out.
+    have used, not after those that were handed out. Where gradients are accumulated the stream is to be endless: the
+    end of an epoch could cut a step short.
 
     Args:
         stream (`PairStream`): The training data.

@@ -28,9 +28,9 @@ class StreamOptions:
 
     Args:
         split (`str`, *optional*, defaults to `"train"`): Whose pairs.
-        batch_size (`int`, *optional*, defaults to 128): Pairs in a batch; the last one of a pool may be smaller.
-        pool_shards (`int`, *optional*, defaults to 2): Shards, drawn from the whole store, whose rows are shuffled
-            together: the buffer.
+        batch_size (`int`, *optional*, defaults to 128): Pairs in a batch; the last one of a round may be smaller.
+        pool_shards (`int`, *optional*, defaults to 2): Shards, drawn from the whole store, that a batch draws its rows
+            from; the rows of about half of them are in memory.
         seed (`int`, *optional*, defaults to 0): Of the orders of shards and rows.
     """
 
@@ -46,13 +46,9 @@ class StreamOptions:
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; wanted at least 1.")
 
-    def n_pools(self, n_shards: int) -> int:
-        """Pools that so many shards make."""
-        return -(-n_shards // self.pool_shards)
-
 
 class _Reader(torch.utils.data.IterableDataset):
-    """Batches of the pools that belong to each reader of a process; a worker of a loader is one reader."""
+    """Batches of the shards that belong to each reader of a process; a worker of a loader is one reader."""
 
     def __init__(self, stream: "PairStream"):
         self.out, self.identity, self.options = stream.out, stream.identity, stream.options
@@ -64,50 +60,85 @@ class _Reader(torch.utils.data.IterableDataset):
         worker = torch.utils.data.get_worker_info()
         own = (self.rotation + (worker.id if worker else 0)) % len(self.positions)
         plan = open_plan(self.out, self.identity)
-        places, size = self._places(own, streamed_shards(plan, self.options.split)), self.options.batch_size
+        rounds, size = self._rounds(own, streamed_shards(plan, self.options.split)), self.options.batch_size
         first_batch = self.positions[own][2]
+        mixer = _Mixer(plan, self.options)
         with concurrent.futures.ThreadPoolExecutor(1) as ahead:
-            place = next(places, None)
-            coming = ahead.submit(self._rows, plan, place) if place else None
+            place = next(rounds, None)
+            coming = ahead.submit(mixer.rows, *place) if place else None
             while place is not None:
                 rows = coming.result()
-                following = next(places, None)
-                coming = ahead.submit(self._rows, plan, following) if following else None
-                epoch, position, shards = place
-                shuffled = np.random.default_rng([self.options.seed, epoch, shards]).permutation(rows.num_rows)
+                following = next(rounds, None)
+                coming = ahead.submit(mixer.rows, *following) if following else None
+                epoch, number, _ = place
+                shuffled = np.random.default_rng([self.options.seed, epoch, own, number]).permutation(rows.num_rows)
                 n_batches = -(-rows.num_rows // size)
                 for batch in range(first_batch, n_batches):
                     # Where this reader stands once the batch has been used.
-                    after = (epoch, position, batch + 1) if batch + 1 < n_batches else (epoch, position + 1, 0)
+                    after = (epoch, number, batch + 1) if batch + 1 < n_batches else (epoch, number + 1, 0)
                     table = rows.take(pa.array(shuffled[batch * size : (batch + 1) * size]))
                     yield own, after, table if self.transform is None else self.transform(table)
                 first_batch, place = 0, following
 
-    def _places(self, own: int, shards: np.ndarray) -> Iterator[tuple[int, int, np.ndarray]]:
-        """Epoch, number and shards of every pool that a reader still has to read."""
-        first_epoch, first_pool, _ = self.positions[own]
+    def _rounds(self, own: int, shards: np.ndarray) -> Iterator[tuple[int, int, list[int]]]:
+        """Epoch, number and the reader's shards of that epoch, of every round that a reader still has to read."""
+        first_epoch, first_round, _ = self.positions[own]
         for epoch in itertools.count(first_epoch) if self.endless else (first_epoch,):
             order = np.random.default_rng([self.options.seed, epoch]).permutation(len(shards))
-            # One further each epoch: where the pools do not divide evenly, every reader has the longer share in turn.
-            mine = range(
-                (self.first_reader + own + epoch) % self.n_readers, self.options.n_pools(len(shards)), self.n_readers
-            )
-            for position in range(first_pool, len(mine)):
-                first = mine[position] * self.options.pool_shards
-                yield epoch, position, shards[order[first : first + self.options.pool_shards]]
-            first_pool = 0
+            # One further each epoch: where the shards do not divide evenly, every reader has the longer share in turn.
+            mine = shards[order[(self.first_reader + own + epoch) % self.n_readers :: self.n_readers]].tolist()
+            for number in range(first_round, n_rounds(len(mine), self.options.pool_shards)):
+                yield epoch, number, mine
+            first_round = 0
 
-    def _rows(self, plan: PairPlan, place: tuple[int, int, np.ndarray]) -> pa.Table:
-        epoch, _, shards = place
-        options = dataclasses.replace(plan.options, seed=plan.options.seed + EPOCH_STRIDE * epoch)
-        batches = []
-        for shard in shards.tolist():
-            cells = plan.shard_cells(shard)
-            values = read_shard_values(plan.matrix, cells, options, plan.vocabulary, plan.gene_lengths)
-            rows = ShardRows(cells, values, plan.panels, options, shard, plan.revealable)
-            batches += rows.batches(SPLITS.index(self.options.split))
-        # Few chunks would have to be searched for every row: one is gathered from directly.
-        return pa.Table.from_batches(batches, PAIR_SCHEMA).combine_chunks()
+
+def n_rounds(n_shards: int, pool_shards: int) -> int:
+    """Rounds in which a reader hands out the rows of its shards."""
+    return max(1, n_shards - pool_shards + 1) if n_shards else 0
+
+
+def rounds_of(shard: int, n_shards: int, pool_shards: int) -> range:
+    """Rounds over which the rows of a reader's shard, by its place in the reader's order, are spread.
+
+    Round `r` mixes the shards `r` to `r + pool_shards - 1`.
+    """
+    last = n_rounds(n_shards, pool_shards) - 1
+    return range(max(0, min(shard - pool_shards + 1, last)), min(shard, last) + 1)
+
+
+class _Mixer:
+    """Rows of one round after the other; of each shard it holds what is left for later rounds, and nothing else."""
+
+    def __init__(self, plan: PairPlan, options: StreamOptions):
+        self.plan, self.options = plan, options
+        self.epoch, self.held = None, {}
+
+    def rows(self, epoch: int, number: int, mine: list[int]) -> pa.Table:
+        """Rows of a round; reads the shards that it is the first to need."""
+        if epoch != self.epoch:
+            self.epoch, self.held = epoch, {}
+        parts = []
+        for place, shard in enumerate(mine):
+            rounds = rounds_of(place, len(mine), self.options.pool_shards)
+            if number not in rounds:
+                continue
+            if place not in self.held:
+                self.held[place] = self._spread(epoch, shard, rounds, number)
+            parts.append(self.held[place].pop(number))
+        # Many chunks would have to be searched for every row: one is gathered from directly.
+        return pa.concat_tables(parts).combine_chunks()
+
+    def _spread(self, epoch: int, shard: int, rounds: range, number: int) -> dict[int, pa.Table]:
+        """The rows of a shard, drawn for its rounds, from round `number` on."""
+        options = dataclasses.replace(self.plan.options, seed=self.plan.options.seed + EPOCH_STRIDE * epoch)
+        cells = self.plan.shard_cells(shard)
+        values = read_shard_values(self.plan.matrix, cells, options, self.plan.vocabulary, self.plan.gene_lengths)
+        rows = ShardRows(cells, values, self.plan.panels, options, shard, self.plan.revealable)
+        table = pa.Table.from_batches(rows.batches(SPLITS.index(self.options.split)), PAIR_SCHEMA).combine_chunks()
+        drawn = np.random.default_rng([self.options.seed, epoch, shard]).permutation(table.num_rows)
+        drawn = dict(zip(rounds, np.array_split(drawn, len(rounds))))
+        # Copies, so that what was used can be forgotten.
+        return {later: table.take(pa.array(part)) for later, part in drawn.items() if later >= number}
 
 
 def streamed_shards(plan: PairPlan, split: str) -> np.ndarray:
@@ -127,10 +158,11 @@ class PairStream(torch.utils.data.IterableDataset):
     """
     Batches of pairs for one process of a training job, in an order that seed, epoch and numbers of readers fix.
 
-    1. Shards are put in random order and grouped into pools; each pool belongs to one reader (a worker of a rank), so
-       readers have disjoint cells, none twice, none missing. 2. A reader builds the rows of its next pool while the
-       last one is used. 3. Rows are shuffled within the pool and cut into batches. 4. `transform` turns a batch into
-       what the model takes, still in the background. Partners are drawn anew in every epoch.
+    1. Shards are put in random order and shared out to readers (a worker of a rank), so that readers have disjoint
+       cells, none twice, none missing. 2. A reader spreads the rows of each shard over the next `pool_shards` rounds,
+       so a round mixes that many shards; while one round is used, the shard that the next one needs is read.
+       3. Rows are shuffled within the round and cut into batches. 4. `transform` turns a batch into what the model
+       takes, still in the background. Partners are drawn anew in every epoch.
 
     Args:
         out (`str` or `Path`): Folder that [`plan_pairs`] prepared, or that `build_pairs(train_rows=...)` wrote.
@@ -169,12 +201,12 @@ class PairStream(torch.utils.data.IterableDataset):
         self.num_workers, self.rank, self.world_size, self.transform = num_workers, rank, world_size, transform
         self.endless, self.n_readers = endless, max(1, num_workers)
         if endless:
-            n_pools = self.options.n_pools(len(streamed_shards(plan, self.options.split)))
-            if n_pools < world_size * self.n_readers:
+            n_shards = len(streamed_shards(plan, self.options.split))
+            if n_shards < world_size * self.n_readers:
                 raise ValueError(
-                    f"the store makes {n_pools} pool(s) of {self.options.pool_shards} shard(s) for "
-                    f"{world_size * self.n_readers} readers ({world_size} process(es) x {self.n_readers} worker(s)); "
-                    "wanted a pool each: fewer workers, or smaller `shard_cells` or `pool_shards`."
+                    f"the store makes {n_shards} shard(s) for {world_size * self.n_readers} readers ({world_size} "
+                    f"process(es) x {self.n_readers} worker(s)); wanted a shard each: fewer workers, or smaller "
+                    "`shard_cells`."
                 )
         self._n_batches = 0
         self._history: collections.deque = collections.deque(maxlen=REMEMBERED)

@@ -46,7 +46,7 @@ def plan(tmp_path_factory):
 
 def train(plan, out, max_steps, resume=None):
     torch.manual_seed(0)
-    stream = PairStream(plan, StreamOptions(batch_size=7), transform=tensors)
+    stream = PairStream(plan, StreamOptions(batch_size=7), transform=tensors, endless=True)
     checkpoint = StreamCheckpoint(stream)
     if resume is not None:
         restore_stream(stream, resume)
@@ -71,7 +71,7 @@ def train(plan, out, max_steps, resume=None):
 
 
 def test_resumed_training_is_the_uninterrupted_one(plan, tmp_path):
-    # 120 cells in batches of 7 by pools: an epoch is 20 batches, 33 steps of two cross several.
+    # 120 cells in batches of at most 7: 33 steps of two batches cross several epochs.
     whole = train(plan, tmp_path / "whole", 33)
     train(plan, tmp_path / "parts", 22)
     resumed = train(plan, tmp_path / "parts", 33, resume=str(tmp_path / "parts" / "checkpoint-22"))

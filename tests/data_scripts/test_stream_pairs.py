@@ -5,6 +5,7 @@ import json
 import shutil
 from collections import Counter
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -13,7 +14,8 @@ from pair_store import make_store
 from data_scripts.census_pairs import build_pairs, plan_pairs
 from data_scripts.options import from_mapping
 from data_scripts.pair_options import PairOptions
-from data_scripts.stream_pairs import PairStream, StreamOptions, streamed_shards
+from data_scripts.pair_plan import PairPlan
+from data_scripts.stream_pairs import PairStream, StreamOptions, n_rounds, rounds_of, streamed_shards
 
 
 def keys(table: pa.Table) -> list:
@@ -133,9 +135,9 @@ def test_endless_streams_go_on_and_share_every_epoch_out(plan, built, world_size
 def test_the_longer_share_goes_round(plan):
     streams = [PairStream(plan, SMALL, rank=rank, world_size=3, **ENDLESS) for rank in range(3)]
     shares = [[len(rows) for rows in epochs_of(stream, 3)] for stream in streams]
-    # 8 shards are 4 pools for 3 ranks: one of them has two, another one in each epoch.
-    longest = [max(range(3), key=lambda rank, epoch=epoch: shares[rank][epoch]) for epoch in range(3)]
-    assert sorted(longest) == [0, 1, 2]
+    # 8 shards for 3 ranks: one of them has two instead of three, another one in each epoch.
+    shortest = [min(range(3), key=lambda rank, epoch=epoch: shares[rank][epoch]) for epoch in range(3)]
+    assert sorted(shortest) == [0, 1, 2]
 
 
 def test_endless_streams_resume_at_any_batch(plan):
@@ -158,9 +160,30 @@ def test_endless_workers_resume_across_epochs(plan):
     assert head + list(itertools.islice(resumed, 14)) == whole
 
 
-def test_too_few_pools_for_the_readers(plan):
-    with pytest.raises(ValueError, match=r"4 pool\(s\) of 2 shard\(s\) for 6 readers"):
-        PairStream(plan, SMALL, num_workers=3, world_size=2, endless=True)
+def test_too_few_shards_for_the_readers(plan):
+    with pytest.raises(ValueError, match=r"8 shard\(s\) for 10 readers"):
+        PairStream(plan, SMALL, num_workers=5, world_size=2, endless=True)
+
+
+@pytest.mark.parametrize(("n_shards", "pool"), [(1, 1), (1, 3), (3, 3), (8, 1), (8, 3), (5, 7), (40, 12)])
+def test_every_shard_has_its_rounds(n_shards, pool):
+    n = n_rounds(n_shards, pool)
+    mixed = [[shard for shard in range(n_shards) if number in rounds_of(shard, n_shards, pool)] for number in range(n)]
+    assert all(len(rounds_of(shard, n_shards, pool)) for shard in range(n_shards))
+    if n_shards < pool:
+        assert mixed == [list(range(n_shards))]
+    else:
+        assert mixed == [list(range(number, number + pool)) for number in range(n)]
+
+
+def test_a_batch_mixes_the_shards_of_its_pool(plan, built):
+    options = StreamOptions(batch_size=10**6, pool_shards=4)
+    batches = list(PairStream(plan, options, transform=keys))
+    assert Counter(flat(batches)) == Counter(keys(built.split("train")))
+    bounds = PairPlan(plan).content["bounds"]
+    for rows in batches:  # whole rounds
+        shards = np.searchsorted(bounds, [row[0] for row in rows], side="right")
+        assert len(set(shards.tolist())) == 4
 
 
 def test_streams_touch_no_random_numbers_of_the_model(plan):
