@@ -99,7 +99,7 @@ def write_stream_store(folder: Path) -> Path:
 
 
 def stream_arguments(store: Path, out: Path, **flags) -> list[str]:
-    """Arguments of train.py for a run that streams: 12 shards, so 6 pools, about 225 training pairs an epoch."""
+    """Arguments of train.py for a run that streams: 12 shards, about 225 training pairs an epoch."""
     pairs = {
         "pairs.query.uri": str(store),
         "pairs.panel.rule": "all",
