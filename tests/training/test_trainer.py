@@ -11,6 +11,7 @@ from tiny_runs import N_GENES, arguments, distance, last_weights, logged, train_
 from data_scripts.pair_folder import PairFolder
 from modeling_gppc import GppcConfig, GppcForPerturbationPrediction
 from modeling_gppc.modeling_gppc import IGNORED_LABEL
+from modeling_gppc.training import throughput as throughput_module
 from modeling_gppc.training.arguments import TrainingOptions
 from modeling_gppc.training.data_collator import PairCollator
 from modeling_gppc.training.pair_dataset import PairDataset
@@ -152,6 +153,27 @@ def test_operations_are_those_of_the_matrix_products():
     with throughput.measure(cells=3):
         (torch.randn(3, 5) @ weight).sum().backward()
     assert throughput.flop_per_cell == 2 * (2 * 5 * 7)  # forward, and backward to the weight
+
+
+def test_waiting_for_others_is_no_waiting_for_data(monkeypatch):
+    """Two batches that take 2 s each to come; then 5 s for the other processes and 10 s for the step itself."""
+    clock = [0.0]
+    monkeypatch.setattr(throughput_module.time, "perf_counter", lambda: clock[0])
+
+    def batches():
+        for _ in range(2):
+            clock[0] += 2
+            yield {"input_ids": torch.zeros(3, 4), "attention_mask": torch.ones(3, 4)}
+
+    throughput = Throughput()
+    throughput.start()
+    found = list(throughput.timed(batches()))
+    clock[0] += 5
+    throughput.fetched(found)
+    clock[0] += 10
+    throughput.stop()
+    assert (throughput.waited, throughput.elapsed) == (4, 19)
+    assert (throughput.cells, int(throughput.tokens)) == (6, 24)
 
 
 def test_summary_of_processes():
