@@ -153,22 +153,35 @@ class GppcLinearResponse(nn.Module):
         covariance = covariance + (shares[:, :, None] * around).transpose(1, 2) @ around
         return logits, mean, covariance
 
+    def gather(self, query_ids: torch.Tensor | None, pairs: bool = True) -> dict[str, torch.Tensor | None]:
+        """What genes `query_ids` `(Q,)`, or all, are read with: `gene_mean`, `loadings`, `noise` and, if `pairs`, the
+        products of two loadings, each pair once, `(Q, r (r + 1) / 2)`."""
+        loadings = self.loadings if query_ids is None else nn.functional.embedding(query_ids, self.loadings)
+        factors = range(loadings.shape[1])
+        return {
+            "gene_mean": self.gene_mean if query_ids is None else self.gene_mean[query_ids],
+            "loadings": loadings,
+            "noise": self.noise if query_ids is None else self.noise[query_ids],
+            "pairs": torch.cat([loadings[:, i : i + 1] * loadings[:, i:] for i in factors], dim=1) if pairs else None,
+        }
+
     def read(
-        self, mean: torch.Tensor, covariance: torch.Tensor, query_ids: torch.Tensor | None
+        self,
+        mean: torch.Tensor,
+        covariance: torch.Tensor,
+        gene_mean: torch.Tensor,
+        loadings: torch.Tensor,
+        noise: torch.Tensor,
+        pairs: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Expected log value and its variance, each `(B, Q)`, at genes `query_ids` `(Q,)`, or at all."""
-        gene_mean, loadings, noise = (
-            tensor if query_ids is None else tensor[query_ids]
-            for tensor in (self.gene_mean, self.loadings, self.noise)
-        )
+        """Expected log value and its variance, each `(B, Q)`, at the genes of `gather`."""
         expected = gene_mean + mean @ loadings.T
-        factors = loadings.shape[1]
-        if mean.shape[0] <= factors // 4:
+        if pairs is None:
             spread = ((loadings @ covariance) * loadings).sum(-1)
         else:
-            # Many rows: the products of two loadings, each pair once, so that nothing is as large as (B, Q, r).
+            # One matrix product, and nothing as large as (B, Q, r).
+            factors = loadings.shape[1]
             first, second = torch.triu_indices(factors, factors, device=mean.device)
             twice = covariance * (2.0 - torch.eye(factors, dtype=covariance.dtype, device=covariance.device))
-            products = torch.cat([loadings[:, row : row + 1] * loadings[:, row:] for row in range(factors)], dim=1)
-            spread = twice[:, first, second] @ products.T
+            spread = twice.flatten(1).index_select(1, first * factors + second) @ pairs.T
         return expected, spread.clamp(min=0) + noise

@@ -18,6 +18,8 @@ from .linear_response_gppc import GppcLinearResponse
 # The learned log variance stays within this distance of the linear response's.
 MAX_LOG_VARIANCE_CHANGE = 4.0
 IGNORED_LABEL = -100.0
+# Fields of a query that the linear response is read with.
+RESPONSE_READ = ("gene_mean", "loadings", "noise", "pairs")
 
 
 @dataclass
@@ -47,6 +49,30 @@ class GppcEncoderOutput(ModelOutput):
     def select(self, index: torch.Tensor) -> "GppcEncoderOutput":
         """Rows of the encoded states, repeated or reordered as `index` of shape `(N,)` says."""
         return GppcEncoderOutput(**{name: tensor[index] for name, tensor in self.items()})
+
+
+@dataclass
+class GppcQuery(ModelOutput):
+    """
+    What queried genes are read out with, gathered once for many calls of `decode`; see `query`.
+
+    Args:
+        query_ids (`torch.LongTensor` of shape `(Q,)`, *optional*): The genes; absent for all.
+        gene_mean, noise (`torch.FloatTensor` of shape `(Q,)`), loadings (`torch.FloatTensor` of shape
+            `(Q, num_factors)`), pairs (`torch.FloatTensor` of shape `(Q, num_factors (num_factors + 1) / 2)`): Of the
+            linear response.
+        vectors, vectors_logvar (`torch.FloatTensor` of shape `(Q, readout_size)`), gene_logvar (`torch.FloatTensor` of
+            shape `(Q,)`): Of the read-out.
+    """
+
+    query_ids: torch.LongTensor | None = None
+    gene_mean: torch.FloatTensor | None = None
+    loadings: torch.FloatTensor | None = None
+    noise: torch.FloatTensor | None = None
+    pairs: torch.FloatTensor | None = None
+    vectors: torch.FloatTensor | None = None
+    vectors_logvar: torch.FloatTensor | None = None
+    gene_logvar: torch.FloatTensor | None = None
 
 
 @dataclass
@@ -448,16 +474,23 @@ class GppcReadout(nn.Module):
         self.gene_vectors_logvar = nn.Parameter(torch.zeros(config.vocab_size, config.readout_size))
         self.gene_logvar = nn.Parameter(torch.zeros(config.vocab_size))
 
-    def forward(
-        self, hidden_states: torch.Tensor, query_ids: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Departure of the mean and of the log variance from the linear response, each `(B, Q)`."""
-        state = self.dropout(self.activation(self.proj(hidden_states.flatten(1))))
+    def gather(self, query_ids: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """What genes `query_ids` `(Q,)`, or all, are read with: `vectors`, `vectors_logvar`, `gene_logvar`."""
         vectors, vectors_logvar, gene_logvar = self.gene_vectors, self.gene_vectors_logvar, self.gene_logvar
         if query_ids is not None:
             # Rows are copied whole; an index would go value by value, and so would its gradient.
             vectors, vectors_logvar = (nn.functional.embedding(query_ids, rows) for rows in (vectors, vectors_logvar))
             gene_logvar = gene_logvar[query_ids]
+        return {"vectors": vectors, "vectors_logvar": vectors_logvar, "gene_logvar": gene_logvar}
+
+    def forward(
+        self, hidden_states: torch.Tensor, query_ids: torch.Tensor | None, query: GppcQuery | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Departure of the mean and of the log variance from the linear response, each `(B, Q)`."""
+        state = self.dropout(self.activation(self.proj(hidden_states.flatten(1))))
+        # Gathered in here, where sharded weights are whole, unless it was done before.
+        found = self.gather(query_ids) if query is None else query
+        vectors, vectors_logvar, gene_logvar = found["vectors"], found["vectors_logvar"], found["gene_logvar"]
         departure = state @ vectors.T
         logvar = state.detach() @ vectors_logvar.T + gene_logvar
         return departure, MAX_LOG_VARIANCE_CHANGE * torch.tanh(logvar / MAX_LOG_VARIANCE_CHANGE)
@@ -509,6 +542,11 @@ class GppcForPerturbationPrediction(GppcPreTrainedModel):
         """Encodes cell states once, for many calls of `decode`; see [`GppcModel.encode`]."""
         return self.model.encode(*args, **kwargs)
 
+    def query(self, query_ids: torch.LongTensor | None = None) -> GppcQuery:
+        """Gathers what genes `query_ids` `(Q,)`, or all, are read out with, for many calls of `decode`."""
+        found = {**self.model.linear_response.gather(query_ids), **self.readout.gather(query_ids)}
+        return GppcQuery(query_ids=query_ids, **found)
+
     def decode(
         self,
         encoded: GppcEncoderOutput,
@@ -516,7 +554,7 @@ class GppcForPerturbationPrediction(GppcPreTrainedModel):
         perturbation_values: torch.FloatTensor | None = None,
         perturbation_mask: torch.Tensor | None = None,
         pairing_ids: torch.LongTensor | None = None,
-        query_ids: torch.LongTensor | None = None,
+        query_ids: torch.LongTensor | GppcQuery | None = None,
         state_index: torch.LongTensor | None = None,
     ) -> GppcOutput:
         """
@@ -524,7 +562,8 @@ class GppcForPerturbationPrediction(GppcPreTrainedModel):
 
         Args:
             encoded ([`GppcEncoderOutput`]): From `encode`.
-            perturbation_ids, perturbation_values, perturbation_mask, pairing_ids, query_ids: As in `forward`.
+            perturbation_ids, perturbation_values, perturbation_mask, pairing_ids, query_ids: As in `forward`; many
+                calls for the same genes are faster with `query_ids=model.query(query_ids)`.
             state_index (`torch.LongTensor` of shape `(B,)`, *optional*): Which encoded state each perturbation acts
                 on; defaults to one state a perturbation, or the only state for all.
 
@@ -544,15 +583,19 @@ class GppcForPerturbationPrediction(GppcPreTrainedModel):
         perturbations = self.model.default_inputs(
             rows, device, perturbation_ids, perturbation_values, perturbation_mask, pairing_ids
         )
+        query = query_ids if isinstance(query_ids, GppcQuery) else None
+        query_ids = query_ids if query is None else query.query_ids
         output, levels = self.model.decode(encoded, *perturbations, state_index)
         response = self.model.linear_response
         with torch.autocast(device_type=device.type, enabled=False):
-            expected, variance = response.read(output.factor_mean, output.factor_covariance, query_ids)
-        gene_mean = response.gene_mean if query_ids is None else response.gene_mean[query_ids]
-        base = expected if self.config.use_linear_response else gene_mean.expand_as(expected)
+            # For a few rows the products of loadings cost more than they save.
+            pairs = rows > self.config.num_factors // 4
+            read = response.gather(query_ids, pairs) if query is None else {name: query[name] for name in RESPONSE_READ}
+            expected, variance = response.read(output.factor_mean, output.factor_covariance, **read)
+        base = expected if self.config.use_linear_response else read["gene_mean"].expand_as(expected)
         logits, logvar = base, variance.log()
         if self.config.use_departure:
-            departure, logvar_change = self.readout(output.last_hidden_state, query_ids)
+            departure, logvar_change = self.readout(output.last_hidden_state, query_ids, query)
             logits = base + departure.to(base.dtype)
             logvar = logvar + logvar_change.to(base.dtype)
         ids, _, mask, _ = perturbations

@@ -66,8 +66,10 @@ def test_rows_that_share_a_state_equal_rows_with_their_own(queries):
     query_ids = None if queries is None else torch.tensor(queries)
     together = model.decode(model.encode(**states), **inputs, state_index=index, query_ids=query_ids)
     apart = model(**{name: tensor[index] for name, tensor in states.items()}, **inputs, query_ids=query_ids)
+    prepared = model.decode(model.encode(**states), **inputs, state_index=index, query_ids=model.query(query_ids))
     for name in OUTPUTS:
         torch.testing.assert_close(together[name], apart[name], atol=1e-5, rtol=1e-5)
+        assert torch.equal(together[name], prepared[name])
     for row in range(40):
         alone = model(
             **{name: tensor[index[[row]]] for name, tensor in states.items()},
