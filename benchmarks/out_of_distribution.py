@@ -33,7 +33,6 @@ from modeling_gppc.training.data_collator import PairCollator
 from modeling_gppc.training.linear_start import initialize_linear_response, keep_departure_if_it_pays
 from modeling_gppc.training.pair_dataset import PairDataset
 from modeling_gppc.training.trainer import make_trainer
-from modeling_gppc.training.transported_pairs import transporting
 
 REVEALED = (
     ("ISG15",),
@@ -99,7 +98,6 @@ def trained(folder: PairFolder, options: TrainingOptions, out: Path, seed: int, 
     train, validation = (PairDataset(folder.split(name), folder.pairings) for name in ("train", "validation"))
     collate = PairCollator(folder.panels, REVEAL, seed=seed)
     trainer = make_trainer(model, options, out, seed, train, validation, collate, PairCollator(folder.panels))
-    trainer.data_collator = transporting(collate, model, train, options)
     trainer.train()
     keep_departure_if_it_pays(model, trainer.state.log_history)
     return model.eval()
@@ -277,8 +275,6 @@ def main() -> None:
     parser.add_argument("--pairs-per-cell", type=int, default=12)
     parser.add_argument("--pairing", choices=PAIRINGS, default="same_type", help="context assumed at the test")
     parser.add_argument("--states", type=int, default=SMALL["num_components"], help="cell states at most")
-    parser.add_argument("--transported-share", type=float, default=TrainingOptions.transported_share)
-    parser.add_argument("--transported-width", type=float, default=TrainingOptions.transported_width)
     parser.add_argument("--resamples", type=int, default=1_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON file to write")
@@ -300,8 +296,6 @@ def main() -> None:
         save_steps=step,
         logging_steps=step,
         dataloader_num_workers=0,
-        transported_share=arguments.transported_share,
-        transported_width=arguments.transported_width,
         use_cpu=True,
     )
     results = []

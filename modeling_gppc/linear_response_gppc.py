@@ -5,6 +5,11 @@ from torch import nn
 
 from .configuration_gppc import GppcConfig
 
+# What imposed levels can add to the log odds of one cell state against another. Unbounded, a few of them carry a cell
+# over to the state of another cell type whose cells have such levels: right within the training data, and up to 40 %
+# more squared error than one Gaussian where a type's response was held out.
+MAX_EVIDENCE = 4.0
+
 
 class GppcLinearResponse(nn.Module):
     """
@@ -143,8 +148,10 @@ class GppcLinearResponse(nn.Module):
             total = projected @ design.transpose(1, 2) + torch.diag_embed(noise)
             factor = torch.linalg.cholesky(total)
             solved = torch.cholesky_solve(surprise, factor)
-            evidence = -0.5 * (surprise * solved).sum(1)
-            logits = torch.log_softmax(logits + self.evidence_scale[pairing_ids, None] * evidence, dim=-1)
+            evidence = self.evidence_scale[pairing_ids, None] * -0.5 * (surprise * solved).sum(1)
+            # Levels choose among the states that cells like the source were seen to go to; they invent no other.
+            evidence = (evidence - evidence.max(dim=1, keepdim=True).values).clamp(min=-MAX_EVIDENCE)
+            logits = torch.log_softmax(logits + evidence, dim=-1)
             means = means + solved.transpose(1, 2) @ projected
             covariance = covariance - projected.transpose(1, 2) @ torch.cholesky_solve(projected, factor)
         shares = logits.exp()

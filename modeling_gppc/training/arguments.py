@@ -42,7 +42,6 @@ POSITIVE = (
     "n_query_genes",
     "linear_start_cells",
     "linear_start_iterations",
-    "transported_width",
 )
 
 
@@ -62,8 +61,8 @@ class DataOptions:
         stream (`bool`, *optional*, defaults to `False`): Train straight from the store: pairs are read, matched and
             collated ahead in the background, partners are drawn anew in every epoch. Written are only the validation
             and test pairs, and a sample of training pairs for the closed-form start and the floors.
-        stream_pool_shards (`int`, *optional*, defaults to 2): Shards whose pairs are shuffled together; each worker
-            holds the pairs of two such pools.
+        stream_pool_shards (`int`, *optional*, defaults to 2): Shards that a batch draws its pairs from; the pairs of
+            about half of them are in each worker's memory.
         num_proc (`int`, *optional*, defaults to 1): Processes that build pairs.
         library_size_key, cell_type_key, donor_key (`str`, *optional*): Columns of obs of `files`, where their names
             are not the usual ones.
@@ -114,9 +113,6 @@ class TrainingOptions:
         early_stopping_patience (`int`, *optional*): Evaluations without improvement before training ends.
         max_validation_pairs (`int`): Validation pairs scored at each evaluation.
         redraw_perturbations (`bool`): Draw the revealed genes anew in every epoch.
-        transported_share (`float`): Share of the training rows whose target carries the response of another pair of
-            like cells, see [`TransportedPairs`]; 0: none. Not where pairs are streamed.
-        transported_width (`float`): How unlike the cells may be, in units of what is typical for two cells.
         n_query_genes (`int`, *optional*): Genes predicted in a batch; defaults to all.
         start_from (`str`, *optional*): Folder of a trained model whose weights the network starts with; genes are
             found by id, sizes are that model's. The linear response is fitted on the run's own cells all the same.
@@ -149,8 +145,6 @@ class TrainingOptions:
     early_stopping_patience: int | None = None
     max_validation_pairs: int = 2_000
     redraw_perturbations: bool = True
-    transported_share: float = 0.0
-    transported_width: float = 0.2
     n_query_genes: int | None = None
     start_from: str | None = None
     linear_start_cells: int = 20_000
@@ -169,8 +163,6 @@ class TrainingOptions:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"`training.{name}` is {value}; wanted a positive number.")
-        if not 0 <= self.transported_share <= 1:
-            raise ValueError(f"`training.transported_share` is {self.transported_share}; wanted between 0 and 1.")
         for name in ("weight_decay", "max_grad_norm", "warmup_steps", "dataloader_num_workers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"`training.{name}` is {getattr(self, name)}; wanted 0 or more.")
@@ -346,7 +338,9 @@ def build_parser(description: str) -> argparse.ArgumentParser:
         epilog="Every option of the YAML file is a flag too: --training.max_steps 500, --pairs.panel.n_genes 2000.",
     )
     parser.add_argument("--config", default=DEFAULT_CONFIG, help="YAML file, or the name of a shipped one")
-    parser.add_argument("--sweep", metavar="YAML", help="search options instead of training once; see docs/training.md")
+    parser.add_argument(
+        "--sweep", metavar="YAML", help="search options instead of training once; see docs/training.md"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of the same run")
     parser.add_argument("--push_to_hub", metavar="REPO", help="push the finished model to this Hub repository")
     parser.add_argument(

@@ -33,8 +33,7 @@ def initialize_linear_response(
     Fits gene means, loadings, noise, cell states and the coupling of every pairing on the training pairs; no gradient.
 
     Cell states are kept only where they pay: the plain conditional Gaussian (one state) is fitted as well, and states
-    are taken if they raise the squared error on validation pairs of no pairing. A gain in one context at the expense of
-    another is paid for out of distribution: on responses of a cell type that was held out such states cost 2 %.
+    are taken if they raise the squared error on the validation pairs of no pairing.
 
     Args:
         model ([`GppcForPerturbationPrediction`]): Changed in place.
