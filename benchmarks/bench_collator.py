@@ -2,6 +2,8 @@
 
 gppc make-synthetic STORE --form count --cells 100000 --genes 20000
 python benchmarks/bench_collator.py --store STORE
+python benchmarks/bench_collator.py --store STORE --genes 0 --cells 4096    # all genes
+python benchmarks/bench_collator.py --store STORE --randomness --shard-cells 2048 --cells 100000 --genes 200
 python benchmarks/bench_collator.py --smoke
 """
 
@@ -16,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data_scripts.census_pairs import build_pairs, plan_pairs
 from data_scripts.options import from_mapping
-from data_scripts.pair_options import PairOptions
+from data_scripts.pair_options import PairOptions, PerturbationOptions
 from data_scripts.stream_pairs import PairStream, StreamOptions
 from modeling_gppc.training.data_collator import PairCollator
 from modeling_gppc.training.pair_dataset import PairDataset
@@ -27,7 +29,7 @@ BATCH = 128
 def options_for(store, n_cells: int, n_genes: int, shard_cells: int) -> PairOptions:
     mapping = {
         "query": {"uri": str(store), "obs_filter": f"soma_joinid < {n_cells}"},
-        "panel": {"n_genes": n_genes},
+        "panel": {"n_genes": n_genes} if n_genes else {"rule": "all"},
         "splits": {"rules": []},
         "shard_cells": shard_cells,
     }
@@ -56,6 +58,24 @@ def torch_format_batch(rows: dict, panels: torch.Tensor) -> dict[str, torch.Tens
     return batch
 
 
+def torch_format_redrawn(rows: dict, panels: torch.Tensor, options: PerturbationOptions) -> dict[str, torch.Tensor]:
+    """The same with the revealed genes drawn anew, row by row."""
+    revealed = []
+    for row in range(len(rows["source_gene_ids"])):
+        change = torch.zeros(panels.shape[1])
+        change[rows["target_gene_ids"][row]] += rows["target_values"][row]
+        change[rows["source_gene_ids"][row]] -= rows["source_values"][row]
+        both = panels[rows["source_panel"][row]] & panels[rows["target_panel"][row]]
+        candidates = torch.nonzero((change != 0) & both).flatten()
+        number = int(torch.randint(options.min_genes, options.max_genes + 1, ()))
+        genes = candidates[torch.randperm(len(candidates))[:number]].sort().values
+        revealed.append((genes, change[genes]))
+    genes, changes = zip(*revealed)
+    return torch_format_batch(
+        rows | {"perturbation_gene_ids": list(genes), "perturbation_values": list(changes)}, panels
+    )
+
+
 def rate(batches, n_rows: int) -> float:
     began = time.perf_counter()
     for _ in batches:
@@ -74,7 +94,7 @@ def randomness(batches: list[np.ndarray], everything: np.ndarray, rng: np.random
     return float(np.mean([entropy(batch) for batch in batches]) / max(perfect, 1e-12))
 
 
-def run(store: Path, n_cells: int, n_genes: int, n_batches: int, rounds: int, shard_cells: int) -> None:
+def compare(store: Path, n_cells: int, n_genes: int, n_batches: int, rounds: int, shard_cells: int) -> None:
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory(dir=store.parent) as folder:
         pairs = build_pairs(options_for(store, n_cells, n_genes, shard_cells), Path(folder) / "out", progress=False)
@@ -84,43 +104,73 @@ def run(store: Path, n_cells: int, n_genes: int, n_batches: int, rounds: int, sh
         ours, panels = PairDataset(table, pairs.pairings), torch.from_numpy(pairs.panels)
         names = [name for name in table.column_names if "gene_ids" in name or "values" in name or "panel" in name]
         theirs = pairs.dataset("train").select_columns(names).with_format("torch")
-        stored = PairCollator(pairs.panels)
-        redrawn = PairCollator(pairs.panels, redraw=pairs_options(pairs).perturbation)
-        ways = {
-            'with_format("torch"), rows padded': lambda: (torch_format_batch(theirs[rows], panels) for rows in order),
-            "Arrow buffers, as stored": lambda: (stored(ours.__getitems__(rows)) for rows in order),
-            "Arrow buffers, revealed genes redrawn": lambda: (redrawn(ours.__getitems__(rows)) for rows in order),
+        redraw = from_mapping(PairOptions, pairs.manifest["options"]).perturbation
+        n_queries = max(1, len(pairs.gene_ids) // 8)
+        collators = {
+            "PairDataset, genes as stored": PairCollator(pairs.panels),
+            "PairDataset, genes redrawn": PairCollator(pairs.panels, redraw=redraw),
+            f"PairDataset, redrawn, {n_queries:,} genes queried": PairCollator(
+                pairs.panels, redraw=redraw, n_query_genes=n_queries
+            ),
         }
-        rates = {name: max(rate(way(), order.size) for _ in range(rounds)) for name, way in ways.items()}
-        baseline = next(iter(rates.values()))
-        print(f"{table.num_rows:,} pairs, {n_genes:,} genes, batches of {BATCH}, shuffled")
+        ways = {
+            'with_format("torch"), genes as stored': lambda: (
+                torch_format_batch(theirs[rows], panels) for rows in order
+            ),
+            'with_format("torch"), genes redrawn': lambda: (
+                torch_format_redrawn(theirs[rows], panels, redraw) for rows in order
+            ),
+            **{
+                name: lambda collator=collator: (collator(ours.__getitems__(rows)) for rows in order)
+                for name, collator in collators.items()
+            },
+        }
+        rates = dict.fromkeys(ways, 0.0)
+        for _ in range(rounds):
+            for name, way in ways.items():
+                rates[name] = max(rates[name], rate(way(), order.size))
+        plain, redrawn = list(rates.values())[:2]
+        print(
+            f"{table.num_rows:,} pairs, {len(pairs.gene_ids):,} genes, {table.nbytes / table.num_rows:,.0f} bytes a pair, "
+            f"batches of {BATCH}, shuffled; times the two ways of `with_format`"
+        )
         for name, value in rates.items():
-            print(f"  {name:<40}{value:>10,.0f} rows/s   x {value / baseline:.1f}", flush=True)
+            print(f"  {name:<46}{value:>10,.0f} rows/s{value / plain:>7.1f}{value / redrawn:>7.1f}", flush=True)
 
+
+def measure_randomness(store: Path, n_cells: int, n_genes: int, shard_cells: int, pools: list[int]) -> None:
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory(dir=store.parent) as folder:
+        options = options_for(store, n_cells, n_genes, shard_cells)
+        pairs = build_pairs(options, Path(folder) / "out", progress=False)
+        table = pairs.split("train")
         contexts = np.array(
             [f"{a}|{b}" for a, b in zip(table.column("dataset_id").to_pylist(), table.column("cell_type").to_pylist())]
         )
         cells = table.column("source_soma_joinid").to_numpy()
         lookup = dict(zip(cells.tolist(), contexts.tolist()))
-        plan = plan_pairs(options_for(store, n_cells, n_genes, shard_cells), Path(folder) / "plan", progress=False)
-        print("entropy of a batch over that of a perfect shuffle: contexts, blocks of 2,048 cells")
+        plan = plan_pairs(options, Path(folder) / "plan", progress=False)
+        print(
+            f"shards of {shard_cells:,} cells; entropy of a batch over a perfect shuffle's: contexts, blocks of 2,048 cells"
+        )
+        order = rng.permutation(table.num_rows)
+        order = order[: len(order) // BATCH * BATCH].reshape(-1, BATCH)
         whole = [(contexts[rows], cells[rows] // 2048) for rows in order]
         report("folder, shuffled rows", whole, contexts, cells, rng)
-        for pool in sorted({1, 2, max(1, plan.n_shards // 2), plan.n_shards}):
+        for pool in pools or sorted({1, 2, max(1, plan.n_shards // 2), plan.n_shards}):
             stream = PairStream(plan.out, StreamOptions(batch_size=BATCH, pool_shards=pool))
             seen = [batch.column("source_soma_joinid").to_numpy() for batch in stream]
             parts = [(np.array([lookup[cell] for cell in ids.tolist()]), ids // 2048) for ids in seen if len(ids) > 1]
-            report(f"stream, pools of {pool} of {plan.n_shards} shards", parts, contexts, cells, rng)
+            held = max(0.5 * pool, 1.0) * shard_cells
+            report(
+                f"stream, {pool} of {plan.n_shards} shards, some {held:,.0f} rows held", parts, contexts, cells, rng
+            )
 
 
 def report(name, parts, contexts, cells, rng) -> None:
     of_contexts = randomness([part[0] for part in parts], contexts, rng)
     of_blocks = randomness([part[1] for part in parts], cells // 2048, rng)
-    print(f"  {name:<40}{of_contexts:>8.3f}{of_blocks:>8.3f}", flush=True)
-
-
-def pairs_options(pairs) -> PairOptions:
-    return from_mapping(PairOptions, pairs.manifest["options"])
+    print(f"  {name:<56}{of_contexts:>8.3f}{of_blocks:>8.3f}", flush=True)
 
 
 def main() -> None:
@@ -131,6 +181,8 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--shard-cells", type=int, default=4_096)
+    parser.add_argument("--randomness", action="store_true", help="entropy of batches instead of speed")
+    parser.add_argument("--pools", type=int, nargs="+", default=[], help="shards mixed by the streams")
     parser.add_argument("--smoke", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -141,9 +193,14 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             store = Path(folder) / "store"
             write_synthetic(store, SyntheticConfig(form="count", n_cells=600, n_genes=60), progress=False)
-            run(store, 600, 40, 4, 1, 150)
-    elif arguments.store is not None:
-        run(
+            compare(store, 600, 40, 4, 1, 150)
+            measure_randomness(store, 600, 40, 150, [])
+    elif arguments.store is None:
+        parser.error("give --store STORE (see above) or --smoke")
+    elif arguments.randomness:
+        measure_randomness(arguments.store, arguments.cells, arguments.genes, arguments.shard_cells, arguments.pools)
+    else:
+        compare(
             arguments.store,
             arguments.cells,
             arguments.genes,
@@ -151,8 +208,6 @@ def main() -> None:
             arguments.rounds,
             arguments.shard_cells,
         )
-    else:
-        parser.error("give --store STORE (see above) or --smoke")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Which genes of a pair are revealed: drawn among those measured in both cells and differing."""
 
+from collections.abc import Callable
+
 import numpy as np
 import scipy.sparse as sp
 
@@ -54,6 +56,7 @@ def sample_from_changes(
     rng: np.random.Generator,
     options: PerturbationOptions,
     clocks: np.ndarray | None = None,
+    numbers: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Draws the revealed genes of each row, at a cost that grows with their number, not with that of candidates.
 
@@ -63,13 +66,14 @@ def sample_from_changes(
         options (`PerturbationOptions`): How many and which.
         clocks (`np.ndarray`, *optional*): For `weighting="change"`, an exponential number of mean 1 for every stored
             change, where these are not to come from `rng`.
+        numbers (`np.ndarray`, *optional*): Wished-for number of each row, where these were drawn already.
 
     Returns:
         Tuple of `offsets` (int32, `(B + 1,)`), `ids` (int32) and `values` (float32) of the revealed genes, ascending
         within a row.
     """
     available = np.diff(changes.indptr).astype(np.int64)
-    numbers = np.minimum(draw_numbers(len(available), options, rng), available)
+    numbers = np.minimum(draw_numbers(len(available), options, rng) if numbers is None else numbers, available)
     width = int(numbers.max(initial=0))
     if options.weighting == "uniform":
         picks = _distinct_integers(available, width, rng)
@@ -80,6 +84,67 @@ def sample_from_changes(
     entries = (changes.indptr[:-1, None].astype(np.int64) + np.where(mask, picks, 0))[mask]
     offsets = np.concatenate([[0], np.cumsum(numbers)]).astype(np.int32)
     return offsets, changes.indices[entries].astype(np.int32), changes.data[entries].astype(np.float32)
+
+
+Lists = tuple[np.ndarray, np.ndarray, np.ndarray]  # lengths of the rows, ids and values one row after the other
+
+
+def sample_by_rejection(
+    source: Lists,
+    target: Lists,
+    target_values: np.ndarray,
+    candidates: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    numbers: np.ndarray,
+    rng: np.random.Generator,
+    attempts: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Uniform draws of differing genes without looking at the genes that are not drawn.
+
+    Places in the two lists of expressed genes are drawn; a place counts if its gene is a candidate, differs, and, in
+    the target's list, is not in the source's too. Every differing gene has one such place, so the first distinct ones
+    are uniform without replacement.
+
+    Args:
+        source, target (`tuple`): Lengths `(B,)`, ids and values of the expressed genes, ids ascending in a row.
+        target_values (`np.ndarray`): The target's values, dense, shape `(B, V)`.
+        candidates (`Callable`): From rows and genes of equal shape to whether a gene may be revealed in a row.
+        numbers (`np.ndarray`): Wished-for number of each row, shape `(B,)`.
+        rng (`np.random.Generator`): The only source of randomness.
+        attempts (`int`): Places drawn for each row.
+
+    Returns:
+        Tuple of `rows`, `genes` and `changes` of the drawn genes in the order of rows, and whether each row found as
+        many as wished, bool of shape `(B,)`; rows that did not have none.
+    """
+    (n_source, source_ids, source_values), (n_target, target_ids, _) = source, target
+    n_rows, n_genes = target_values.shape
+    total = (n_source + n_target)[:, None]
+    places = np.minimum((rng.random((n_rows, attempts)) * total).astype(np.int64), np.maximum(total - 1, 0))
+    rows = np.repeat(np.arange(n_rows), attempts).reshape(n_rows, attempts)
+    rows, places = rows[total[:, 0] > 0], places[total[:, 0] > 0]
+    of_source = places < n_source[rows]
+    begins = [np.concatenate([[0], np.cumsum(lengths)[:-1]])[rows] for lengths in (n_source, n_target)]
+    genes = np.empty(rows.shape, dtype=np.int64)
+    before = np.zeros(rows.shape, dtype=np.float32)
+    own = (begins[0] + places)[of_source]
+    genes[of_source], before[of_source] = source_ids[own], source_values[own]
+    genes[~of_source] = target_ids[(begins[1] + places - n_source[rows])[~of_source]]
+    counts = of_source.copy()
+    keys = np.repeat(np.arange(n_rows) * n_genes, n_source) + source_ids
+    wanted = (rows * n_genes + genes)[~of_source]
+    found = np.searchsorted(keys, wanted)
+    counts[~of_source] = np.append(keys, -1)[found] != wanted
+    after = target_values[rows, genes]
+    counts &= (after != before) & candidates(rows, genes)
+    # Distinct: no earlier place of the row that counts has the same gene.
+    told_apart = np.where(counts, genes, -1 - np.arange(attempts))
+    repeated = np.tril(told_apart[:, :, None] == told_apart[:, None, :], -1).any(2)
+    counts &= ~repeated
+    rank = np.cumsum(counts, axis=1)
+    enough = numbers == 0
+    enough[rows[:, 0]] = rank[:, -1] >= numbers[rows[:, 0]]
+    counts &= (rank <= numbers[rows]) & enough[rows]
+    return rows[counts], genes[counts], (after - before)[counts], enough
 
 
 def _distinct_integers(available: np.ndarray, width: int, rng: np.random.Generator) -> np.ndarray:

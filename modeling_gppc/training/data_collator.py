@@ -5,11 +5,17 @@ import scipy.sparse as sp
 import torch
 
 from data_scripts.pair_options import PerturbationOptions
-from data_scripts.perturbation_sampling import candidate_changes, sample_from_changes
+from data_scripts.perturbation_sampling import (
+    candidate_changes,
+    draw_numbers,
+    sample_by_rejection,
+    sample_from_changes,
+)
 from modeling_gppc.training.pair_dataset import PairRows, pad
 from modeling_gppc.training.row_generator import RowGenerator
 
 IGNORED_LABEL = -100.0
+ATTEMPTS = 4  # places drawn for each gene that may be revealed, before all candidates of a row are listed
 ZERO_SHARE = 0.05  # how often a gene that no target of a batch expresses is queried, beside one that all express
 
 
@@ -58,11 +64,11 @@ class PairCollator:
                 )
             rows = rows[0]
         n_genes = self.panels.shape[1]
+        labels = self._labels(rows)
         if self.redraw is None:
             ids, changes, mask = pad(*rows.lists["perturbation"])
         else:
-            ids, changes, mask = self._redrawn(rows)
-        labels = self._labels(rows)
+            ids, changes, mask = self._redrawn(rows, labels)
         row, column = np.nonzero(mask)
         labels[row, ids[row, column]] = IGNORED_LABEL
         input_ids, values, attention_mask = pad(*rows.lists["source"])
@@ -92,30 +98,63 @@ class PairCollator:
             batch["query_ids"] = queries
         return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in batch.items()}
 
-    def _redrawn(self, rows: PairRows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _redrawn(self, rows: PairRows, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Revealed genes drawn anew, as `(B, K)` arrays of ids, changes and mask; what a row draws depends on the row
+        alone."""
+        generator = RowGenerator(self.seed, rows.epoch, rows.rows)
+        numbers = draw_numbers(len(rows), self.redraw, generator)
+        drawn: list[tuple[np.ndarray, ...]] = []
+        left = np.arange(len(rows))
+        if self.redraw.weighting == "uniform":
+            *found, enough = sample_by_rejection(
+                rows.lists["source"],
+                rows.lists["target"],
+                labels,
+                lambda row, gene: self._may_be_revealed(rows, row, gene),
+                numbers,
+                generator,
+                ATTEMPTS * self.redraw.max_genes,
+            )
+            drawn.append(tuple(found))
+            left = np.flatnonzero(~enough)
+        if len(left):
+            drawn.append(self._drawn_from_all(rows, left, numbers[left]))
+        row, gene, change = (np.concatenate(parts) for parts in zip(*drawn))
+        order = np.lexsort((gene, row))
+        lengths = np.bincount(row, minlength=len(rows))
+        return pad(lengths, gene[order], change[order], width=self.redraw.max_genes)
+
+    def _may_be_revealed(self, rows: PairRows, row: np.ndarray, gene: np.ndarray) -> np.ndarray:
+        source, target = (rows.panels[f"{side}_panel"][row] for side in ("source", "target"))
+        measured = self.panels[source, gene] & self.panels[target, gene]
+        return measured if self.allowed is None else measured & self.allowed[gene]
+
+    def _drawn_from_all(
+        self, rows: PairRows, chosen: np.ndarray, numbers: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The draw of some rows from the list of all their candidates: rows, genes and changes."""
         cells = []
         for side in ("source", "target"):
             lengths, ids, values = rows.lists[side]
             indptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-            cells.append(sp.csr_matrix((values, ids, indptr), shape=(len(lengths), self.panels.shape[1])))
-        panels = (rows.panels["source_panel"], rows.panels["target_panel"])
+            whole = sp.csr_matrix((values, ids, indptr), shape=(len(lengths), self.panels.shape[1]))
+            cells.append(whole[chosen])
+        panels = (rows.panels[name][chosen] for name in ("source_panel", "target_panel"))
         changes = candidate_changes(*cells, self.panels, *panels, self.allowed)
-        generator = RowGenerator(self.seed, rows.epoch, rows.rows)
+        generator = RowGenerator(self.seed + 1, rows.epoch, rows.rows[chosen])
         clocks = None
         if self.redraw.weighting == "change":
             clocks = generator.ragged_exponential(np.diff(changes.indptr))
-        offsets, ids, values = sample_from_changes(changes, generator, self.redraw, clocks)
-        return pad(np.diff(offsets), ids, values, width=self.redraw.max_genes)
+        offsets, genes, values = sample_from_changes(changes, generator, self.redraw, clocks, numbers)
+        return np.repeat(chosen, np.diff(offsets)), genes.astype(np.int64), values
 
     def _labels(self, rows: PairRows) -> np.ndarray:
         """Values of the targets, -100 where not measured, float32 of shape `(B, V)`."""
         lengths, ids, values = rows.lists["target"]
         panel = rows.panels["target_panel"]
-        labels = np.zeros((len(lengths), self.panels.shape[1]), dtype=np.float32)
-        end = 0
-        for row, length in enumerate(lengths.tolist()):
-            begin, end = end, end + length
-            labels[row][ids[begin:end]] = values[begin:end]
+        n_genes = self.panels.shape[1]
+        labels = np.zeros((len(lengths), n_genes), dtype=np.float32)
+        labels.ravel()[np.repeat(np.arange(len(lengths)) * n_genes, lengths) + ids] = values
         for row in np.flatnonzero(~self._all_measured[panel]).tolist():
             np.copyto(labels[row], IGNORED_LABEL, where=~self.panels[panel[row]])
         return labels

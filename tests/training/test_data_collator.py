@@ -86,6 +86,8 @@ def test_a_redraw_depends_on_the_row_alone(redraw, rows, epoch, seed):
         candidates = np.flatnonzero(BOTH[row] & (SOURCE[row] != TARGET[row]))
         assert set(found) <= set(candidates.tolist())
         assert len(found) <= redraw.max_genes
+        if redraw.distribution == "fixed":
+            assert len(found) == min(redraw.max_genes, len(candidates))
         for gene, change in found.items():
             assert change == pytest.approx(TARGET[row, gene] - SOURCE[row, gene])
         wanted = np.where(PANELS[ROWS[row][2][1]], TARGET[row], X)
