@@ -6,8 +6,9 @@ import numpy as np
 
 from data_scripts.screens import CONTROL
 from modeling_gppc.evaluation.in_context_model import InContextModel
+from modeling_gppc.evaluation.response_size import ResponseSize
 from modeling_gppc.evaluation.screen_baselines import ScreenContext
-from modeling_gppc.evaluation.screen_scores import ScreenPrediction
+from modeling_gppc.evaluation.screen_scores import ScreenPrediction, scored_genes
 
 
 @dataclasses.dataclass
@@ -62,12 +63,11 @@ class FineTunedModel:
             ValueError: If there are fewer than two training perturbations.
         """
         train = context.train_delta
+        mask = scored_genes(context.screen)
         if len(train) < 2:
             raise ValueError(
                 f"`train` holds {len(train)} perturbations; fine-tuning needs at least 2: use fewer folds."
             )
-        mask = np.ones(train.shape[1], dtype=bool)
-        mask[context.screen.panel_targets] = False
         norms = np.maximum(np.linalg.norm(train[:, mask], axis=1, keepdims=True), 1e-12)
         own, other = self._responses(context, context.train), self._responses(context, context.test)
         own, other = _unit(own, mask), _unit(other, mask)
@@ -79,12 +79,10 @@ class FineTunedModel:
         self.scale = max(float(weights @ products / max(weights @ squares, 1e-12)), 0.0)
         shared = self._process(train / norms**self.blend.power, likeness, _likeness(context, context.test))
         delta = self.scale * _with(shared, other, self.blend.weight, mask)
-        seen = self._seen(context, mask)
+        seen = shrunken_responses(context)
         for row, label in enumerate(context.test):
             members = context.screen.perturbations[label].genes
-            if label in seen:
-                delta[row] = seen[label]
-            elif len(members) > 1 and any(member in seen for member in members):
+            if len(members) > 1 and any(member in seen for member in members):
                 # A member not seen alone is expected to do what perturbations of this screen do on average.
                 delta[row] = sum(seen.get(member, delta[row]) for member in members)
             genes, changes = context.changes(label)
@@ -117,17 +115,6 @@ class FineTunedModel:
         weights = np.linalg.solve(likeness + self.unexplained * np.eye(len(votes)), votes - mean)
         return mean + to_test @ weights
 
-    def _seen(self, context: ScreenContext, mask: np.ndarray) -> dict[str, np.ndarray]:
-        """Response to each training perturbation, drawn towards zero by the share of its size that sampling explains."""
-        controls = context.screen.values[context.screen.cells_of(CONTROL)]
-        seen = {}
-        for label, response in zip(context.train, context.train_delta):
-            cells = context.screen.values[context.screen.cells_of(label)]
-            error = cells.var(axis=0) / len(cells) + controls.var(axis=0) / len(controls)
-            size = max(float((response[mask] ** 2).sum()), 1e-12)
-            seen[label] = response * max(1 - float(error[mask].sum()) / size, 0.0)
-        return seen
-
     def _variance(self, context: ScreenContext, residual: np.ndarray, mask: np.ndarray) -> np.ndarray:
         """Variance of true responses about predicted ones, a gene, from leave-one-out errors; shape `(V,)`.
 
@@ -146,6 +133,29 @@ class FineTunedModel:
 
     def _responses(self, context: ScreenContext, labels: list[str]) -> np.ndarray:
         return self.in_context.predict(dataclasses.replace(context, test=list(labels))).delta
+
+
+def shrunken_responses(context: ScreenContext) -> dict[str, np.ndarray]:
+    """Response to each training perturbation, drawn towards zero by the share of its size that sampling explains."""
+    mask = scored_genes(context.screen)
+    controls = context.screen.values[context.screen.cells_of(CONTROL)]
+    seen = {}
+    for label, response in zip(context.train, context.train_delta):
+        cells = context.screen.values[context.screen.cells_of(label)]
+        error = cells.var(axis=0) / len(cells) + controls.var(axis=0) / len(controls)
+        size = max(float((response[mask] ** 2).sum()), 1e-12)
+        seen[label] = response * max(1 - float(error[mask].sum()) / size, 0.0)
+    return seen
+
+
+def predict_elsewhere(context: ScreenContext, size: ResponseSize) -> ScreenPrediction:
+    """Responses in a batch or cell line that was held out: as they were in the others, drawn towards zero by their
+    sampling error, and uncertain by what controls drift from batch to batch."""
+    seen = shrunken_responses(context)
+    controls = context.screen.values[context.screen.cells_of(CONTROL)]
+    variance = (size.of(context.screen).drift * controls.std(axis=0, dtype=np.float64)) ** 2
+    delta = np.array([seen[label] for label in context.test])
+    return ScreenPrediction(delta, np.tile(variance, (len(delta), 1)), reads_perturbed_cells=True)
 
 
 def relatives(context: ScreenContext) -> np.ndarray:

@@ -241,7 +241,10 @@ def run_baselines(
     Raises:
         ValueError: For an unknown baseline.
     """
-    allowed = list(BASELINES) if mode == "fine-tuned" and len(context.train) >= 2 else list(CONTROL_ONLY)
+    allowed = list(CONTROL_ONLY)
+    if mode == "fine-tuned":
+        # One training perturbation has a mean, and no regression.
+        allowed = list(BASELINES) if len(context.train) >= 2 else [*CONTROL_ONLY, "mean", "matching_mean", "additive"]
     for name in names or ():
         if name not in BASELINES:
             raise ValueError(f"`baselines` names `{name}`, which is none{close_matches(name, BASELINES)}.")

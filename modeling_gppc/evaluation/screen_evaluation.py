@@ -15,6 +15,7 @@ from modeling_gppc.evaluation.screen_runs import MODEL, ScreenRun, run_screen
 from modeling_gppc.evaluation.screen_scores import (
     ScreenPrediction,
     ScreenTruth,
+    bootstrap_perturbations,
     compare_methods,
     resample_responses,
     score_prediction,
@@ -94,6 +95,11 @@ def summarise(run: ScreenRun, scores: dict[str, dict[str, np.ndarray]], options:
                 comparisons[name] = compare_methods(
                     predictions[subject], predictions[name], truth, resampled, options.seed
                 )
+                gap = scores[subject]["systema_pearson"] - scores[name]["systema_pearson"]
+                comparisons[name]["systema_pearson"] = {
+                    "difference": float(gap.mean()),
+                    "ci95": bootstrap_perturbations(gap, seed=options.seed),
+                }
     return {
         "schema_version": 1,
         "screen": screen.name,

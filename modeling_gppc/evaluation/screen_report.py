@@ -44,6 +44,7 @@ def table_rows(summary: dict) -> tuple[list[str], list[list[str]]]:
         "95 % interval",
         *(name for name, _ in TABLE_METRICS[1:]),
         "matched - shuffled",
+        *([f"{subject} - method"] if subject else []),
     ]
     rows = []
     for name in names:
@@ -59,8 +60,16 @@ def table_rows(summary: dict) -> tuple[list[str], list[list[str]]]:
             cells.append(f"{entry['matched_minus_shuffled']:+.3f} [{low:.3f}, {high:.3f}]")
         else:
             cells.append("")
+        if subject:
+            comparison = summary["comparisons"].get(name)
+            cells.append("" if comparison is None else _difference(comparison))
         rows.append(cells)
     return header, rows
+
+
+def _difference(comparison: dict) -> str:
+    low, high = comparison["ci95"]
+    return f"{comparison['difference']:+.3f} [{low:.3f}, {high:.3f}]"
 
 
 def sentences(summary: dict) -> list[str]:

@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 from data_scripts.screen_cells import cells_digest, some_cells
 from data_scripts.screens import CONTROL, Screen
 from modeling_gppc.evaluation.evaluate_options import EvaluateOptions
-from modeling_gppc.evaluation.fine_tuned_model import FineTunedModel
+from modeling_gppc.evaluation.fine_tuned_model import FineTunedModel, predict_elsewhere
 from modeling_gppc.evaluation.folder_model import FolderModel, read_run
 from modeling_gppc.evaluation.gene_features import read_gene_features
 from modeling_gppc.evaluation.in_context_model import InContextModel
@@ -280,9 +280,8 @@ def held_out(screen: Screen, folds: list[Fold], options: EvaluateOptions, featur
             continue
         context = ScreenContext.build(there, enough, enough, features=features)
         outputs = run_baselines(context, mode="fine-tuned")
-        runs = [model.predict(context) for model in fitted_models(there, options, progress=False)]
-        if runs:
-            outputs[MODEL if options.model == "gppc" else options.model] = mean_of_runs(runs)
+        if options.model != "covariance":
+            outputs[options.model] = predict_elsewhere(context, options.size)
         truth = observe(here, enough, options.seed)
         names = [f"{label} @ {fold.group}" for label in enough]
         for label, name in zip(enough, names):

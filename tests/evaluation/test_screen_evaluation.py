@@ -346,6 +346,9 @@ def test_fine_tuned_beats_the_mean(screen):
     }
     assert methods["factor"]["pearson_delta"] > methods["mean"]["pearson_delta"]
     assert methods["factor"]["systema_pearson"] > 0 == methods["mean"]["systema_pearson"]
+    gap = summary["comparisons"]["mean"]["systema_pearson"]
+    assert gap["difference"] == pytest.approx(methods["factor"]["systema_pearson"])
+    assert gap["ci95"][0] < gap["difference"] < gap["ci95"][1]
     assert 0.5 < methods["factor"]["coverage90"] <= 1
 
 

@@ -225,6 +225,17 @@ def test_a_batch_is_predicted_from_the_others(screen, hold_out, monkeypatch):
     assert 0.8 < methods["factor"]["coverage90"] <= 1
 
 
+def test_one_stimulus_is_predicted_from_cell_line_to_cell_line():
+    adata = make_adata(("control", "G0"), n=80, controls=200)
+    adata.obs["cell_line"] = np.array(["x", "y", "z", "x"])[np.arange(adata.n_obs) % 4]
+    screen = read_screen(adata, ScreenOptions(value_kind="log"))
+    options = EvaluateOptions(mode="fine-tuned", model="factor", hold_out="cell_line")
+    evaluation = evaluate_screen(screen, options, progress=False)
+    assert evaluation.truth.labels == ["G0 @ x", "G0 @ y", "G0 @ z"]
+    methods = evaluation.summary["methods"]
+    assert methods["factor"]["pearson_delta"] > 0.9 and {"mean", "covariance"} <= set(methods)
+
+
 def test_groups_that_cannot_be_held_out_are_named(screen):
     assert [fold.group for fold in group_folds(screen, "batch")] == ["b1", "b2"]
     for value in ("batch=b9", "cell_line"):
