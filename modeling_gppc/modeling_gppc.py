@@ -58,6 +58,8 @@ class GppcQuery(ModelOutput):
 
     Args:
         query_ids (`torch.LongTensor` of shape `(Q,)`, *optional*): The genes; absent for all.
+        place (`torch.LongTensor` of shape `(vocab_size + 1,)`, *optional*): Column of each gene, `Q` where it is none;
+            absent for all genes.
         gene_mean, noise (`torch.FloatTensor` of shape `(Q,)`), loadings (`torch.FloatTensor` of shape
             `(Q, num_factors)`), pairs (`torch.FloatTensor` of shape `(Q, num_factors (num_factors + 1) / 2)`): Of the
             linear response.
@@ -66,6 +68,7 @@ class GppcQuery(ModelOutput):
     """
 
     query_ids: torch.LongTensor | None = None
+    place: torch.LongTensor | None = None
     gene_mean: torch.FloatTensor | None = None
     loadings: torch.FloatTensor | None = None
     noise: torch.FloatTensor | None = None
@@ -543,9 +546,20 @@ class GppcForPerturbationPrediction(GppcPreTrainedModel):
         return self.model.encode(*args, **kwargs)
 
     def query(self, query_ids: torch.LongTensor | None = None) -> GppcQuery:
-        """Gathers what genes `query_ids` `(Q,)`, or all, are read out with, for many calls of `decode`."""
+        """Gathers what genes `query_ids` `(Q,)`, or all, are read out with, for many calls of `decode`.
+
+        Raises:
+            ValueError: If a gene is named twice.
+        """
         found = {**self.model.linear_response.gather(query_ids), **self.readout.gather(query_ids)}
-        return GppcQuery(query_ids=query_ids, **found)
+        if query_ids is None:
+            return GppcQuery(**found)
+        times = torch.bincount(query_ids)
+        if times.max() > 1:
+            raise ValueError(f"`query_ids` names gene {int(times.argmax())} {int(times.max())} times; give it once.")
+        place = torch.full((self.config.vocab_size + 1,), len(query_ids), device=query_ids.device)
+        place[query_ids] = torch.arange(len(query_ids), device=query_ids.device)
+        return GppcQuery(query_ids=query_ids, place=place, **found)
 
     def decode(
         self,
@@ -600,7 +614,8 @@ class GppcForPerturbationPrediction(GppcPreTrainedModel):
             logvar = logvar + logvar_change.to(base.dtype)
         ids, _, mask, _ = perturbations
         logits, base = (
-            impose(values, query_ids, ids, levels, mask, self.config.vocab_size) for values in (logits, base)
+            impose(values, query_ids, ids, levels, mask, self.config.vocab_size, None if query is None else query.place)
+            for values in (logits, base)
         )
         return GppcOutput(
             logits=logits,
@@ -730,16 +745,18 @@ def impose(
     levels: torch.Tensor,
     mask: torch.Tensor,
     vocab_size: int,
+    place: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Puts the imposed levels `(B, K)` in the place of predictions `(B, Q)` of the perturbed genes themselves."""
     if perturbation_ids.shape[1] == 0:
         return predicted
-    # Padding is no gene: it equals no query and goes to a column of its own, which is cut off.
+    # Padding is no gene: it equals no query and goes, as genes that are not asked for, to a column that is cut off.
     columns = torch.where(mask.bool(), perturbation_ids, vocab_size)
     levels = levels.to(predicted.dtype)
-    if query_ids is None:
+    if query_ids is None or place is not None:
+        columns = columns if place is None else place[columns]
         wider = torch.cat([predicted, predicted.new_zeros(predicted.shape[0], 1)], dim=1)
-        return wider.scatter(1, columns, levels)[:, :vocab_size]
+        return wider.scatter(1, columns, levels)[:, :-1]
     for column in range(columns.shape[1]):
         one = slice(column, column + 1)
         predicted = torch.where(query_ids == columns[:, one], levels[:, one], predicted)
