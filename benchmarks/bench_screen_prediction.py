@@ -1,6 +1,6 @@
 """A genome-wide screen of one cell: encoded once and decoded in chunks, against encoding it for every perturbation.
 
-    python benchmarks/bench_screen_prediction.py --out screen.json     # 20,000 perturbations x 2,000 genes, two threads
+    python benchmarks/bench_screen_prediction.py --out screen.json     # 20,000 perturbations x 2,000 genes
     python benchmarks/bench_screen_prediction.py --smoke               # tiny, seconds
 
 Same model, same run. "One by one" calls the model once a perturbation, as a loop over a pipeline does; "in batches"
@@ -9,115 +9,133 @@ encodes the cell again in every row of a batch.
 
 import argparse
 import time
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from model_bench import fitted_like_model, machine, peak_rss_gb, random_state, show, write_result
 from tqdm.auto import tqdm
 
-from modeling_gppc import GppcConfig, GppcForPerturbationPrediction
+from modeling_gppc import GppcConfig
+from modeling_gppc.modeling_gppc import GppcOutput
+from modeling_gppc.training.arguments import parse_options
 
+# The embedded default's sizes.
+SHIPPED = parse_options("default", []).model
 OUTPUTS = ("logits", "logvar", "linear_response")
 
 
-def screen(
-    model: GppcForPerturbationPrediction,
-    state: dict[str, torch.Tensor],
-    ids: torch.Tensor,
-    changes: torch.Tensor,
-    queries: torch.Tensor,
-    chunk: int,
-    kept: torch.Tensor,
-) -> tuple[float, dict[str, torch.Tensor]]:
-    """Seconds of a whole screen, encoding included, and the outputs of the perturbations `kept`.
+class Screen:
+    """One cell and its perturbations, predicted in three ways.
 
-    Every chunk is looked at (a screen would be written to a file) and forgotten.
+    Args:
+        arguments (`argparse.Namespace`): Sizes.
     """
-    outputs: dict[str, list[torch.Tensor]] = {name: [] for name in OUTPUTS}
-    start = time.perf_counter()
-    encoded = model.encode(**state)
-    departures = torch.zeros(len(ids))
-    for first in tqdm(range(0, len(ids), chunk), desc="screen", leave=False):
-        rows = slice(first, first + chunk)
-        output = model.decode(encoded, ids[rows], changes[rows], query_ids=queries)
-        departures[rows] = output.departure
-        wanted = kept[(kept >= first) & (kept < first + chunk)] - first
-        for name in OUTPUTS:
-            outputs[name].append(output[name][wanted].clone())
-    return time.perf_counter() - start, {name: torch.cat(parts) for name, parts in outputs.items()}
+
+    def __init__(self, arguments: argparse.Namespace):
+        self.chunk, self.batch = arguments.chunk, arguments.batch
+        options = SHIPPED if arguments.size == "default" else {}
+        build = GppcConfig if options else partial(GppcConfig.from_size, arguments.size)
+        self.model = fitted_like_model(build(vocab_size=arguments.genes, **options)).eval()
+        self.state = random_state(arguments.genes, 1)
+        generator = torch.Generator().manual_seed(1)
+        self.ids = torch.randperm(arguments.genes, generator=generator)[: arguments.perturbations, None]
+        self.changes = torch.randn(self.ids.shape, generator=generator)
+        self.queries = torch.randperm(arguments.genes, generator=generator)[: arguments.queries]
+        self.seconds = dict.fromkeys(("encoded_once", "one_by_one", "in_batches"), 0.0)
+        self.counts = dict.fromkeys(self.seconds, 0)
+
+    def timed(self, way: str, count: int, call: Callable[[], object]):
+        """Runs a call and adds its time to that of its way."""
+        start = time.perf_counter()
+        result = call()
+        self.seconds[way] += time.perf_counter() - start
+        self.counts[way] += count
+        return result
+
+    def alone(self, rows: slice, index: list[int]) -> GppcOutput:
+        """Perturbations with an encoding for each of them."""
+        state = {name: tensor if name == "measured_mask" else tensor[index] for name, tensor in self.state.items()}
+        perturbed = {"perturbation_ids": self.ids[rows], "perturbation_values": self.changes[rows]}
+        return self.model(**state, **perturbed, query_ids=self.queries)
+
+    def run(self, beside: int) -> float:
+        """The whole screen, encoding included; after every chunk some of its perturbations are predicted in the other
+        ways, so that all ways meet the same machine. Every chunk is looked at and forgotten.
+
+        Returns:
+            Largest difference from the perturbations that were predicted one by one.
+        """
+        once = self.timed("encoded_once", 0, lambda: self.model.encode(**self.state))
+        asked = self.timed("encoded_once", 0, lambda: self.model.query(self.queries))
+        largest = 0.0
+        for first in tqdm(range(0, len(self.ids), self.chunk), desc="screen", leave=False):
+            rows = slice(first, min(first + self.chunk, len(self.ids)))
+            output = self.timed(
+                "encoded_once",
+                rows.stop - rows.start,
+                lambda rows=rows: self.model.decode(once, self.ids[rows], self.changes[rows], query_ids=asked),
+            )
+            for row in range(rows.start, min(rows.start + beside, rows.stop)):
+                one = slice(row, row + 1)
+                alone = self.timed("one_by_one", 1, lambda one=one: self.alone(one, [0]))
+                for name in OUTPUTS:
+                    largest = max(largest, float((alone[name][0] - output[name][row - rows.start]).abs().max()))
+            if first % (8 * self.chunk) == 0:
+                few = slice(first, min(first + self.batch, len(self.ids)))
+                count = few.stop - few.start
+                self.timed("in_batches", count, lambda few=few, count=count: self.alone(few, [0] * count))
+        return largest
 
 
 def compare(arguments: argparse.Namespace) -> dict:
     """Runs all ways and returns their figures."""
-    config = GppcConfig.from_size(arguments.size, vocab_size=arguments.genes)
-    model = fitted_like_model(config).eval()
-    state = random_state(arguments.genes, 1)
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randperm(arguments.genes, generator=generator)[: arguments.perturbations, None]
-    changes = torch.randn(ids.shape, generator=generator)
-    queries = torch.randperm(arguments.genes, generator=generator)[: arguments.queries]
-    kept = torch.randperm(len(ids), generator=generator)[: arguments.one_by_one].sort().values
+    screen = Screen(arguments)
     with torch.inference_mode():
-        screen(model, state, ids[: arguments.chunk], changes[: arguments.chunk], queries, arguments.chunk, kept[:0])
+        rows = slice(0, min(screen.chunk, len(screen.ids)))
+        warm = screen.model.encode(**screen.state)
+        screen.model.decode(warm, screen.ids[rows], screen.changes[rows], query_ids=screen.model.query(screen.queries))
+        screen.alone(slice(0, 1), [0])
         before = peak_rss_gb()
-        runs = [screen(model, state, ids, changes, queries, arguments.chunk, kept) for _ in range(arguments.repeats)]
-        seconds, once = min(run[0] for run in runs), runs[0][1]
-        after = peak_rss_gb()
-
-        start = time.perf_counter()
-        alone = [
-            model(**state, perturbation_ids=ids[i : i + 1], perturbation_values=changes[i : i + 1], query_ids=queries)
-            for i in kept.tolist()
-        ]
-        one_by_one = (time.perf_counter() - start) / len(kept)
-        rows = kept[: arguments.batch]
-        repeated = {name: t if name == "measured_mask" else t[[0] * len(rows)] for name, t in state.items()}
-        batch = {"perturbation_ids": ids[rows], "perturbation_values": changes[rows], "query_ids": queries}
-        model(**repeated, **batch)
-        start = time.perf_counter()
-        model(**repeated, **batch)
-        batched = (time.perf_counter() - start) / len(rows)
-    difference = max(
-        float((torch.cat([output[name] for output in alone]) - once[name]).abs().max()) for name in OUTPUTS
-    )
-    n = len(ids)
+        largest = screen.run(arguments.beside)
+    rates = {way: screen.counts[way] / screen.seconds[way] for way in screen.seconds}
     return {
         "machine": machine(),
         "size": arguments.size,
-        "parameters": model.num_parameters(),
+        "parameters": screen.model.num_parameters(),
         "genes": arguments.genes,
-        "perturbations": n,
+        "perturbations": len(screen.ids),
         "queries": arguments.queries,
         "chunk": arguments.chunk,
-        "seconds": seconds,
-        "encoded_once_per_second": n / seconds,
-        "one_by_one_per_second": 1 / one_by_one,
-        "in_batches_per_second": 1 / batched,
-        "ratio_one_by_one": one_by_one * n / seconds,
-        "ratio_in_batches": batched * n / seconds,
-        "largest_difference": difference,
-        "peak_rss_gb": after,
+        "seconds": screen.seconds["encoded_once"],
+        **{f"{way}_per_second": rate for way, rate in rates.items()},
+        "ratio_one_by_one": rates["encoded_once"] / rates["one_by_one"],
+        "ratio_in_batches": rates["encoded_once"] / rates["in_batches"],
+        "largest_difference": largest,
+        "peak_rss_gb": peak_rss_gb(),
         "peak_rss_gb_before_screen": before,
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="small", help="named size of the model")
+    parser.add_argument(
+        "--size", default="small", help="named size of the model, or `default`: the embedded default's"
+    )
     parser.add_argument("--genes", type=int, default=20_000, help="genes of the model")
     parser.add_argument("--perturbations", type=int, default=20_000, help="single-gene perturbations")
     parser.add_argument("--queries", type=int, default=2_000, help="genes that are predicted")
-    parser.add_argument("--chunk", type=int, default=512, help="perturbations decoded at once")
-    parser.add_argument("--one-by-one", type=int, default=200, help="perturbations that are also run alone")
+    parser.add_argument("--chunk", type=int, default=256, help="perturbations decoded at once")
+    parser.add_argument("--beside", type=int, default=4, help="perturbations of a chunk that are also run alone")
     parser.add_argument("--batch", type=int, default=64, help="rows of a batch that encodes every row")
-    parser.add_argument("--repeats", type=int, default=2, help="screens, the fastest counts")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2, help="1 where other work shares the machine")
     parser.add_argument("--smoke", action="store_true", help="a tiny screen, to see that the benchmark runs")
     parser.add_argument("--out", help="JSON file")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.smoke:
         arguments.size, arguments.genes, arguments.perturbations, arguments.queries = "tiny", 300, 300, 50
-        arguments.chunk, arguments.one_by_one, arguments.batch, arguments.repeats = 64, 20, 8, 1
+        arguments.chunk, arguments.batch = 64, 8
     result = compare(arguments)
     print(f"{'way':<32} {'perturbations/s':>16} {'encoded once is':>16}")
     print(f"{'encoded once, chunks':<32} {show(result['encoded_once_per_second']):>16}")

@@ -40,6 +40,8 @@ class EncodedCells:
         self.pairing = pairings.index(prediction.pairing)
         with torch.inference_mode():
             self.encoded = self.model.encode(**self.features) if self.model.origin is None else None
+            whole = np.array_equal(prediction.query, np.arange(self.model.config.vocab_size))
+            self.asked = self.query if self.encoded is None else self.model.query(None if whole else self.query)
             self.levels = self._own_levels()
             self.unperturbed = None
             if prediction.reference == "unperturbed":
@@ -66,7 +68,7 @@ class EncodedCells:
             "perturbation_values": torch.from_numpy(changes.astype(np.float32)).to(self.device),
             "perturbation_mask": torch.from_numpy(mask).to(self.device),
             "pairing_ids": torch.full_like(index, self.pairing),
-            "query_ids": self.query,
+            "query_ids": self.asked,
         }
         if self.encoded is None:
             repeated = {name: tensor[index] for name, tensor in self.features.items()}
