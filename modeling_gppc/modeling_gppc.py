@@ -604,7 +604,8 @@ class GppcForPerturbationPrediction(GppcPreTrainedModel):
         with torch.autocast(device_type=device.type, enabled=False):
             # For a few rows the products of loadings cost more than they save.
             pairs = rows > self.config.num_factors // 4
-            read = response.gather(query_ids, pairs) if query is None else {name: query[name] for name in RESPONSE_READ}
+            gathered = response.gather(query_ids, pairs) if query is None else query
+            read = {name: gathered[name] for name in RESPONSE_READ}
             expected, variance = response.read(output.factor_mean, output.factor_covariance, **read)
         base = expected if self.config.use_linear_response else read["gene_mean"].expand_as(expected)
         logits, logvar = base, variance.log()
@@ -613,9 +614,9 @@ class GppcForPerturbationPrediction(GppcPreTrainedModel):
             logits = base + departure.to(base.dtype)
             logvar = logvar + logvar_change.to(base.dtype)
         ids, _, mask, _ = perturbations
+        place = None if query is None else query.place
         logits, base = (
-            impose(values, query_ids, ids, levels, mask, self.config.vocab_size, None if query is None else query.place)
-            for values in (logits, base)
+            impose(values, query_ids, ids, levels, mask, self.config.vocab_size, place) for values in (logits, base)
         )
         return GppcOutput(
             logits=logits,
