@@ -27,16 +27,14 @@ class CellBlock:
     Attributes:
         start (`int`): Position of the first cell among the cells asked for.
         joinids (`np.ndarray`): `soma_joinid` of the cells, ascending, shape `(n_cells,)`.
-        contiguous (`bool`): The cells follow each other in the store.
-        cells (`np.ndarray`): `soma_joinid` of each entry's cell, in the order of the store's tiles, `(n_entries,)`.
-        genes (`np.ndarray`): `soma_joinid` of each entry's gene.
+        rows (`np.ndarray`): Cell of each entry within the block, int32, in the order of the store's tiles, `(n_entries,)`.
+        genes (`np.ndarray`): `soma_joinid` of each entry's gene, int32.
         values (`np.ndarray`): Stored values, float32, none of them zero.
     """
 
     start: int
     joinids: np.ndarray
-    contiguous: bool
-    cells: np.ndarray
+    rows: np.ndarray
     genes: np.ndarray
     values: np.ndarray
 
@@ -44,13 +42,6 @@ class CellBlock:
     def n_cells(self) -> int:
         """Number of cells."""
         return len(self.joinids)
-
-    def rows(self, part: slice = slice(None), chosen: np.ndarray | None = None) -> np.ndarray:
-        """Cell of each entry (of a part, and of it the chosen ones) within the block, int32."""
-        cells = self.cells[part] if chosen is None else self.cells[part].take(chosen)
-        if self.contiguous:
-            return (cells - self.joinids[0]).astype(np.int32)
-        return np.searchsorted(self.joinids, cells).astype(np.int32)
 
 
 class CellStream:
@@ -132,30 +123,35 @@ class CellStream:
         first, last = int(joinids[0]), int(joinids[-1])
         contiguous = last - first + 1 == len(joinids)
         coordinates = slice(first, last) if contiguous else joinids
+        parts = []
         try:
-            tables = list(self.matrix.read((coordinates, slice(None))).tables())
+            # Made small and copied table by table, so that the store's own buffers are free for the next one.
+            for table in self.matrix.read((coordinates, slice(None))).tables():
+                cells, genes, values = (
+                    table.column(name).to_numpy() for name in ("soma_dim_0", "soma_dim_1", "soma_data")
+                )
+                cells = cells - first if contiguous else np.searchsorted(joinids, cells)
+                kinds = (np.int32, np.int32, np.float32)
+                parts.append([array.astype(kind) for array, kind in zip((cells, genes, values), kinds)])
         except (tiledbsoma.SOMAError, RuntimeError, OSError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ValueError(
                 f"layer `{self.options.layer}` cannot be read for cells {first} to {last}: the store is damaged ({reason})."
             ) from error
-        cells, genes, values = (
-            _joined([chunk for table in tables for chunk in table.column(name).chunks])
-            for name in ("soma_dim_0", "soma_dim_1", "soma_data")
+        rows, genes, values = (
+            np.concatenate(arrays) for arrays in (zip(*parts) if parts else [[np.zeros(0, np.int32)]] * 3)
         )
-        del tables
-        values = values.astype(np.float32, copy=False)
         if len(values) and not values.all():
             expressed = values != 0
-            cells, genes, values = cells[expressed], genes[expressed], values[expressed]
+            rows, genes, values = rows[expressed], genes[expressed], values[expressed]
         if self.n_expressed is not None and len(values) != self.n_expressed[start:stop].sum():
-            found = np.bincount(np.searchsorted(joinids, cells), minlength=len(joinids))
+            found = np.bincount(rows, minlength=len(joinids))
             wrong = np.flatnonzero(found != self.n_expressed[start:stop])
             raise ValueError(
                 f"cell {joinids[wrong[0]]} has {found[wrong[0]]} expressed genes in layer `{self.options.layer}`; "
                 f"obs.nnz says {self.n_expressed[start + wrong[0]]}: the store is damaged, write it again."
             )
-        return CellBlock(start, joinids, contiguous, cells, genes, values)
+        return CellBlock(start, joinids, rows, genes, values.astype(np.float32, copy=False))
 
 
 def check_values(values: np.ndarray, options: QueryOptions, joinids: np.ndarray) -> None:
@@ -189,14 +185,6 @@ def tile_boundary(joinids: np.ndarray, wanted: int, least: int) -> int:
     return boundary if boundary > least else wanted
 
 
-def _joined(chunks: list) -> np.ndarray:
-    """One numpy array of Arrow chunks; a single chunk is not copied."""
-    arrays = [chunk.to_numpy() for chunk in chunks]
-    if not arrays:
-        return np.zeros(0, dtype=np.int64)
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-
-
 def normalize_block(
     block: CellBlock, options: QueryOptions, library_size: np.ndarray, gene_lengths: np.ndarray | None
 ) -> np.ndarray:
@@ -219,10 +207,10 @@ def normalize_block(
     if options.normalization == "log_tpm":
         lengths = gene_lengths[block.genes]
         rates = block.values.astype(np.float64) / (lengths / 1_000.0)
-        library_size = np.bincount(block.rows(), weights=rates, minlength=block.n_cells)
+        library_size = np.bincount(block.rows, weights=rates, minlength=block.n_cells)
     return normalize_counts(
         block.values,
-        np.asarray(library_size, dtype=np.float64)[block.rows()],
+        np.asarray(library_size, dtype=np.float64)[block.rows],
         normalization=options.normalization,
         target_sum=options.target_sum,
         gene_lengths=lengths,
@@ -259,7 +247,7 @@ def read_values(
             part = slice(first, first + CHOSEN_AT_ONCE)
             ids_of_entries = vocabulary.take(block.genes[part])
             chosen = np.flatnonzero(ids_of_entries >= 0)
-            parts.append((block_values[part].take(chosen), block.rows(part, chosen), ids_of_entries.take(chosen)))
+            parts.append((block_values[part].take(chosen), block.rows[part].take(chosen), ids_of_entries.take(chosen)))
         entries = [np.concatenate(arrays) for arrays in zip(*parts)] if parts else [np.zeros(0, np.int32)] * 3
         if stream.options.normalization != "log_tpm":
             check_values(entries[0], stream.options, block.joinids)

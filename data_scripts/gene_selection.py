@@ -65,7 +65,7 @@ def count_genes(
             chosen = counted[inside] & (dataset[inside] == code)
             if not chosen.any():
                 continue
-            entries = slice(None) if chosen.all() else np.flatnonzero(chosen[block.rows()])
+            entries = slice(None) if chosen.all() else np.flatnonzero(chosen[block.rows])
             genes = block.genes[entries]
             expressed[index] += np.bincount(genes, minlength=n_vars).astype(np.int32)
             if moments:
