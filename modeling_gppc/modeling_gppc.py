@@ -231,7 +231,8 @@ class GppcPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["GppcBlock"]
     _keep_in_fp32_modules_strict = ["linear_response"]
     _supports_sdpa = True
-    _supports_flex_attn = True
+    # A dozen tokens: flex attention has nothing to save there, and ends the process on a CPU (torch 2.13).
+    _supports_flex_attn = False
     _supports_attention_backend = True
 
     @torch.no_grad()
