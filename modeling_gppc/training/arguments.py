@@ -119,7 +119,7 @@ class TrainingOptions:
         linear_start_cells (`int`): Cells that the closed-form start is fitted on, at most.
         linear_start_iterations (`int`): Passes over them.
         precision (`str`): `fp32`, `bf16` or `fp16`.
-        attn_implementation (`str`): `sdpa`, `eager` or `flex_attention`.
+        attn_implementation (`str`): `sdpa` or `eager`.
         gradient_checkpointing, torch_compile (`bool`): Trade time for memory; compile the model.
         dataloader_num_workers (`int`): Processes that collate ahead, each training process its own; 0: none.
         report_to (`list[str]`): Any of `tensorboard`, `trackio`, `wandb`.
@@ -150,7 +150,7 @@ class TrainingOptions:
     linear_start_cells: int = 20_000
     linear_start_iterations: int = 30
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    attn_implementation: Literal["sdpa", "eager", "flex_attention"] = "sdpa"
+    attn_implementation: Literal["sdpa", "eager"] = "sdpa"
     gradient_checkpointing: bool = False
     torch_compile: bool = False
     dataloader_num_workers: int = 1
