@@ -125,6 +125,11 @@ def test_screens_compile_without_graph_breaks():
             torch.testing.assert_close(compiled(encoded, **inputs)[name], model.decode(encoded, **inputs)[name])
 
 
+def test_attention_that_would_end_the_process_is_refused():
+    with pytest.raises(ValueError, match="flex_attention|flex attention|Flex"):
+        random_model().set_attn_implementation("flex_attention")
+
+
 def test_bf16_autocast_is_close_and_the_linear_response_is_untouched():
     model = random_model().train()
     inputs = {**random_inputs(6), "labels": torch.ones(3, 12)}
