@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from modeling_gppc.evaluation.plots import FLOOR_COLOUR, MODEL_COLOUR, save_figure
 
@@ -86,6 +87,9 @@ def plot_sweep(trials: list, space: dict[str, Any], path: Path) -> Path:
         else:
             places = [trial.params[name] for trial in known]
             axis.set_xscale("log" if space[name].get("log") else "linear")
+            axis.xaxis.set_minor_formatter(NullFormatter())
+            if all(isinstance(place, int) for place in places):
+                axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.scatter(places, [trial.value for trial in known], s=16, color=MODEL_COLOUR)
         for place, trial in zip(places, known):
             if trial.number == 0:
