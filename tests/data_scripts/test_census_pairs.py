@@ -243,6 +243,18 @@ def test_as_a_datasets_builder(store, folder, tmp_path):
         ({"query__obs_filter": "cell_type =="}, "`obs_filter` 'cell_type ==' is malformed"),
         ({"query__obs_filter": "cell_type"}, "compares nothing"),
         ({"query__obs_filter": "nnz > 100000"}, "`obs_filter` 'nnz > 100000' matches none of the store's 120 cells"),
+        (
+            {"query__var_filter": "feature_nam == 'x'"},
+            "`var_filter` .*names 'feature_nam', .*did you mean `feature_name`",
+        ),
+        (
+            {"query__obs_filter": "donor_id in ['d1', 'dd2']"},
+            "`obs_filter` .*asks for donor_id 'dd2', .* did you mean `d2`",
+        ),
+        (
+            {"query__layer": "raw", "query__organism": "homo_sapien"},
+            "`organism` is 'homo_sapien'.*did you mean `homo_sapiens`",
+        ),
         ({"query__var_filter": "feature_name == 'nothing'"}, "`var_filter` .* matches none of the store's 40 genes"),
         (
             {"matching__pairings": {"p": {"keys": ["donor"]}}},
@@ -299,7 +311,34 @@ def test_dry_run(store, folder, tmp_path, capsys):
     # The sample of so small a store is all of it.
     assert numbers["genes"]["common"] == len(folder.gene_ids) and numbers["genes"]["all"] == 40
     assert main(["build-pairs", str(tmp_path / "out"), "--uri", str(store), "--dry-run"]) == 0
-    assert "data sets         2" in capsys.readouterr().out and not (tmp_path / "out").exists()
+    shown = capsys.readouterr().out
+    for line in (
+        "cells             120 (train ",
+        "data sets         2\n",
+        "contexts          same_type 4, same_dataset 5\n",
+        "with a partner    ",
+        "genes by rule     common 40, variable 40, all 40 (from a sample)\n",
+        "pairs             at most ",
+        "GB as arrow\n",
+        "time              about ",
+    ):
+        assert line in shown, line
+    assert not (tmp_path / "out").exists()
+
+
+def test_large_panels_are_packed(store, folder, tmp_path, monkeypatch):
+    import data_scripts.pair_plan as module
+
+    assert folder.manifest["options"]["file_format"] == "auto"
+    assert all(shard["file"].endswith(".arrow") for shard in folder.manifest["splits"]["train"]["shards"])
+    monkeypatch.setattr(module, "MAPPED_GENES", 39)
+    assert estimate(make_options(store))["file_format"] == "parquet"
+    packed = build_pairs(make_options(store), tmp_path / "out", progress=False)
+    for split in folder.splits:
+        assert all(shard["file"].endswith(".parquet") for shard in packed.manifest["splits"][split]["shards"])
+        assert packed.split(split).equals(folder.split(split))
+    forced = build_pairs(make_options(store, file_format="arrow"), tmp_path / "forced", progress=False)
+    assert forced.manifest["splits"] == folder.manifest["splits"]
 
 
 def test_mouse(tmp_path):

@@ -122,6 +122,60 @@ def test_full_disk(store, reference, tmp_path, limit):
     assert folder.manifest["digest"] == reference[0]["digest"]
 
 
+def small_disk_works() -> bool:
+    """Whether a process may mount a file system of its own, in a namespace of its own."""
+    command = ["unshare", "--user", "--map-root-user", "--mount", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
+    return shutil.which("unshare") is not None and subprocess.run(command, capture_output=True).returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not small_disk_works(), reason="no file system can be mounted here")
+@pytest.mark.parametrize("kilobytes", [100, 300])
+def test_a_disk_that_is_really_full(store, reference, tmp_path, kilobytes):
+    config, disk, kept = tmp_path / "pairs.yaml", tmp_path / "disk", tmp_path / "kept"
+    config.write_text(json.dumps(mapping_for(store)))
+    disk.mkdir()
+    build = "import sys; from modeling_gppc.cli import main; sys.exit(main(sys.argv[1:]))"
+    # The disk ends with its namespace: what the build left on it is copied out first.
+    script = (
+        f"mount -t tmpfs -o size={kilobytes}k tmpfs {disk} || exit 99; "
+        f"{sys.executable} -c '{build}' build-pairs {disk}/out --config {config}; status=$?; "
+        f"cp -r {disk}/out {kept}; exit $status"
+    )
+    command = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=280)
+    assert done.returncode == 2 and "No space left" in done.stderr.splitlines()[-1], done.stderr
+    with pytest.raises(ValueError, match="is not a pairs folder"):
+        PairFolder(kept)
+    folder = build_pairs(options_for(store), kept, progress=False)
+    folder.verify()
+    assert folder.manifest["digest"] == reference[0]["digest"]
+
+
+@pytest.mark.slow
+def test_two_processes_into_one_folder(store, reference, tmp_path):
+    config, out = tmp_path / "pairs.yaml", tmp_path / "out"
+    config.write_text(json.dumps(mapping_for(store)))
+    command = "import sys; from modeling_gppc.cli import main; sys.exit(main(sys.argv[1:]))"
+    arguments = [sys.executable, "-c", command, "build-pairs", str(out), "--config", str(config)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    builds = [
+        subprocess.Popen(
+            arguments, cwd=ROOT, env=environment, text=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+        )
+        for _ in range(2)
+    ]
+    errors = [build.communicate(timeout=280)[1] for build in builds]
+    # One builds; the other is refused, or opens what it finds finished.
+    assert 0 in [build.returncode for build in builds]
+    for build, error in zip(builds, errors):
+        assert build.returncode == 0 or "is being written by another build" in error
+    folder = PairFolder(out)
+    folder.verify()
+    assert folder.manifest["digest"] == reference[0]["digest"]
+
+
 def copy_of(store, tmp_path) -> Path:
     copy = tmp_path / "copy"
     shutil.copytree(store, copy)
