@@ -138,24 +138,28 @@ class FineTunedModel:
 def shrunken_responses(context: ScreenContext) -> dict[str, np.ndarray]:
     """Response to each training perturbation, drawn towards zero by the share of its size that sampling explains."""
     mask = scored_genes(context.screen)
-    controls = context.screen.values[context.screen.cells_of(CONTROL)]
     seen = {}
     for label, response in zip(context.train, context.train_delta):
-        cells = context.screen.values[context.screen.cells_of(label)]
-        error = cells.var(axis=0) / len(cells) + controls.var(axis=0) / len(controls)
         size = max(float((response[mask] ** 2).sum()), 1e-12)
-        seen[label] = response * max(1 - float(error[mask].sum()) / size, 0.0)
+        seen[label] = response * max(1 - float(sampling_error(context, label)[mask].sum()) / size, 0.0)
     return seen
+
+
+def sampling_error(context: ScreenContext, label: str) -> np.ndarray:
+    """Variance of the observed response to a training perturbation, from the cells it was observed in; `(V,)`."""
+    cells, controls = (context.screen.values[context.screen.cells_of(name)] for name in (label, CONTROL))
+    return cells.var(axis=0) / len(cells) + controls.var(axis=0) / len(controls)
 
 
 def predict_elsewhere(context: ScreenContext, size: ResponseSize) -> ScreenPrediction:
     """Responses in a batch or cell line that was held out: as they were in the others, drawn towards zero by their
-    sampling error, and uncertain by what controls drift from batch to batch."""
+    sampling error; uncertain by that error and by what controls drift from batch to batch."""
     seen = shrunken_responses(context)
     controls = context.screen.values[context.screen.cells_of(CONTROL)]
-    variance = (size.of(context.screen).drift * controls.std(axis=0, dtype=np.float64)) ** 2
+    drift = (size.of(context.screen).drift * controls.std(axis=0, dtype=np.float64)) ** 2
     delta = np.array([seen[label] for label in context.test])
-    return ScreenPrediction(delta, np.tile(variance, (len(delta), 1)), reads_perturbed_cells=True)
+    variance = np.array([drift + sampling_error(context, label) for label in context.test])
+    return ScreenPrediction(delta, variance, reads_perturbed_cells=True)
 
 
 def relatives(context: ScreenContext) -> np.ndarray:

@@ -71,7 +71,7 @@ def summarise(run: ScreenRun, scores: dict[str, dict[str, np.ndarray]], options:
     for name, prediction in predictions.items():
         null = None
         if run.shuffled.get(name):
-            outputs = [score_prediction_pearson(output, truth) for output in run.shuffled[name]]
+            outputs = [score_prediction_pearson(output, truth, imposed) for output, imposed in run.shuffled[name]]
             null = np.mean(outputs, axis=0)
         entry = summarise_method(prediction, truth, scores[name], null, options.seed)
         if 2 <= measured.sum() < len(measured):
@@ -138,9 +138,12 @@ def summarise(run: ScreenRun, scores: dict[str, dict[str, np.ndarray]], options:
     }
 
 
-def score_prediction_pearson(prediction: ScreenPrediction, truth: ScreenTruth) -> np.ndarray:
-    """pearson_delta alone, 0 where there is no direction."""
-    return np.nan_to_num(pearson_delta(prediction.delta, truth.delta, truth.mask))
+def score_prediction_pearson(
+    prediction: ScreenPrediction, truth: ScreenTruth, left_out: np.ndarray | None = None
+) -> np.ndarray:
+    """pearson_delta alone, 0 where there is no direction; without the genes `left_out`, bool of shape `(P, V)`."""
+    mask = truth.mask if left_out is None else truth.mask & ~left_out
+    return np.nan_to_num(pearson_delta(prediction.delta, truth.delta, mask))
 
 
 def calibration(prediction: ScreenPrediction, truth: ScreenTruth) -> dict[str, float]:

@@ -37,7 +37,7 @@ class ScreenRun:
         predictions (`dict[str, ScreenPrediction]`): By method.
         reference (`np.ndarray`): Systema's R, mean of the training responses for each row, `(P, V)`.
         spread (`dict[str, list[ScreenPrediction]]`): Runs of a method with several seeds.
-        shuffled (`dict[str, list[ScreenPrediction]]`): Target-shuffled nulls.
+        shuffled (`dict`): Target-shuffled nulls of a method, from [`shuffled_null`].
         notes (`list[str]`): What a reader must know.
     """
 
@@ -46,7 +46,7 @@ class ScreenRun:
     predictions: dict[str, ScreenPrediction]
     reference: np.ndarray
     spread: dict[str, list[ScreenPrediction]]
-    shuffled: dict[str, list[ScreenPrediction]]
+    shuffled: dict[str, list[tuple[ScreenPrediction, np.ndarray]]]
     notes: list[str]
 
 
@@ -135,8 +135,15 @@ def from_controls(screen: Screen, options: EvaluateOptions, progress: bool) -> S
     return ScreenRun(screen, truth, predictions, reference, spread, shuffled, [])
 
 
-def shuffled_null(runs: list[Callable], context: ScreenContext, options: EvaluateOptions) -> list[ScreenPrediction]:
-    """Predictions with random genes, none of them a target of the panel, in the targets' places."""
+def shuffled_null(
+    runs: list[Callable], context: ScreenContext, options: EvaluateOptions
+) -> list[tuple[ScreenPrediction, np.ndarray]]:
+    """Predictions with random genes, none of them a target of the panel, in the targets' places.
+
+    Returns:
+        Predictions, each with the genes that were imposed, bool of shape `(P, V)`: like the targets in whose place they
+        are, they must not be scored.
+    """
     generator = np.random.default_rng(options.seed)
     spread = context.screen.values[context.screen.cells_of(CONTROL)].std(axis=0)
     pool = np.setdiff1d(np.flatnonzero(spread > 1e-6), context.screen.panel_targets)
@@ -149,7 +156,10 @@ def shuffled_null(runs: list[Callable], context: ScreenContext, options: Evaluat
                 label: generator.choice(pool, len(context.screen.target_changes(label)), replace=False)
                 for label in context.test
             }
-            outputs.append(run(dataclasses.replace(context, substitutes=substitutes)))
+            imposed = np.zeros((len(context.test), context.screen.values.shape[1]), dtype=bool)
+            for row, label in enumerate(context.test):
+                imposed[row, substitutes[label]] = True
+            outputs.append((run(dataclasses.replace(context, substitutes=substitutes)), imposed))
     return outputs
 
 

@@ -20,7 +20,9 @@ from modeling_gppc.evaluation.gene_features import read_gene_features
 from modeling_gppc.evaluation.in_context_model import InContextModel
 from modeling_gppc.evaluation.leak_guards import guard_model, model_leaks
 from modeling_gppc.evaluation.screen_baselines import ScreenContext
-from modeling_gppc.evaluation.screen_evaluation import evaluate_screen
+from modeling_gppc.evaluation.screen_evaluation import evaluate_screen, score_prediction_pearson
+from modeling_gppc.evaluation.screen_runs import shuffled_null
+from modeling_gppc.evaluation.screen_scores import ScreenPrediction, observe
 from modeling_gppc.evaluation.screen_splits import group_folds, stated_fold
 from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
 from modeling_gppc.training.arguments import CONFIGS, parse_options
@@ -306,3 +308,23 @@ def test_a_folder_answers_to_the_sized_change(in_context, screen):
     prediction = FolderModel(str(in_context)).predict(context)
     assert np.isfinite(prediction.delta).all() and prediction.variance.min() > 0
     assert prediction.delta[0, 2] == pytest.approx(context.changes("G2")[1][0])
+
+
+def test_the_null_does_not_score_what_was_imposed(screen):
+    """A random gene in the target's place is imposed like the target, and like it must not be scored."""
+    context = ScreenContext.build(screen, [], sorted(screen.perturbations))
+    options = EvaluateOptions(model="factor", n_shuffles=3)
+    model = InContextModel(screen, n_factors=3)
+    null = shuffled_null([model.predict], context, options)
+    assert len(null) == 3
+    for prediction, imposed in null:
+        assert (imposed.sum(axis=1) == 1).all() and not imposed[:, screen.panel_targets].any()
+        changes = [context.changes(label)[1][0] for label in context.test]
+        assert prediction.delta[imposed] == pytest.approx(changes)
+    truth = observe(screen, context.test, n_splits=1)
+    prediction, imposed = null[0]
+    spoiled = ScreenPrediction(np.where(imposed, 1e6, prediction.delta))
+    assert score_prediction_pearson(spoiled, truth, imposed) == pytest.approx(
+        score_prediction_pearson(prediction, truth, imposed)
+    )
+    assert np.abs(score_prediction_pearson(spoiled, truth)).max() < 0.9
