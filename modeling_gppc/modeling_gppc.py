@@ -604,7 +604,7 @@ class GppcForPerturbationPrediction(GppcPreTrainedModel):
         response = self.model.linear_response
         with torch.autocast(device_type=device.type, enabled=False):
             # For a few rows the products of loadings cost more than they save.
-            pairs = rows > self.config.num_factors // 4
+            pairs = rows > 2 * self.config.num_factors
             gathered = response.gather(query_ids, pairs) if query is None else query
             read = {name: gathered[name] for name in RESPONSE_READ}
             expected, variance = response.read(output.factor_mean, output.factor_covariance, **read)
