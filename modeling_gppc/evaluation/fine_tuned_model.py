@@ -8,7 +8,7 @@ from data_scripts.screens import CONTROL
 from modeling_gppc.evaluation.in_context_model import InContextModel
 from modeling_gppc.evaluation.response_size import ResponseSize
 from modeling_gppc.evaluation.screen_baselines import ScreenContext
-from modeling_gppc.evaluation.screen_scores import ScreenPrediction, scored_genes
+from modeling_gppc.evaluation.screen_scores import ScreenPrediction, scored_genes, within_variance
 
 
 @dataclasses.dataclass
@@ -122,13 +122,12 @@ class FineTunedModel:
         itself noisy. Scaled so that 90 % of the errors lie within the 90 % interval, then freed of the sampling error
         that the errors contain.
         """
-        deviation = np.maximum(self.in_context.deviation, 1e-6)
-        shared = np.mean((residual[:, mask] / deviation[mask]) ** 2) * deviation**2
+        within = within_variance(context.screen, [CONTROL, *context.train])
+        shared = (residual[:, mask] ** 2).mean(axis=0).sum() / max(within[mask].sum(), 1e-12) * within
         spread = np.sqrt(0.5 * (residual**2).mean(axis=0) + 0.5 * shared)
         widening = np.quantile(np.abs(residual[:, mask]) / np.maximum(spread[mask], 1e-9), 0.9) / 1.6448536
         variance = (spread * widening) ** 2
-        cells = [context.screen.cells_of(label) for label in context.train]
-        sampling = np.mean([context.screen.values[rows].var(axis=0) / len(rows) for rows in cells], axis=0)
+        sampling = within * np.mean([1 / len(context.screen.cells_of(label)) for label in context.train])
         return np.maximum(variance - sampling, 0.05 * variance)
 
     def _responses(self, context: ScreenContext, labels: list[str]) -> np.ndarray:
@@ -146,9 +145,10 @@ def shrunken_responses(context: ScreenContext) -> dict[str, np.ndarray]:
 
 
 def sampling_error(context: ScreenContext, label: str) -> np.ndarray:
-    """Variance of the observed response to a training perturbation, from the cells it was observed in; `(V,)`."""
-    cells, controls = (context.screen.values[context.screen.cells_of(name)] for name in (label, CONTROL))
-    return cells.var(axis=0) / len(cells) + controls.var(axis=0) / len(controls)
+    """Variance of the observed response to a training perturbation by the number of cells it has; `(V,)`."""
+    within = within_variance(context.screen, [CONTROL, *context.train])
+    counts = [len(context.screen.cells_of(name)) for name in (label, CONTROL)]
+    return within * sum(1 / count for count in counts)
 
 
 def predict_elsewhere(context: ScreenContext, size: ResponseSize) -> ScreenPrediction:

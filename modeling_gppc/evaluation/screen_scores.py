@@ -41,7 +41,7 @@ class ScreenTruth:
         labels (`list[str]`): The P perturbations.
         delta (`np.ndarray`): Pseudobulk minus pseudobulk of all controls, shape `(P, V)`.
         control (`np.ndarray`): Pseudobulk of the controls, shape `(V,)`.
-        sampling_variance (`np.ndarray`): Of `delta`, from the cells' variance, shape `(P, V)`.
+        sampling_variance (`np.ndarray`): Of `delta`, from the variance of cells within labels, shape `(P, V)`.
         mask (`np.ndarray` of bool): Genes that are scored: no target of any perturbation of the screen, shape `(V,)`.
         ceiling (`np.ndarray`): Split-half correlation of the response, shape `(P,)`.
         n_cells (`np.ndarray`): Shape `(P,)`.
@@ -105,18 +105,33 @@ def scored_genes(screen: Screen) -> np.ndarray:
     return mask
 
 
+def within_variance(screen: Screen, labels: Sequence[str]) -> np.ndarray:
+    """Variance of single cells about the mean of their label, pooled over labels, `(V,)`.
+
+    The error of a mean must not be told by the cells behind that mean alone: where none of them happens to express a
+    rare gene they would claim to know its mean exactly.
+    """
+    squares, freedom = np.zeros(screen.values.shape[1]), 0
+    for label in labels:
+        cells = screen.values[screen.cells_of(label)]
+        if len(cells) > 1:
+            squares += cells.var(axis=0, dtype=np.float64) * len(cells)
+            freedom += len(cells) - 1
+    return squares / max(freedom, 1)
+
+
 def observe(screen: Screen, labels: Sequence[str], seed: int = 0, n_splits: int = 10) -> ScreenTruth:
     """Observed responses, their sampling error, differential expression and split-half ceiling."""
     values = screen.values
     controls = screen.cells_of(CONTROL)
     control = values[controls].mean(axis=0, dtype=np.float64)
-    control_variance = values[controls].var(axis=0, dtype=np.float64, ddof=1) / len(controls)
+    within = within_variance(screen, [CONTROL, *screen.perturbations])
     delta, variance, ceiling, counts = [], [], [], []
     mask = scored_genes(screen)
     for label in labels:
         cells = screen.cells_of(label)
         delta.append(values[cells].mean(axis=0, dtype=np.float64) - control)
-        variance.append(values[cells].var(axis=0, dtype=np.float64, ddof=1) / len(cells) + control_variance)
+        variance.append(within * (1 / len(cells) + 1 / len(controls)))
         ceiling.append(split_half(values[cells], values[controls], mask, n_splits, seed))
         counts.append(len(cells))
     scores, fdr, change = differential_expression(screen, labels)

@@ -80,8 +80,12 @@ def test_observed_responses_by_hand(screen):
     assert np.allclose(truth.delta[1], screen.values[cells].mean(0) - screen.values[controls].mean(0), atol=1e-6)
     assert np.flatnonzero(~truth.mask).tolist() == [0, 1, 2, 3, 4, 5]  # targets of the whole panel
     assert (truth.ceiling > 0.9).all() and truth.n_cells.tolist() == [60, 60]
-    error = scipy.stats.sem(screen.values[cells]) ** 2 + scipy.stats.sem(screen.values[controls]) ** 2
-    assert np.allclose(truth.sampling_variance[1], error, rtol=1e-4)
+    deviations = [
+        screen.values[screen.cells_of(label)] - screen.values[screen.cells_of(label)].mean(axis=0)
+        for label in np.unique(screen.label)
+    ]
+    within = (np.concatenate(deviations).astype(float) ** 2).sum(axis=0) / (len(screen.values) - len(deviations))
+    assert np.allclose(truth.sampling_variance[1], within * (1 / len(cells) + 1 / len(controls)), rtol=1e-4)
 
 
 def test_rank_sum_equals_scipy():
