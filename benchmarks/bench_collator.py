@@ -3,6 +3,7 @@
 gppc make-synthetic STORE --form count --cells 100000 --genes 20000
 python benchmarks/bench_collator.py --store STORE
 python benchmarks/bench_collator.py --store STORE --genes 0 --cells 4096    # all genes
+python benchmarks/bench_collator.py --store STORE --genes 0 --cells 4096 --queries 2000
 python benchmarks/bench_collator.py --store STORE --randomness --shard-cells 2048 --cells 100000 --genes 200
 python benchmarks/bench_collator.py --smoke
 """
@@ -20,7 +21,7 @@ from data_scripts.census_pairs import build_pairs, plan_pairs
 from data_scripts.options import from_mapping
 from data_scripts.pair_options import PairOptions, PerturbationOptions
 from data_scripts.stream_pairs import PairStream, StreamOptions
-from modeling_gppc.training.data_collator import PairCollator
+from modeling_gppc.training.data_collator import PairCollator, draw_queries
 from modeling_gppc.training.pair_dataset import PairDataset
 
 BATCH = 128
@@ -138,6 +139,46 @@ def compare(store: Path, n_cells: int, n_genes: int, n_batches: int, rounds: int
             print(f"  {name:<46}{value:>10,.0f} rows/s{value / plain:>7.1f}{value / redrawn:>7.1f}", flush=True)
 
 
+def compare_queries(store: Path, n_cells: int, n_genes: int, n_queries: int, shard_cells: int) -> None:
+    """A training step that predicts all genes or some, and how much the loss of some varies about that of all."""
+    from modeling_gppc import GppcConfig, GppcForPerturbationPrediction
+
+    with tempfile.TemporaryDirectory(dir=store.parent) as folder:
+        pairs = build_pairs(options_for(store, n_cells, n_genes, shard_cells), Path(folder) / "out", progress=False)
+        rows, n_genes = PairDataset(pairs.split("train"), pairs.pairings), len(pairs.gene_ids)
+        n_queries = min(n_queries, n_genes - 1)
+        config = GppcConfig(
+            vocab_size=n_genes, pairings=pairs.pairings, default_pairing=pairs.pairings[0], pool_size=64
+        )
+        print(f"{n_genes:,} genes, batches of {BATCH}")
+        for asked in (None, n_queries):
+            model = GppcForPerturbationPrediction(config).train()
+            collator, seconds = PairCollator(pairs.panels, n_query_genes=asked), []
+            for first in range(0, min(len(rows), 6 * BATCH), BATCH):
+                batch = collator(rows.__getitems__(np.arange(first, min(first + BATCH, len(rows)))))
+                began = time.process_time()  # other work on the machine does not count
+                model(**batch).loss.backward()
+                seconds.append(time.process_time() - began)
+            print(f"  step with {asked or n_genes:>7,} genes queried{1e3 * min(seconds):>8.0f} ms", flush=True)
+        batch = rows.__getitems__(np.arange(min(BATCH, len(rows))))
+        labels = PairCollator(pairs.panels)(batch)["labels"].numpy()
+        scored, mean = labels != -100.0, pairs.genes.column("mean").to_numpy()
+        errors = np.where(scored, (labels - mean) ** 2, 0).sum(0)
+        expressed = (np.where(scored, labels, 0) > 0).mean(0)
+        uniform, weighted = [], []
+        for seed in range(300):
+            rng = np.random.default_rng(seed)
+            genes = rng.choice(n_genes, n_queries, replace=False)
+            uniform.append(errors[genes].sum() / scored[:, genes].sum())
+            genes, chance = draw_queries(expressed, n_queries, rng)
+            weighted.append((errors[genes] / chance).sum() / scored.sum())
+        full = errors.sum() / scored.sum()
+        for name, losses in (("uniform", uniform), ("by expressing targets, weighted", weighted)):
+            print(
+                f"  loss over all genes 1; genes drawn {name}: {np.mean(losses) / full:.4f} +- {np.std(losses) / full:.4f}"
+            )
+
+
 def measure_randomness(store: Path, n_cells: int, n_genes: int, shard_cells: int, pools: list[int]) -> None:
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory(dir=store.parent) as folder:
@@ -182,6 +223,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--shard-cells", type=int, default=4_096)
     parser.add_argument("--randomness", action="store_true", help="entropy of batches instead of speed")
+    parser.add_argument("--queries", type=int, help="a training step with so many genes queried instead")
     parser.add_argument("--pools", type=int, nargs="+", default=[], help="shards mixed by the streams")
     parser.add_argument("--smoke", action="store_true")
     arguments = parser.parse_args()
@@ -195,8 +237,11 @@ def main() -> None:
             write_synthetic(store, SyntheticConfig(form="count", n_cells=600, n_genes=60), progress=False)
             compare(store, 600, 40, 4, 1, 150)
             measure_randomness(store, 600, 40, 150, [])
+            compare_queries(store, 600, 40, 10, 150)
     elif arguments.store is None:
         parser.error("give --store STORE (see above) or --smoke")
+    elif arguments.queries is not None:
+        compare_queries(arguments.store, arguments.cells, arguments.genes, arguments.queries, arguments.shard_cells)
     elif arguments.randomness:
         measure_randomness(arguments.store, arguments.cells, arguments.genes, arguments.shard_cells, arguments.pools)
     else:
