@@ -120,7 +120,9 @@ def batch_of(model: GppcForPerturbationPrediction, pairs: dict[str, torch.Tensor
     panel = torch.ones(1, source.shape[1], dtype=torch.bool)
     state = response.encode(centred, panel, torch.zeros(len(source), dtype=torch.long))
     levels = source.gather(1, ids) + pairs["changes"]
-    logits, mean, _ = response.condition(state[0], state[2], state[3], pairs["pairing"], ids, levels, mask)
+    logits, mean, _ = response.condition(
+        state[0], state[2], state[3], pairs["pairing"], ids, levels, mask, None, *state[4:]
+    )
     base = response.gene_mean + (mean @ response.loadings.T if linear else torch.zeros_like(source))
     labels = labels_of(pairs)
     factors = torch.cat([mean, logits.exp()], dim=1)

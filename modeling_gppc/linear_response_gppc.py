@@ -38,6 +38,11 @@ class GppcLinearResponse(nn.Module):
         self.register_buffer("coupling", torch.zeros(pairings, factors, factors))
         # Counts are not Gaussian: what the levels say about the state is trusted only so far.
         self.register_buffer("evidence_scale", torch.ones(pairings))
+        # One Gaussian for all cells, whose response is averaged with that of the states: its factors in terms of those
+        # above, its coupling and its share. Zero where there is none.
+        self.register_buffer("plain_root", torch.zeros(factors, factors))
+        self.register_buffer("plain_coupling", torch.zeros(pairings, factors, factors))
+        self.register_buffer("plain_share", torch.zeros(()))
 
     def _apply(self, fn, recurse=True):
         """Moves the buffers and keeps their precision: matrices are factorised here, whatever `half()` asks for."""
@@ -50,7 +55,7 @@ class GppcLinearResponse(nn.Module):
 
     def encode(
         self, centred: torch.Tensor, measured: torch.Tensor, panel_index: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor | None, ...]:
         """Posterior of the source's state and factors.
 
         Args:
@@ -60,7 +65,8 @@ class GppcLinearResponse(nn.Module):
 
         Returns:
             Log probabilities of the components `(B, C)`, mean of the factors `(B, r)`, mean around the component's
-            own mean `(B, r)` and covariance within a component `(B, r, r)`.
+            own mean `(B, r)` and covariance within a component `(B, r, r)`; then mean `(B, r)` and covariance
+            `(B, r, r)` of the plain Gaussian's factors, `None` with a single component.
         """
         factors = self.loadings.shape[1]
         weighted = self.loadings / self.noise[:, None]
@@ -71,18 +77,26 @@ class GppcLinearResponse(nn.Module):
             # Many: one product for all, over a table of V r^2 values.
             products = (weighted[:, :, None] * self.loadings[:, None, :]).flatten(1)
             precision = (measured.to(products.dtype) @ products).view(-1, factors, factors)
-        precision = precision + torch.eye(factors, dtype=precision.dtype, device=precision.device)
-        covariance = torch.cholesky_inverse(torch.linalg.cholesky(precision))
+        identity = torch.eye(factors, dtype=precision.dtype, device=precision.device)
+        covariance = torch.cholesky_inverse(torch.linalg.cholesky(precision + identity))
+        observed = centred @ weighted
+        means = self.component_means
+        plain_mean = plain_covariance = None
+        if len(means) > 1:
+            root = self.plain_root
+            plain_covariance = torch.cholesky_inverse(torch.linalg.cholesky(root.T @ precision @ root + identity))
+            if panel_index is not None:
+                plain_covariance = plain_covariance[panel_index]
+            plain_mean = torch.einsum("brs,bs->br", plain_covariance, observed @ root)
         if panel_index is not None:
             covariance = covariance[panel_index]
-        means = self.component_means
-        information = (centred @ weighted)[:, None] + means
+        information = observed[:, None] + means
         by_component = torch.einsum("brs,bcs->bcr", covariance, information)
         evidence = 0.5 * ((information * by_component).sum(-1) - means.square().sum(-1))
         logits = torch.log_softmax(evidence + self.component_logits, dim=-1)
         shares = logits.exp()
         mean = torch.einsum("bc,bcr->br", shares, by_component)
-        return logits, mean, mean - shares @ means, covariance
+        return logits, mean, mean - shares @ means, covariance, plain_mean, plain_covariance
 
     def prior(
         self,
@@ -105,6 +119,16 @@ class GppcLinearResponse(nn.Module):
         covariance = identity - coupling @ (identity - factor_covariance) @ coupling.transpose(1, 2)
         return logits, means, covariance
 
+    def plain_prior(
+        self, plain_mean: torch.Tensor, plain_covariance: torch.Tensor, pairing_ids: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same of the plain Gaussian: mean `(B, 1, r)` and covariance `(B, r, r)` of the factors."""
+        root, coupling = self.plain_root, self.plain_coupling[pairing_ids]
+        identity = torch.eye(coupling.shape[-1], dtype=coupling.dtype, device=coupling.device)
+        mean = torch.einsum("brs,bs->br", coupling, plain_mean) @ root.T
+        covariance = identity - coupling @ (identity - plain_covariance) @ coupling.transpose(1, 2)
+        return mean[:, None], root @ covariance @ root.T
+
     def condition(
         self,
         component_logits: torch.Tensor,
@@ -115,6 +139,8 @@ class GppcLinearResponse(nn.Module):
         levels: torch.Tensor,
         mask: torch.Tensor,
         state_index: torch.Tensor | None = None,
+        plain_mean: torch.Tensor | None = None,
+        plain_covariance: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Posterior of the target's state and factors given the source's and the imposed levels.
 
@@ -124,40 +150,49 @@ class GppcLinearResponse(nn.Module):
             ids, levels, mask (`torch.Tensor` of shape `(B, K)`): Imposed genes, their log values, 1 where real.
             state_index (`torch.LongTensor` of shape `(B,)`, *optional*): Which of the sources each row is about;
                 defaults to one a row.
+            plain_mean, plain_covariance (`torch.FloatTensor`, *optional*): From `encode`; with several components.
 
         Returns:
             Log probabilities of the components `(B, C)`, mean `(B, r)` and covariance `(B, r, r)` of the factors.
         """
+        sources = (component_logits, factor_residual, factor_covariance)
+        plain_sources = () if plain_mean is None else (plain_mean, plain_covariance)
         if state_index is None:
-            logits, means, covariance = self.prior(component_logits, factor_residual, factor_covariance, pairing_ids)
+            logits, means, covariance = self.prior(*sources, pairing_ids)
+            plain = self.plain_prior(*plain_sources, pairing_ids) if plain_sources else None
         else:
             # Every source under every pairing once, for however many rows.
             pairings = self.coupling.shape[0]
-            sources = (component_logits, factor_residual, factor_covariance)
             every = torch.arange(pairings, device=pairing_ids.device).repeat(component_logits.shape[0])
-            prior = self.prior(*(tensor.repeat_interleave(pairings, dim=0) for tensor in sources), every)
-            logits, means, covariance = (tensor[state_index * pairings + pairing_ids] for tensor in prior)
+            row = state_index * pairings + pairing_ids
+            sources, plain_sources = (
+                [tensor.repeat_interleave(pairings, dim=0) for tensor in tensors]
+                for tensors in (sources, plain_sources)
+            )
+            logits, means, covariance = (tensor[row] for tensor in self.prior(*sources, every))
+            plain = [tensor[row] for tensor in self.plain_prior(*plain_sources, every)] if plain_sources else None
         if ids.shape[1] > 0:
             mask = mask.to(means.dtype)
             design = self.loadings[ids] * mask[:, :, None]
             # A padded entry becomes an observation of nothing: zero row, unit noise, zero surprise.
             noise = self.noise[ids] * mask + (1 - mask)
             centred = (levels - self.gene_mean[ids]) * mask
-            surprise = centred[:, :, None] - design @ means.transpose(1, 2)
-            projected = design @ covariance
-            total = projected @ design.transpose(1, 2) + torch.diag_embed(noise)
-            factor = torch.linalg.cholesky(total)
-            solved = torch.cholesky_solve(surprise, factor)
-            evidence = self.evidence_scale[pairing_ids, None] * -0.5 * (surprise * solved).sum(1)
+            means, covariance, evidence = update(means, covariance, design, noise, centred)
+            evidence = self.evidence_scale[pairing_ids, None] * evidence
             # Levels choose among the states that cells like the source were seen to go to; they invent no other.
             evidence = (evidence - evidence.max(dim=1, keepdim=True).values).clamp(min=-MAX_EVIDENCE)
             logits = torch.log_softmax(logits + evidence, dim=-1)
-            means = means + solved.transpose(1, 2) @ projected
-            covariance = covariance - projected.transpose(1, 2) @ torch.cholesky_solve(projected, factor)
+            if plain is not None:
+                plain = update(*plain, design, noise, centred)
         shares = logits.exp()
         mean = torch.einsum("bc,bcr->br", shares, means)
         around = means - mean[:, None]
         covariance = covariance + (shares[:, :, None] * around).transpose(1, 2) @ around
+        if plain is not None:
+            share, apart = self.plain_share, plain[0][:, 0] - mean
+            mean = mean + share * apart
+            covariance = (1 - share) * covariance + share * plain[1]
+            covariance = covariance + share * (1 - share) * apart[:, :, None] * apart[:, None]
         return logits, mean, covariance
 
     def gather(self, query_ids: torch.Tensor | None, pairs: bool = True) -> dict[str, torch.Tensor | None]:
@@ -192,3 +227,25 @@ class GppcLinearResponse(nn.Module):
             twice = covariance * (2.0 - torch.eye(factors, dtype=covariance.dtype, device=covariance.device))
             spread = twice.flatten(1).index_select(1, first * factors + second) @ pairs.T
         return expected, spread.clamp(min=0) + noise
+
+
+def update(
+    means: torch.Tensor, covariance: torch.Tensor, design: torch.Tensor, noise: torch.Tensor, centred: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gaussian update of factors by observed levels.
+
+    Args:
+        means (`torch.FloatTensor` of shape `(B, C, r)`), covariance (`torch.FloatTensor` of shape `(B, r, r)`): Before.
+        design (`torch.FloatTensor` of shape `(B, K, r)`), noise, centred (`torch.FloatTensor` of shape `(B, K)`):
+            Loadings of the observed genes, their noise, their levels minus the genes' means.
+
+    Returns:
+        Means and covariance after, and the log likelihood of each component `(B, C)` up to a constant of the row.
+    """
+    surprise = centred[:, :, None] - design @ means.transpose(1, 2)
+    projected = design @ covariance
+    factor = torch.linalg.cholesky(projected @ design.transpose(1, 2) + torch.diag_embed(noise))
+    solved = torch.cholesky_solve(surprise, factor)
+    means = means + solved.transpose(1, 2) @ projected
+    covariance = covariance - projected.transpose(1, 2) @ torch.cholesky_solve(projected, factor)
+    return means, covariance, -0.5 * (surprise * solved).sum(1)

@@ -18,6 +18,15 @@ from .linear_response_gppc import GppcLinearResponse
 # The learned log variance stays within this distance of the linear response's.
 MAX_LOG_VARIANCE_CHANGE = 4.0
 IGNORED_LABEL = -100.0
+# Names of what the linear response says of a source.
+POSTERIOR = (
+    "component_logits",
+    "factor_mean",
+    "factor_residual",
+    "factor_covariance",
+    "plain_mean",
+    "plain_covariance",
+)
 # Fields of a query that the linear response is read with.
 RESPONSE_READ = ("gene_mean", "loadings", "noise", "pairs")
 
@@ -36,6 +45,8 @@ class GppcEncoderOutput(ModelOutput):
         factor_residual (`torch.FloatTensor` of shape `(B, num_factors)`): The same around the state's own mean.
         factor_covariance (`torch.FloatTensor` of shape `(B, num_factors, num_factors)`): Posterior covariance
             within a state.
+        plain_mean (`torch.FloatTensor` of shape `(B, num_factors)`), plain_covariance (`torch.FloatTensor` of shape `(B,
+            num_factors, num_factors)`): The same of one Gaussian for all cells, where there are several states.
     """
 
     last_hidden_state: torch.FloatTensor | None = None
@@ -45,6 +56,8 @@ class GppcEncoderOutput(ModelOutput):
     factor_mean: torch.FloatTensor | None = None
     factor_residual: torch.FloatTensor | None = None
     factor_covariance: torch.FloatTensor | None = None
+    plain_mean: torch.FloatTensor | None = None
+    plain_covariance: torch.FloatTensor | None = None
 
     def select(self, index: torch.Tensor) -> "GppcEncoderOutput":
         """Rows of the encoded states, repeated or reordered as `index` of shape `(N,)` says."""
@@ -255,6 +268,9 @@ class GppcPreTrainedModel(PreTrainedModel):
             init.zeros_(module.component_logits)
             init.zeros_(module.transition_logits)
             init.zeros_(module.coupling)
+            init.zeros_(module.plain_root)
+            init.zeros_(module.plain_coupling)
+            init.zeros_(module.plain_share)
             init.ones_(module.evidence_scale)
         elif isinstance(module, GppcModel):
             init.normal_(module.latents, mean=0.0, std=spread)
@@ -321,7 +337,7 @@ class GppcModel(GppcPreTrainedModel):
         centred = torch.where(measured, values - self.linear_response.gene_mean, torch.zeros_like(values))
         panels = measured if measured_mask is None or panel_index is None else measured_mask.bool()
         with torch.autocast(device_type=values.device.type, enabled=False):
-            component_logits, factor_mean, factor_residual, factor_covariance = self.linear_response.encode(
+            posterior = self.linear_response.encode(
                 centred.float(), panels, None if measured_mask is None else panel_index
             )
         hidden_states = self.pool_proj(self.gene_pool(centred)).view(
@@ -334,10 +350,7 @@ class GppcModel(GppcPreTrainedModel):
             last_hidden_state=hidden_states,
             state_values=values,
             measured=measured,
-            component_logits=component_logits,
-            factor_mean=factor_mean,
-            factor_residual=factor_residual,
-            factor_covariance=factor_covariance,
+            **dict(zip(POSTERIOR, posterior)),
         )
 
     def imposed_levels(
@@ -394,6 +407,8 @@ class GppcModel(GppcPreTrainedModel):
                 levels.float(),
                 perturbation_mask,
                 state_index,
+                encoded.plain_mean,
+                encoded.plain_covariance,
             )
         response = self.linear_response
         identity = self.perturbation_embedding(perturbation_ids)

@@ -9,7 +9,7 @@ from modeling_gppc.linear_response_gppc import GppcLinearResponse
 from modeling_gppc.modeling_gppc import IGNORED_LABEL, GppcForPerturbationPrediction
 from modeling_gppc.training.data_collator import PairCollator
 from modeling_gppc.training.factor_mixture import FactorMixture, fit_factor_mixture, fit_mixture_coupling
-from modeling_gppc.training.factor_model import fit_factor_model
+from modeling_gppc.training.factor_model import FactorModel, fit_factor_model
 from modeling_gppc.training.pair_dataset import PairDataset
 
 # Dense cells in memory at a time: 64 million values are 256 MB.
@@ -18,6 +18,8 @@ BLOCK_VALUES = 64_000_000
 UNUSED = -1e4
 EVIDENCE_SCALES = (1.0, 0.7, 0.5, 0.35, 0.25, 0.1)
 SCALE_PAIRS = 1_536
+# Of the one Gaussian in the average. Not tuned: halves.
+PLAIN_SHARE = 0.5
 
 
 def initialize_linear_response(
@@ -32,8 +34,8 @@ def initialize_linear_response(
     """
     Fits gene means, loadings, noise, cell states and the coupling of every pairing on the training pairs; no gradient.
 
-    Cell states are kept only where they pay: the plain conditional Gaussian (one state) is fitted as well, and states
-    are taken if they raise the squared error on the validation pairs of no pairing.
+    Cell states are kept only where they pay: the plain conditional Gaussian (one state) is fitted first. The average
+    of its response and that of the states is taken if it raises the squared error on the validation pairs of no pairing.
 
     Args:
         model ([`GppcForPerturbationPrediction`]): Changed in place.
@@ -66,20 +68,27 @@ def initialize_linear_response(
         for pairing in range(len(config.pairings))
     ]
     held_out = _sample(np.arange(len(validation)), SCALE_PAIRS, rng)
-    best_errors, best_state = np.full(len(pairs), np.inf), None
     response = model.model.linear_response
-    for n_components in sorted({1, config.num_components}):
+
+    def put_states(n_components: int) -> np.ndarray:
         mixture = fit_factor_mixture(fitted, *cells, panels, n_components=n_components, seed=seed)
+        plain = response.coupling.clone()
         _put_mixture(response, mixture)
+        if n_components > 1:
+            _put_plain(response, fitted, mixture, plain)
         for pairing, chosen in enumerate(pairs):
             if len(chosen):
                 _put_coupling(response, pairing, mixture, dataset, panels, chosen)
-                choose_evidence_scale(model, dataset, panels, pairing, chosen[:: max(1, len(chosen) // SCALE_PAIRS)])
-        errors = linear_errors(model, validation, panels, held_out)
-        if (errors <= best_errors).all():
-            best_errors = errors
-            best_state = {name: tensor.clone() for name, tensor in response.state_dict().items()}
-    response.load_state_dict(best_state)
+                if n_components > 1:
+                    few = chosen[:: max(1, len(chosen) // SCALE_PAIRS)]
+                    choose_evidence_scale(model, dataset, panels, pairing, few)
+        return linear_errors(model, validation, panels, held_out)
+
+    errors = put_states(1)
+    if config.num_components > 1:
+        state = {name: tensor.clone() for name, tensor in response.state_dict().items()}
+        if (put_states(config.num_components) > errors).any():
+            response.load_state_dict(state)
 
 
 @torch.no_grad()
@@ -93,6 +102,20 @@ def _put_mixture(response: GppcLinearResponse, mixture: FactorMixture) -> None:
     response.component_logits.fill_(UNUSED)[:components] = _tensor(np.log(mixture.weights), response)
     response.transition_logits.zero_()
     response.coupling.zero_()
+    response.plain_root.zero_()
+    response.plain_coupling.zero_()
+    response.plain_share.zero_()
+
+
+@torch.no_grad()
+def _put_plain(
+    response: GppcLinearResponse, model: FactorModel, mixture: FactorMixture, coupling: torch.Tensor
+) -> None:
+    """The one Gaussian beside the states, its factors in terms of theirs."""
+    root = np.linalg.lstsq(mixture.model.loadings, model.loadings, rcond=None)[0]
+    response.plain_root[: len(root), : len(root)] = _tensor(root, response)
+    response.plain_coupling.copy_(coupling)
+    response.plain_share.fill_(PLAIN_SHARE)
 
 
 @torch.no_grad()
@@ -128,8 +151,6 @@ def choose_evidence_scale(
     for scale in EVIDENCE_SCALES:
         scales[pairing] = scale
         errors.append(linear_errors(model, dataset, panels, rows).sum())
-        if model.config.num_components == 1:
-            return
     scales[pairing] = EVIDENCE_SCALES[int(np.argmin(errors))]
 
 
@@ -158,6 +179,8 @@ def linear_errors(
             perturbations["perturbation_ids"],
             levels,
             perturbations["perturbation_mask"],
+            plain_mean=encoded.plain_mean,
+            plain_covariance=encoded.plain_covariance,
         )
         expected = response.gene_mean + mean @ response.loadings.T
         error = torch.where(labels != IGNORED_LABEL, expected - labels, torch.zeros(())).square().sum(1)

@@ -9,6 +9,7 @@ from scipy.stats import multivariate_normal
 from tiny_model import GENES, SIZES, tiny_model
 
 from modeling_gppc.configuration_gppc import GppcConfig
+from modeling_gppc.linear_response_gppc import MAX_EVIDENCE
 from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
 from modeling_gppc.training.factor_model import FactorModel, PairCoupling, predict_factor_model
 
@@ -33,6 +34,9 @@ def random_model(seed=0, **options):
         buffer = getattr(response, name)
         buffer.copy_(torch.randn(buffer.shape, generator=generator))
     response.evidence_scale.copy_(0.3 + 0.7 * torch.rand(response.evidence_scale.shape, generator=generator))
+    response.plain_root.copy_(0.6 * torch.randn(response.plain_root.shape, generator=generator))
+    response.plain_coupling.copy_(0.9 * response.coupling)
+    response.plain_share.fill_(0.4)
     return model
 
 
@@ -493,13 +497,17 @@ def test_linear_response_equals_the_dense_conditional_gaussian(seed, pairing):
 @PROPERTY
 @given(seeds, st.integers(0, 1))
 def test_cell_states_are_weighed_by_bayes_rule(seed, pairing):
-    """Without coupling within states, the answer is a mixture of dense Gaussians, written out over all genes."""
+    """Without coupling within states, the answer is a mixture of dense Gaussians, written out over all genes.
+
+    What levels say of one state against another is bounded.
+    """
     inputs, values, levels = measured_perturbations(random_inputs(seed, batch=1))
     inputs["pairing_ids"] = torch.tensor([pairing])
     model = random_model(use_departure=False)
     response = model.model.linear_response
     response.coupling.zero_()
     response.evidence_scale.fill_(1.0)
+    response.plain_share.zero_()
     p = {name: buffer.double().numpy() for name, buffer in response.named_buffers()}
     covariance = p["loadings"] @ p["loadings"].T + np.diag(p["noise"])
     means = p["gene_mean"] + p["component_means"] @ p["loadings"].T
@@ -519,7 +527,8 @@ def test_cell_states_are_weighed_by_bayes_rule(seed, pairing):
     expected = means[:, wanted]
     within = covariance[np.ix_(wanted, wanted)]
     if len(revealed):
-        weights = weights * likelihood(revealed, levels[0, mask])
+        evidence = likelihood(revealed, levels[0, mask])
+        weights = weights * np.maximum(evidence / evidence.max(), np.exp(-MAX_EVIDENCE))
         gain = covariance[np.ix_(wanted, revealed)] @ np.linalg.inv(covariance[np.ix_(revealed, revealed)])
         expected = expected + (levels[0, mask] - means[:, revealed]) @ gain.T
         within = within - gain @ covariance[np.ix_(revealed, wanted)]
