@@ -147,10 +147,9 @@ def score_prediction_pearson(
 
 
 def calibration(prediction: ScreenPrediction, truth: ScreenTruth) -> dict[str, float]:
-    """Share of observed deltas inside central intervals of several levels, sampling error included."""
-    total = (prediction.variance + truth.sampling_variance)[:, truth.mask]
+    """Share of observed deltas inside central intervals of several levels, sampling error included, countable genes."""
+    mask = truth.mask
+    total, told = (prediction.variance + truth.sampling_variance)[:, mask], truth.countable[:, mask]
+    predicted, observed = prediction.delta[:, mask], truth.delta[:, mask]
     levels = {"0.5": 0.6744898, "0.8": 1.2815516, "0.9": 1.6448536, "0.95": 1.959964}
-    return {
-        level: float(interval_coverage(prediction.delta[:, truth.mask], total, truth.delta[:, truth.mask], z).mean())
-        for level, z in levels.items()
-    }
+    return {level: float(interval_coverage(predicted, total, observed, z)[told].mean()) for level, z in levels.items()}

@@ -45,6 +45,8 @@ class ScreenTruth:
         mask (`np.ndarray` of bool): Genes that are scored: no target of any perturbation of the screen, shape `(V,)`.
         ceiling (`np.ndarray`): Split-half correlation of the response, shape `(P,)`.
         n_cells (`np.ndarray`): Shape `(P,)`.
+        countable (`np.ndarray` of bool): Genes expected, from their share of all cells, in at least one cell of the
+            perturbation; the observed delta of the others says only that nothing was counted. Shape `(P, V)`.
         de_scores, de_fdr, de_change (`np.ndarray`): Wilcoxon z, Benjamini-Hochberg FDR and log fold change of each
             gene, shape `(P, V)`.
     """
@@ -56,6 +58,7 @@ class ScreenTruth:
     mask: np.ndarray
     ceiling: np.ndarray
     n_cells: np.ndarray
+    countable: np.ndarray
     de_scores: np.ndarray
     de_fdr: np.ndarray
     de_change: np.ndarray
@@ -143,6 +146,7 @@ def observe(screen: Screen, labels: Sequence[str], seed: int = 0, n_splits: int 
         mask=mask,
         ceiling=np.array(ceiling),
         n_cells=np.array(counts),
+        countable=np.array(counts)[:, None] * (values != 0).mean(axis=0) >= 1,
         de_scores=scores,
         de_fdr=fdr,
         de_change=change,
@@ -258,7 +262,10 @@ def score_prediction(
     if prediction.variance is not None:
         # The observed mean has an error of its own; an interval for it must hold both.
         total = (prediction.variance + truth.sampling_variance)[:, mask]
-        scores["coverage90"] = metrics.interval_coverage(kept[0], total, kept[1]).mean(axis=1)
+        inside = metrics.interval_coverage(kept[0], total, kept[1])
+        scores["coverage90"] = np.array(
+            [hits[told].mean() if told.any() else np.nan for hits, told in zip(inside, truth.countable[:, mask])]
+        )
         scores["crps"] = metrics.gaussian_crps(kept[0], total, kept[1]).mean(axis=1)
     return scores
 

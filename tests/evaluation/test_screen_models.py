@@ -22,7 +22,7 @@ from modeling_gppc.evaluation.leak_guards import guard_model, model_leaks
 from modeling_gppc.evaluation.screen_baselines import ScreenContext
 from modeling_gppc.evaluation.screen_evaluation import evaluate_screen, score_prediction_pearson
 from modeling_gppc.evaluation.screen_runs import shuffled_null
-from modeling_gppc.evaluation.screen_scores import ScreenPrediction, observe
+from modeling_gppc.evaluation.screen_scores import ScreenPrediction, observe, score_prediction
 from modeling_gppc.evaluation.screen_splits import group_folds, stated_fold
 from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
 from modeling_gppc.training.arguments import CONFIGS, parse_options
@@ -328,3 +328,15 @@ def test_the_null_does_not_score_what_was_imposed(screen):
         score_prediction_pearson(prediction, truth, imposed)
     )
     assert np.abs(score_prediction_pearson(spoiled, truth)).max() < 0.9
+
+
+def test_coverage_is_told_by_genes_that_could_be_counted():
+    """Genes that no cell expresses are covered by any interval; they say nothing about it."""
+    adata = make_adata(n=20, controls=100)
+    adata.X[:, 10:] = 0
+    screen = read_screen(adata, ScreenOptions(value_kind="log"))
+    truth = observe(screen, sorted(screen.perturbations), n_splits=1)
+    assert truth.countable[:, 6:10].all() and not truth.countable[:, 10:].any()
+    far = ScreenPrediction(np.where(truth.countable, 99.0, 0.0), np.ones(truth.delta.shape))
+    scores = score_prediction(far, truth, np.zeros(truth.delta.shape))
+    assert scores["coverage90"] == pytest.approx(0)
