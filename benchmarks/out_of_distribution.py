@@ -271,7 +271,7 @@ def main() -> None:
     parser.add_argument("--cells", type=Path, help="AnnData file of raw counts with `cell_type` and `is_control`")
     parser.add_argument("--types", nargs="*", help="cell types to hold out; default: the three largest")
     parser.add_argument("--genes", type=int, default=400)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--pairs-per-cell", type=int, default=12)
     parser.add_argument("--pairing", choices=PAIRINGS, default="same_type", help="context assumed at the test")
     parser.add_argument("--states", type=int, default=SMALL["num_components"], help="cell states at most")
