@@ -135,12 +135,16 @@ class FineTunedModel:
 
 
 def shrunken_responses(context: ScreenContext) -> dict[str, np.ndarray]:
-    """Response to each training perturbation, drawn towards zero by the share of its size that sampling explains."""
+    """Response to each training perturbation, drawn towards zero by the share of its size that sampling explains.
+
+    A tenth is always left: a response too small to be told from noise has a direction all the same.
+    """
     mask = scored_genes(context.screen)
     seen = {}
     for label, response in zip(context.train, context.train_delta):
         size = max(float((response[mask] ** 2).sum()), 1e-12)
-        seen[label] = response * max(1 - float(sampling_error(context, label)[mask].sum()) / size, 0.0)
+        share = 1 - float(sampling_error(context, label)[mask].sum()) / size
+        seen[label] = response * max(share, 0.1)
     return seen
 
 
