@@ -9,6 +9,8 @@ nothing takes the machine's memory. A step is forward, backward, clipping and fu
 """
 
 import argparse
+import time
+from collections.abc import Callable
 
 from model_bench import (
     EXPRESSED_SHARE,
@@ -61,7 +63,15 @@ def measure(
     optimizer = adamw(model, fused)
     pairs = random_pairs(genes, batch, share=share)
     seconds = seconds_a_call(lambda: training_step(model, optimizer, pairs, bf16), least)
-    return {"seconds": seconds, "cells_per_second": batch / seconds, "parameters": model.num_parameters()}
+    start = time.process_time()
+    for _ in range(3):
+        training_step(model, optimizer, pairs, bf16)
+    return {
+        "seconds": seconds,
+        "cpu_seconds": (time.process_time() - start) / 3,
+        "cells_per_second": batch / seconds,
+        "parameters": model.num_parameters(),
+    }
 
 
 def attention_bytes(genes: int, batch: int, width: dict) -> float:
@@ -74,6 +84,70 @@ def attention_bytes(genes: int, batch: int, width: dict) -> float:
     return 2.0 * maps * batch * width["num_attention_heads"] * genes**2 * 4
 
 
+def slope(found: list[dict]) -> float:
+    """Exponent of the time a cell over genes."""
+    return exponent([step["genes"] for step in found], [1 / step["cells_per_second"] for step in found])
+
+
+def comparison(run: Callable[..., dict], arguments: argparse.Namespace, *_) -> tuple[dict, list[dict]]:
+    """Cells/s beside the origin's, with as many pairs a step as the origin's form fits into the memory it may have."""
+    for batch in (arguments.batch, max(1, arguments.batch // 4)):
+        ours = run("latents", arguments.genes, batch)
+        origin = run("origin", arguments.genes, batch, limit=ORIGIN_GB)
+        if "error" not in origin:
+            break
+    # Without dropout on attention its fused kernels run: the most that can be said for it.
+    fused = run("origin", arguments.genes, batch, dropout=0.0, limit=ORIGIN_GB)
+    ratios = [ours["cells_per_second"] / other["cells_per_second"] for other in (origin, fused)]
+    print(
+        f"{arguments.genes:,} genes: {show(ratios[0])} x the origin's cells/s ({show(ratios[1])} x without its dropout)"
+    )
+    return {"ratio": ratios[0], "ratio_origin_fused": ratios[1]}, [ours, origin, fused]
+
+
+def memory(run: Callable[..., dict], arguments: argparse.Namespace, _, __, width: dict) -> tuple[dict, list[dict]]:
+    """Memory of a step at many genes, and what the origin's form would take."""
+    ours = run("latents", arguments.many_genes, arguments.batch, limit=arguments.limit_gb)
+    origin = run("origin", arguments.many_genes, arguments.batch, limit=arguments.limit_gb)
+    needed = attention_bytes(arguments.many_genes, arguments.batch, width) / 1e9
+    held = ours.get("error") or f"{ours['peak_rss_gb']:.2f} GB"
+    print(
+        f"{arguments.many_genes:,} genes, {arguments.batch} pairs: {held} under a limit of {arguments.limit_gb:g} GB; the "
+        f"origin's attention weights alone would take {show(needed)} GB"
+    )
+    return {"origin_attention_gb": needed}, [ours, origin]
+
+
+def growth(
+    run: Callable[..., dict], arguments: argparse.Namespace, scaling, origin_scaling, _
+) -> tuple[dict, list[dict]]:
+    """How the time a cell grows with genes."""
+    ours = [run("latents", genes, 4 * arguments.batch) for genes in scaling]
+    origin = [run("origin", genes, max(1, arguments.batch // 4)) for genes in origin_scaling]
+    print(f"time a cell ~ genes^{slope(ours):.2f}; the origin's ~ genes^{slope(origin):.2f}")
+    return {"exponent": slope(ours), "exponent_origin": slope(origin)}, [*ours, *origin]
+
+
+def options(run: Callable[..., dict], arguments: argparse.Namespace, *_) -> tuple[dict, list[dict]]:
+    """What options of training cost or save, each beside a step without it."""
+    ratios, runs = {}, []
+    for option in OPTIONS:
+        without, found = (
+            run("latents", arguments.genes, 8 * arguments.batch),
+            run("latents", arguments.genes, 8 * arguments.batch, **option),
+        )
+        name = ", ".join(f"{key} {value}" for key, value in option.items())
+        ratios[name] = without["cpu_seconds"] / found["cpu_seconds"]
+        print(
+            f"{name}: {found['cells_per_second'] / without['cells_per_second']:.2f} x the cells/s without ({ratios[name]:.2f} x by CPU time)"
+        )
+        runs += [without, found]
+    return {"options": ratios}, runs
+
+
+PARTS = {"comparison": comparison, "memory": memory, "growth": growth, "options": options}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--genes", type=int, default=2_000, help="genes of the comparison")
@@ -83,6 +157,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4.0, help="least measured time of each")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--smoke", action="store_true", help="few genes, to see that the benchmark runs")
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS), help="what is measured")
     parser.add_argument("--out", help="JSON file")
     arguments = parser.parse_args()
     width, scaling, origin_scaling = WIDTH, SCALING, ORIGIN_SCALING
@@ -103,46 +178,13 @@ def main() -> None:
         return {**settings, **found}
 
     print(f"training steps, {EXPRESSED_SHARE:.0%} of the genes expressed, width {width['hidden_size']}")
-    ours_large = run("latents", arguments.genes, 8 * arguments.batch)
-    for batch in (arguments.batch, max(1, arguments.batch // 4)):
-        ours = run("latents", arguments.genes, batch)
-        origin = run("origin", arguments.genes, batch, limit=ORIGIN_GB)
-        if "error" not in origin:
-            break
-    # Without dropout on attention its fused kernels run: the most that can be said for it.
-    fused = run("origin", arguments.genes, batch, dropout=0.0, limit=ORIGIN_GB)
-    many = run("latents", arguments.many_genes, arguments.batch, limit=arguments.limit_gb)
-    origin_many = run("origin", arguments.many_genes, arguments.batch, limit=arguments.limit_gb)
-    steps = [run("latents", genes, 4 * arguments.batch) for genes in scaling]
-    origin_steps = [run("origin", genes, arguments.batch // 4) for genes in origin_scaling]
-    options = [run("latents", arguments.genes, 8 * arguments.batch, **option) for option in OPTIONS]
-
-    def slope(found: list[dict]) -> float:
-        return exponent([step["genes"] for step in found], [1 / step["cells_per_second"] for step in found])
-
-    result = {
-        "machine": {**machine(), "threads": arguments.threads},
-        "ratio": ours["cells_per_second"] / origin["cells_per_second"],
-        "ratio_origin_fused": ours["cells_per_second"] / fused["cells_per_second"],
-        "exponent": slope(steps),
-        "exponent_origin": slope(origin_steps),
-        "origin_attention_gb": attention_bytes(arguments.many_genes, arguments.batch, width) / 1e9,
-        "options": [option["cells_per_second"] / ours_large["cells_per_second"] for option in options],
-        "runs": [ours, ours_large, origin, fused, many, origin_many, *steps, *origin_steps, *options],
-    }
-    print(
-        f"{arguments.genes:,} genes: {show(result['ratio'])} x the origin's cells/s "
-        f"({show(result['ratio_origin_fused'])} x without its dropout)"
-    )
-    held = f"{many['peak_rss_gb']:.2f} GB" if "peak_rss_gb" in many else many["error"]
-    print(
-        f"{arguments.many_genes:,} genes, {arguments.batch} pairs: {held} under a limit of {arguments.limit_gb:g} GB; the "
-        f"origin's attention weights alone would take {show(result['origin_attention_gb'])} GB"
-    )
-    print(f"time a cell ~ genes^{result['exponent']:.2f}; the origin's ~ genes^{result['exponent_origin']:.2f}")
-    for option, speed in zip(OPTIONS, result["options"]):
-        print(f"{', '.join(f'{name} {value}' for name, value in option.items())}: {speed:.2f} x the cells/s without")
-    write_result(result, arguments.out)
+    result: dict = {"machine": {**machine(), "threads": arguments.threads}, "runs": []}
+    for part in arguments.parts:
+        figures, runs = PARTS[part](run, arguments, scaling, origin_scaling, width)
+        result.update(figures)
+        result["runs"] += runs
+        # After each part: the next one may take long.
+        write_result(result, arguments.out)
 
 
 if __name__ == "__main__":
