@@ -28,7 +28,7 @@ class CellBlock:
         start (`int`): Position of the first cell among the cells asked for.
         joinids (`np.ndarray`): `soma_joinid` of the cells, ascending, shape `(n_cells,)`.
         rows (`np.ndarray`): Cell of each entry within the block, int32, in the order of the store's tiles, `(n_entries,)`.
-        genes (`np.ndarray`): `soma_joinid` of each entry's gene, int32.
+        genes (`np.ndarray`): `soma_joinid` of each entry's gene, or its vocabulary id where genes were chosen, int32.
         values (`np.ndarray`): Stored values, float32, none of them zero.
     """
 
@@ -72,6 +72,10 @@ class CellStream:
         self.n_expressed, self.block_cells = n_expressed, block_cells
 
     def __iter__(self) -> Iterator[CellBlock]:
+        return self.blocks_ahead()
+
+    def blocks_ahead(self, vocabulary: np.ndarray | None = None) -> Iterator[CellBlock]:
+        """Blocks of all genes, or of those of a vocabulary (see [`read_values`]), one read ahead."""
         blocks = list(self.blocks())
         ahead: queue.Queue = queue.Queue(maxsize=1)
         stopped = threading.Event()
@@ -88,7 +92,7 @@ class CellStream:
         def read_ahead():
             try:
                 for start, stop in blocks:
-                    if not put(self.read(start, stop)):
+                    if not put(self.read(start, stop, vocabulary)):
                         return
                 put(None)
             except BaseException as error:  # handed to the caller, who raises it
@@ -113,8 +117,8 @@ class CellStream:
             yield start, stop
             start = stop
 
-    def read(self, start: int, stop: int) -> CellBlock:
-        """Reads the cells from `start` to `stop`.
+    def read(self, start: int, stop: int, vocabulary: np.ndarray | None = None) -> CellBlock:
+        """Reads the cells from `start` to `stop`; of them the genes of a vocabulary, if one is given.
 
         Raises:
             ValueError: If the store is damaged: cannot be read, or holds other numbers of entries than obs says.
@@ -123,16 +127,24 @@ class CellStream:
         first, last = int(joinids[0]), int(joinids[-1])
         contiguous = last - first + 1 == len(joinids)
         coordinates = slice(first, last) if contiguous else joinids
-        parts = []
+        parts, n_read = [], 0
         try:
-            # Made small and copied table by table, so that the store's own buffers are free for the next one.
+            # Chosen, made small and copied while in the processor's cache, so that the store's buffers are free for more.
             for table in self.matrix.read((coordinates, slice(None))).tables():
-                cells, genes, values = (
-                    table.column(name).to_numpy() for name in ("soma_dim_0", "soma_dim_1", "soma_data")
-                )
-                cells = cells - first if contiguous else np.searchsorted(joinids, cells)
-                kinds = (np.int32, np.int32, np.float32)
-                parts.append([array.astype(kind) for array, kind in zip((cells, genes, values), kinds)])
+                columns = [table.column(name).to_numpy() for name in ("soma_dim_0", "soma_dim_1", "soma_data")]
+                for begin in range(0, table.num_rows, CHOSEN_AT_ONCE):
+                    cells, genes, values = (column[begin : begin + CHOSEN_AT_ONCE] for column in columns)
+                    if not values.all():
+                        expressed = values != 0
+                        cells, genes, values = cells[expressed], genes[expressed], values[expressed]
+                    n_read += len(values)
+                    if vocabulary is not None:
+                        ids = vocabulary.take(genes)
+                        chosen = np.flatnonzero(ids >= 0)
+                        cells, genes, values = cells.take(chosen), ids.take(chosen), values.take(chosen)
+                    rows = cells - first if contiguous else np.searchsorted(joinids, cells)
+                    kinds = (np.int32, np.int32, np.float32)
+                    parts.append([array.astype(kind) for array, kind in zip((rows, genes, values), kinds)])
         except (tiledbsoma.SOMAError, RuntimeError, OSError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ValueError(
@@ -141,17 +153,18 @@ class CellStream:
         rows, genes, values = (
             np.concatenate(arrays) for arrays in (zip(*parts) if parts else [[np.zeros(0, np.int32)]] * 3)
         )
-        if len(values) and not values.all():
-            expressed = values != 0
-            rows, genes, values = rows[expressed], genes[expressed], values[expressed]
-        if self.n_expressed is not None and len(values) != self.n_expressed[start:stop].sum():
-            found = np.bincount(rows, minlength=len(joinids))
+        if self.n_expressed is not None and n_read != self.n_expressed[start:stop].sum():
+            found = np.bincount(rows if vocabulary is None else self._all_rows(start, stop), minlength=len(joinids))
             wrong = np.flatnonzero(found != self.n_expressed[start:stop])
             raise ValueError(
                 f"cell {joinids[wrong[0]]} has {found[wrong[0]]} expressed genes in layer `{self.options.layer}`; "
                 f"obs.nnz says {self.n_expressed[start + wrong[0]]}: the store is damaged, write it again."
             )
         return CellBlock(start, joinids, rows, genes, values.astype(np.float32, copy=False))
+
+    def _all_rows(self, start: int, stop: int) -> np.ndarray:
+        """Cell of every entry, to say which cell is damaged."""
+        return CellStream(self.matrix, self.options, self.joinids, None).read(start, stop).rows
 
 
 def check_values(values: np.ndarray, options: QueryOptions, joinids: np.ndarray) -> None:
@@ -237,21 +250,16 @@ def read_values(
     """
     n_genes = int(vocabulary.max()) + 1
     lengths, ids, values = [], [], []
-    for block in stream:
-        block_values = block.values
-        if stream.options.normalization == "log_tpm":  # needs the rates of all genes, so comes before their choice
-            check_values(block.values, stream.options, block.joinids)
-            block_values = normalize_block(block, stream.options, None, gene_lengths)
-        parts = []
-        for first in range(0, len(block.genes), CHOSEN_AT_ONCE):
-            part = slice(first, first + CHOSEN_AT_ONCE)
-            ids_of_entries = vocabulary.take(block.genes[part])
-            chosen = np.flatnonzero(ids_of_entries >= 0)
-            parts.append((block_values[part].take(chosen), block.rows[part].take(chosen), ids_of_entries.take(chosen)))
-        entries = [np.concatenate(arrays) for arrays in zip(*parts)] if parts else [np.zeros(0, np.int32)] * 3
-        if stream.options.normalization != "log_tpm":
-            check_values(entries[0], stream.options, block.joinids)
-        entries = (entries[0].astype(np.float32, copy=False), (entries[1], entries[2]))
+    # Rates are over all genes, so there the choice comes after them.
+    all_genes = stream.options.normalization == "log_tpm"
+    for block in stream.blocks_ahead(None if all_genes else vocabulary):
+        check_values(block.values, stream.options, block.joinids)
+        entries = (block.values, (block.rows, block.genes))
+        if all_genes:
+            of_entries = vocabulary.take(block.genes)
+            chosen = np.flatnonzero(of_entries >= 0)
+            rates = normalize_block(block, stream.options, None, gene_lengths)
+            entries = (rates.take(chosen), (block.rows.take(chosen), of_entries.take(chosen)))
         # The store's tiles lie along the genes in ascending order, so this counting sort by cell leaves them sorted.
         part = sp.coo_matrix(entries, shape=(block.n_cells, n_genes)).tocsr()
         part.sort_indices()
