@@ -80,10 +80,11 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="few genes, to see that the benchmark runs")
     parser.add_argument("--out", help="JSON file")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
     if arguments.smoke:
+        arguments.threads = 1
         arguments.sizes, arguments.measure, arguments.genes, arguments.batch = ["tiny", "small"], ["tiny"], 60, 4
         arguments.seconds = 0.1
+    torch.set_num_threads(arguments.threads)
     rows = {}
     print("| size | parameters | of them per gene | GFLOP a pair | pairs/s | 1M pairs | 10M | 60M | how |")
     print("|---|---|---|---|---|---|---|---|---|")

@@ -163,6 +163,7 @@ def main() -> None:
     width, scaling, origin_scaling = WIDTH, SCALING, ORIGIN_SCALING
     if arguments.smoke:
         arguments.genes, arguments.many_genes, arguments.batch, arguments.seconds = 64, 200, 4, 0.1
+        arguments.threads = 1
         width = {**WIDTH, "hidden_size": 16, "intermediate_size": 32}
         scaling, origin_scaling = (50, 100), (50, 100)
 

@@ -132,10 +132,11 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="a tiny screen, to see that the benchmark runs")
     parser.add_argument("--out", help="JSON file")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
     if arguments.smoke:
+        arguments.threads = 1
         arguments.size, arguments.genes, arguments.perturbations, arguments.queries = "tiny", 300, 300, 50
         arguments.chunk, arguments.batch = 64, 8
+    torch.set_num_threads(arguments.threads)
     result = compare(arguments)
     print(f"{'way':<32} {'perturbations/s':>16} {'encoded once is':>16}")
     print(f"{'encoded once, chunks':<32} {show(result['encoded_once_per_second']):>16}")
