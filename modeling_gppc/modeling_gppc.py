@@ -59,10 +59,6 @@ class GppcEncoderOutput(ModelOutput):
     plain_mean: torch.FloatTensor | None = None
     plain_covariance: torch.FloatTensor | None = None
 
-    def select(self, index: torch.Tensor) -> "GppcEncoderOutput":
-        """Rows of the encoded states, repeated or reordered as `index` of shape `(N,)` says."""
-        return GppcEncoderOutput(**{name: tensor[index] for name, tensor in self.items()})
-
 
 @dataclass
 class GppcQuery(ModelOutput):
