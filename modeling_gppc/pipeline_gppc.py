@@ -185,7 +185,7 @@ class PerturbationPredictionPipeline(Pipeline):
         changes = torch.zeros(ids.shape, device=device)
         if encoded is not None:
             # Where the cell did not measure a gene, the model says which level the rest of the cell suggests.
-            levels = self.model.model.imposed_levels(encoded.select(index), ids, changes)
+            levels = self.model.model.imposed_levels(encoded, ids, changes, index)
         else:
             tokens, values = state["input_ids"], state["expression_values"]
             dense = values.new_zeros(len(values), self.model.config.vocab_size).scatter_add(1, tokens, values)
