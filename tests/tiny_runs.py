@@ -54,16 +54,17 @@ def write_run_pairs(folder: Path, rows: dict[str, int] | None = None) -> Path:
     panels[1, ::3] = False
     tables = {}
     for seed, (name, n_rows) in enumerate((rows or ROWS).items()):
-        tables[name] = _measured_only(tiny_rows(n_rows, N_GENES, seed), panels)
+        tables[name] = _measured_only(tiny_rows(n_rows, N_GENES, seed), panels, first_cell=100_000 * seed)
     write_pair_folder(folder, tables, tiny_genes(N_GENES), panels, pairings=["same_type"])
     return folder
 
 
-def _measured_only(table: pa.Table, panels: np.ndarray) -> pa.Table:
-    """Leaves out values of genes that a cell did not measure; reveals one gene that both did."""
+def _measured_only(table: pa.Table, panels: np.ndarray, first_cell: int) -> pa.Table:
+    """Leaves out values of genes that a cell did not measure; reveals one gene that both did; numbers the cells."""
     rows = table.to_pylist()
     for index, row in enumerate(rows):
-        row.update(source_soma_joinid=index, target_soma_joinid=index + len(rows), dataset_id="tiny")
+        cell = first_cell + index
+        row.update(source_soma_joinid=cell, target_soma_joinid=cell + len(rows), dataset_id="tiny")
         for side in ("source", "target"):
             measured = panels[row[f"{side}_panel"]]
             pairs = zip(row[f"{side}_gene_ids"], row[f"{side}_values"])

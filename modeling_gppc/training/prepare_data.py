@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 from data_scripts.pair_folder import PairFolder
+from data_scripts.splits import guard_splits
 from modeling_gppc.training.arguments import RunOptions
 from modeling_gppc.training.screen_data import prepare_screen_pairs
 from modeling_gppc.training.stream_rows import sample_rows_of
@@ -22,7 +23,7 @@ def prepare_pairs(options: RunOptions, progress: bool = True) -> PairFolder:
         ValueError: For missing files, bad counts, a query without cells and so on, before long work.
     """
     if options.data.pairs is not None:
-        return PairFolder(options.data.pairs)
+        return open_pairs(options.data.pairs)
     if options.data.screen is not None:
         return prepare_screen_pairs(
             options.data.screen, options.data.screen_options, Path(options.output_dir) / "pairs", options.seed
@@ -47,6 +48,20 @@ def prepare_pairs(options: RunOptions, progress: bool = True) -> PairFolder:
         progress=progress,
         train_rows=sample_rows_of(options),
     )
+
+
+def open_pairs(path: str | Path) -> PairFolder:
+    """Opens finished pairs, whoever wrote them.
+
+    Raises:
+        ValueError: If it is no such folder, or two of its splits share a cell.
+    """
+    folder = PairFolder(path)
+    try:
+        guard_splits({name: folder.split(name) for name in folder.splits}, [])
+    except ValueError as error:
+        raise ValueError(f"`data.pairs` {path}: {error} Scores on such pairs say nothing; split them by cell.") from error
+    return folder
 
 
 def write_store(store: Path, options: RunOptions, progress: bool) -> None:

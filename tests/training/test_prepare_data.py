@@ -4,10 +4,12 @@ import anndata
 import numpy as np
 import pytest
 import scipy.sparse as sp
+from tiny_pairs import tiny_genes, tiny_rows
 from tiny_runs import write_run_pairs
 
 from data_scripts import census_pairs, local_census
 from data_scripts.options import from_mapping
+from data_scripts.pair_folder import write_pair_folder
 from modeling_gppc.training.arguments import RunOptions
 from modeling_gppc.training.prepare_data import prepare_pairs
 
@@ -73,6 +75,13 @@ def test_finished_pairs_are_opened(tmp_path):
     pairs = write_run_pairs(tmp_path / "pairs")
     folder = prepare_pairs(options(tmp_path / "run", pairs=str(pairs)), progress=False)
     assert folder.path == pairs and not (tmp_path / "run").exists()
+
+
+def test_finished_pairs_whose_splits_share_a_cell(tmp_path):
+    rows = {name: tiny_rows(4, seed=seed) for seed, name in enumerate(("train", "validation", "test"))}
+    write_pair_folder(tmp_path / "pairs", rows, tiny_genes(), np.ones((2, 12), dtype=bool), pairings=["same_type"])
+    with pytest.raises(ValueError, match=r"`data.pairs` .*pairs: splits train and validation share soma_joinid"):
+        prepare_pairs(options(tmp_path / "run", pairs=str(tmp_path / "pairs")), progress=False)
 
 
 def test_linear_cells_keep_their_values(tmp_path):
