@@ -60,7 +60,9 @@ def open_pairs(path: str | Path) -> PairFolder:
     try:
         guard_splits({name: folder.split(name) for name in folder.splits}, [])
     except ValueError as error:
-        raise ValueError(f"`data.pairs` {path}: {error} Scores on such pairs say nothing; split them by cell.") from error
+        raise ValueError(
+            f"`data.pairs` {path}: {error} Scores on such pairs say nothing; split them by cell."
+        ) from error
     return folder
 
 
