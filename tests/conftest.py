@@ -1,10 +1,14 @@
-"""Shared fixtures: the real cells, when they are there."""
+"""Shared settings and fixtures: the real cells, when they are there."""
 
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 
+# The same examples in every run, however slow the machine is.
+hypothesis.settings.register_profile("gppc", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("gppc")
 # Nothing in the tests may reach the network; loopback servers set their own endpoint.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
