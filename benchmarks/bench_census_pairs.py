@@ -24,12 +24,13 @@ ORGANISM = "homo_sapiens"
 DRAIN_CONFIG = {"soma.init_buffer_bytes": 128 * 1024**2}
 
 
-def options_for(store: str, genes_file: str | None, out_format: str, shard_cells: int):
+def options_for(store: str, genes_file: str | None, out_format: str, shard_cells: int, pairs_per_cell: int):
     from data_scripts.options import from_mapping
     from data_scripts.pair_options import PairOptions
 
     panel = {"rule": "all"} if genes_file is None else {"rule": "file", "file": genes_file}
     mapping = {"query": {"uri": store}, "panel": panel, "file_format": out_format, "shard_cells": shard_cells}
+    mapping["matching"] = {"pairs_per_cell": pairs_per_cell}
     return from_mapping(PairOptions, mapping)
 
 
@@ -55,6 +56,7 @@ def ours(
     num_proc: int,
     file_format: str,
     shard_cells: int,
+    pairs_per_cell: int,
     out: str | None,
     **_,
 ) -> dict:
@@ -65,7 +67,7 @@ def ours(
 
     from data_scripts.census_pairs import build_pairs
 
-    options = options_for(store, genes_file, file_format, shard_cells)
+    options = options_for(store, genes_file, file_format, shard_cells, pairs_per_cell)
     query = dataclasses.replace(options.query, obs_filter=f"soma_joinid < {n_cells}")
     options = dataclasses.replace(options, query=query)
     with tempfile.TemporaryDirectory(dir=out or Path(store).parent) as folder:
@@ -171,7 +173,7 @@ def run_all(arguments: argparse.Namespace) -> None:
     store, n_cells = str(arguments.store), arguments.cells
     genes = panel_file(store, arguments.genes)
     common = {"store": store, "genes_file": genes, "file_format": "arrow", "shard_cells": arguments.shard_cells}
-    common["out"] = arguments.out
+    common |= {"out": arguments.out, "pairs_per_cell": arguments.pairs_per_cell}
     ways = {
         "drain X('raw').tables()": ("drain", {"n_cells": n_cells}),
         **{
@@ -230,6 +232,7 @@ def smoke() -> None:
             shares=(0.5, 1.0),
             wide_cells=600,
             shard_cells=300,
+            pairs_per_cell=2,
             num_proc=[1],
             out=None,
         )
@@ -250,6 +253,7 @@ def main() -> None:
     parser.add_argument("--wide-cells", type=int, default=20_000)
     parser.add_argument("--num-proc", type=int, nargs="+", default=[1])
     parser.add_argument("--shard-cells", type=int, default=16_384)
+    parser.add_argument("--pairs-per-cell", type=int, default=2, help="the origin's way makes half a pair a cell")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.0625, 0.25, 0.5, 1.0])
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--settings", help=argparse.SUPPRESS)
