@@ -164,6 +164,7 @@ def smoke(folder: Path) -> list[Path]:
             "data.synthetic": f"{{form: {form}, n_genes: 30, n_cells: 900, n_datasets: 1, n_donors: 6}}",
             "model.num_factors": 4,
             "model.num_components": 2,
+            "pairs.splits.rules": "[{by: cell, fractions: {test: 0.2, validation: 0.2}}]",
         }
         options = parse_options(
             "linear", [part for name, value in flags.items() for part in (f"--{name}", str(value))]
