@@ -69,8 +69,8 @@ def build_shard(out: str, identity: str, index: int) -> None:
         name = f"{SPLITS[split]}/shard-{index:05d}.{plan.file_format}"
         batches = rows.batches(split)
         if split == 0 and train_rows is not None:
-            n_cells = np.count_nonzero(plan.cells.column("split").to_numpy() == 0)
-            batches = first_rows(batches, -(-train_rows * np.count_nonzero(cells.split == 0) // n_cells))
+            share = train_rows * np.count_nonzero(cells.split == 0)
+            batches = first_rows(batches, -(-share // plan.n_training_cells))
         summary = write_table_atomically(batches, PAIR_SCHEMA, plan.out / name)
         if summary["n_rows"]:
             files[SPLITS[split]] = {"file": name, **summary}

@@ -162,8 +162,7 @@ def finish(plan: PairPlan) -> None:
     report["panel"] = json.loads((plan.work / "panel.json").read_text())
     sampled = plan.content["identity"].get("train_rows") is not None
     if sampled:
-        n_cells = int(np.count_nonzero(plan.cells.column("split").to_numpy() == 0))
-        report["splits"] = {SPLITS[0]: {"cells": n_cells}, **report["splits"]}
+        report["splits"] = {SPLITS[0]: {"cells": plan.n_training_cells}, **report["splits"]}
     if not any(entry["n_pairs"] for entry in splits.values()):
         raise ValueError(f"no cell found a partner ({report['splits']}); relax `pairings` or `min_shared_genes`.")
     options = dataclasses.asdict(plan.options)

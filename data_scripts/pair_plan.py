@@ -266,6 +266,11 @@ class PairPlan:
         """Chosen genes (`soma_joinid`, ascending); their order is the vocabulary's."""
         return np.load(self.work / "genes.npy")
 
+    @cached_property
+    def n_training_cells(self) -> int:
+        """Cells of the training split, counted once for all shards."""
+        return int(np.count_nonzero(self.cells.column("split").to_numpy() == SPLITS.index("train")))
+
     @property
     def file_format(self) -> str:
         """`arrow` or `parquet`; `auto` depends on the size of the panel."""

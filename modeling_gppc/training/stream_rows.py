@@ -51,7 +51,7 @@ def open_stream(options: RunOptions, folder: PairFolder, rank: int = 0, world_si
         [`~data_scripts.stream_pairs.PairStream`] of batches of model inputs.
 
     Raises:
-        ValueError: If the store makes fewer pools of shards than there are readers.
+        ValueError: If the store makes fewer shards than there are readers.
     """
     # Reads cells, with the libraries that this takes.
     from data_scripts.stream_pairs import PairStream, StreamOptions
