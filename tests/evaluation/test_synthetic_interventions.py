@@ -5,56 +5,23 @@ import functools
 import numpy as np
 import pytest
 
-from data_scripts.screens import ScreenOptions, read_screen
-from data_scripts.synthetic import make_network
-from data_scripts.synthetic_cells import make_screen
-from data_scripts.synthetic_config import SyntheticConfig
 from data_scripts.synthetic_truth import true_response
 from modeling_gppc.evaluation.in_context_model import InContextModel
 from modeling_gppc.evaluation.metrics import pearson_delta
 from modeling_gppc.evaluation.response_size import ResponseSize
-from modeling_gppc.evaluation.screen_baselines import ScreenContext, covariance
+from modeling_gppc.evaluation.screen_baselines import covariance
+from modeling_gppc.evaluation.synthetic_screen import regulators_screen
 
 # Full size: here the response follows the change, and the truth says so.
 AS_IMPOSED = ResponseSize(share=1.0, drift=1e6)
 
 
-@functools.cache
-def regulators_screen(form: str, seed: int):
-    """A screen of every regulator, the true responses `(P, V)` and the genes that are scored."""
-    config = SyntheticConfig(
-        form=form,
-        n_genes=100,
-        n_regulators=6,
-        n_datasets=1,
-        n_donors=10,
-        measured_share=1.0,
-        regulator_measured_share=1.0,
-        library_mean=3_000.0,
-        seed=seed,
-    )
-    network = make_network(config)
-    names = [network.gene_symbols[index] for index in network.regulators]
-    levels = {name: float(network.base[network.gene_index([name])[0]] - 1.5) for name in names}
-    changes = {name: {name: "ko" if form == "count" else levels[name]} for name in names}
-    options = ScreenOptions(
-        value_kind="counts" if form == "count" else "log",
-        batch_column="assay",
-        cell_line_column="assay",
-        symbol_column="feature_name",
-    )
-    screen = read_screen(make_screen(network, changes, n_control=1_500, n_cells=30), options)
-    labels = sorted(screen.perturbations)
-    columns = network.gene_index(screen.gene_ids)
-    truth = np.stack([true_response(network, changes[label], n_states=1_000).delta[columns] for label in labels])
-    mask = np.ones(len(columns), dtype=bool)
-    mask[screen.panel_targets] = False
-    return network, screen, ScreenContext.build(screen, [], labels), truth, mask
+known_screen = functools.cache(regulators_screen)
 
 
 def score(form: str, seed: int, **options) -> tuple[float, float]:
     """Mean pearson_delta of the covariance rule and of the model in context."""
-    _, screen, context, truth, mask = regulators_screen(form, seed)
+    _, screen, context, truth, mask = known_screen(form, seed)
     model = InContextModel(screen, n_factors=10, size=AS_IMPOSED, **options)
     found = [pearson_delta(p.delta, truth, mask).mean() for p in (covariance(context), model.predict(context))]
     return float(found[0]), float(found[1])
@@ -82,7 +49,7 @@ def test_holding_regulators_takes_confounding_away():
 
 def test_a_common_cause_passes_for_an_effect():
     """The named limit: two targets of one regulator correlate, neither acts on the other, and a response is predicted."""
-    network, screen, *_ = regulators_screen("linear", 0)
+    network, screen, *_ = known_screen("linear", 0)
     position = {gene: index for index, gene in enumerate(screen.gene_ids)}
     model = InContextModel(screen, n_factors=10, size=AS_IMPOSED)
     pairs = network.confounded_pairs(n_pairs=10)
