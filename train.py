@@ -53,7 +53,7 @@ from modeling_gppc.training.data_collator import PairCollator
 from modeling_gppc.training.evaluate_run import evaluate_run, load_network_of
 from modeling_gppc.training.first_prediction import first_prediction
 from modeling_gppc.training.hub_push import HubPush
-from modeling_gppc.training.launch import broadcast_buffers, main_first, start_processes
+from modeling_gppc.training.launch import broadcast_buffers, leave, main_first, start_processes
 from modeling_gppc.training.linear_start import initialize_linear_response, keep_departure_if_it_pays
 from modeling_gppc.training.pair_dataset import PairDataset
 from modeling_gppc.training.prepare_data import prepare_pairs
@@ -239,4 +239,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main(), int(os.environ.get("WORLD_SIZE", "1")))

@@ -29,7 +29,7 @@ def train(arguments: argparse.Namespace) -> None:
     from modeling_gppc import GppcForPerturbationPrediction
     from modeling_gppc.training.arguments import parse_options
     from modeling_gppc.training.data_collator import PairCollator
-    from modeling_gppc.training.launch import main_first, start_processes
+    from modeling_gppc.training.launch import leave, main_first, start_processes
     from modeling_gppc.training.pair_dataset import PairDataset
     from modeling_gppc.training.prepare_data import prepare_pairs
     from modeling_gppc.training.stream_rows import open_stream
@@ -74,7 +74,9 @@ def train(arguments: argparse.Namespace) -> None:
             medians = {key: statistics.median(entry[key] for entry in entries) for key in KEYS}
             Path(arguments.out).write_text(json.dumps({"processes": state.num_processes, **medians}))
     state.wait_for_everyone()
+    n_processes = state.num_processes
     state.destroy_process_group()
+    leave(0, n_processes)
 
 
 def source_flags(arguments: argparse.Namespace) -> dict[str, str]:

@@ -1,9 +1,11 @@
 """train.py with accelerate's FSDP2 on CPUs: accelerate itself takes that road on accelerators only."""
 
-import sys
+import os
 
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from tiny_runs import train_module
+
+from modeling_gppc.training.launch import leave
 
 original = AcceleratorState.__init__
 
@@ -19,4 +21,4 @@ def on_cpu_too(self, *args, **kwargs):
 
 if __name__ == "__main__":
     AcceleratorState.__init__ = on_cpu_too
-    sys.exit(train_module().main())
+    leave(train_module().main(), int(os.environ["WORLD_SIZE"]))

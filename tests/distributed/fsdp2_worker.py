@@ -13,6 +13,7 @@ from data_scripts.pair_folder import PairFolder
 from modeling_gppc import GppcConfig, GppcForPerturbationPrediction
 from modeling_gppc.modeling_gppc import IGNORED_LABEL
 from modeling_gppc.training.data_collator import PairCollator
+from modeling_gppc.training.launch import leave
 from modeling_gppc.training.pair_dataset import PairDataset
 from modeling_gppc.training.trainer import EpochSampler
 
@@ -91,8 +92,10 @@ def main() -> None:
         whole.save_pretrained(out)
         facts = {"world": dist.get_world_size(), "local": local, "all": whole.num_parameters()}
         torch.save({"predicted": predicted, **facts}, out / "predicted.pt")
+    world = dist.get_world_size()
     dist.barrier()
     dist.destroy_process_group()
+    leave(0, world)
 
 
 if __name__ == "__main__":
