@@ -49,16 +49,29 @@ def impose(
     vocab_size: int,
     place: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Puts the imposed levels `(B, K)` in the place of predictions `(B, Q)` of the perturbed genes themselves."""
+    """Puts the imposed levels `(B, K)` in the place of predictions `(B, Q)` of the perturbed genes themselves.
+
+    The predictions may be changed in place.
+    """
     if perturbation_ids.shape[1] == 0:
         return predicted
-    # Padding is no gene: it equals no query and goes, as genes that are not asked for, to a column that is cut off.
+    # Padding is no gene: it equals no query.
     columns = torch.where(mask.bool(), perturbation_ids, vocab_size)
     levels = levels.to(predicted.dtype)
     if query_ids is None or place is not None:
         columns = columns if place is None else place[columns]
-        wider = torch.cat([predicted, predicted.new_zeros(predicted.shape[0], 1)], dim=1)
-        return wider.scatter(1, columns, levels)[:, :-1]
+        asked = columns < predicted.shape[1]
+        where = columns.clamp(max=predicted.shape[1] - 1)
+        # Indexed, for `gather` would keep all predictions for its gradient.
+        there = predicted[torch.arange(len(predicted), device=predicted.device)[:, None], where]
+        values = torch.where(asked, levels, there)
+        # All others of a row write once more what its first one that is asked for writes, or what is there already;
+        # the gradient flows once.
+        first = asked.int().argmax(dim=1, keepdim=True)
+        own = asked | (torch.arange(columns.shape[1], device=columns.device) == first)
+        where = torch.where(own, where, where.gather(1, first))
+        values = torch.where(own, values, values.gather(1, first).detach())
+        return predicted.scatter_(1, where, values)
     for column in range(columns.shape[1]):
         one = slice(column, column + 1)
         predicted = torch.where(query_ids == columns[:, one], levels[:, one], predicted)
@@ -175,5 +188,5 @@ class GppcReadout(nn.Module):
         found = self.gather(query_ids) if query is None else query
         vectors, vectors_logvar, gene_logvar = found["vectors"], found["vectors_logvar"], found["gene_logvar"]
         departure = state @ vectors.T
-        logvar = state.detach() @ vectors_logvar.T + gene_logvar
-        return departure, MAX_LOG_VARIANCE_CHANGE * torch.tanh(logvar / MAX_LOG_VARIANCE_CHANGE)
+        logvar = state.detach() / MAX_LOG_VARIANCE_CHANGE @ vectors_logvar.T + gene_logvar / MAX_LOG_VARIANCE_CHANGE
+        return departure, MAX_LOG_VARIANCE_CHANGE * torch.tanh_(logvar)

@@ -177,22 +177,24 @@ class GppcLinearResponse(nn.Module):
             # A padded entry becomes an observation of nothing: zero row, unit noise, zero surprise.
             noise = self.noise[ids] * mask + (1 - mask)
             centred = (levels - self.gene_mean[ids]) * mask
-            means, covariance, evidence = update(means, covariance, design, noise, centred)
+            means, explained, evidence = update(means, covariance, design, noise, centred)
+            covariance = torch.baddbmm(covariance, explained.transpose(1, 2), explained, alpha=-1)
             evidence = self.evidence_scale[pairing_ids, None] * evidence
             # Levels choose among the states that cells like the source were seen to go to; they invent no other.
             evidence = (evidence - evidence.max(dim=1, keepdim=True).values).clamp(min=-MAX_EVIDENCE)
             logits = torch.log_softmax(logits + evidence, dim=-1)
             if plain is not None:
-                plain = update(*plain, design, noise, centred)
+                plain_means, explained, _ = update(*plain, design, noise, centred)
+                plain = plain_means, torch.baddbmm(plain[1], explained.transpose(1, 2), explained, alpha=-1)
         shares = logits.exp()
         mean = torch.einsum("bc,bcr->br", shares, means)
         around = means - mean[:, None]
-        covariance = covariance + (shares[:, :, None] * around).transpose(1, 2) @ around
+        covariance = torch.baddbmm(covariance, (shares[:, :, None] * around).transpose(1, 2), around)
         if plain is not None:
-            share, apart = self.plain_share, plain[0][:, 0] - mean
-            mean = mean + share * apart
-            covariance = (1 - share) * covariance + share * plain[1]
-            covariance = covariance + share * (1 - share) * apart[:, :, None] * apart[:, None]
+            share, apart = self.plain_share, plain[0] - mean[:, None]
+            mean = mean + share * apart[:, 0]
+            covariance = torch.lerp(covariance, plain[1], share)
+            covariance = torch.baddbmm(covariance, share * (1 - share) * apart.transpose(1, 2), apart)
         return logits, mean, covariance
 
     def gather(self, query_ids: torch.Tensor | None, pairs: bool = True) -> dict[str, torch.Tensor | None]:
@@ -217,7 +219,7 @@ class GppcLinearResponse(nn.Module):
         pairs: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Expected log value and its variance, each `(B, Q)`, at the genes of `gather`."""
-        expected = gene_mean + mean @ loadings.T
+        expected = torch.addmm(gene_mean, mean, loadings.T)
         if pairs is None:
             spread = ((loadings @ covariance) * loadings).sum(-1)
         else:
@@ -226,7 +228,7 @@ class GppcLinearResponse(nn.Module):
             first, second = torch.triu_indices(factors, factors, device=mean.device)
             twice = covariance * (2.0 - torch.eye(factors, dtype=covariance.dtype, device=covariance.device))
             spread = twice.flatten(1).index_select(1, first * factors + second) @ pairs.T
-        return expected, spread.clamp(min=0) + noise
+        return expected, spread.clamp_(min=0).add_(noise)
 
 
 def update(
@@ -240,12 +242,13 @@ def update(
             Loadings of the observed genes, their noise, their levels minus the genes' means.
 
     Returns:
-        Means and covariance after, and the log likelihood of each component `(B, C)` up to a constant of the row.
+        Means after; vectors `(B, K, r)` whose squares the covariance loses; the log likelihood of each component
+        `(B, C)` up to a constant of the row.
     """
     surprise = centred[:, :, None] - design @ means.transpose(1, 2)
     projected = design @ covariance
     factor = torch.linalg.cholesky(projected @ design.transpose(1, 2) + torch.diag_embed(noise))
     solved = torch.cholesky_solve(surprise, factor)
-    means = means + solved.transpose(1, 2) @ projected
-    covariance = covariance - projected.transpose(1, 2) @ torch.cholesky_solve(projected, factor)
-    return means, covariance, -0.5 * (surprise * solved).sum(1)
+    explained = torch.linalg.solve_triangular(factor, projected, upper=False)
+    means = torch.baddbmm(means, solved.transpose(1, 2), projected)
+    return means, explained, -0.5 * (surprise * solved).sum(1)

@@ -351,12 +351,13 @@ class GppcForPerturbationPrediction(GppcPreTrainedModel):
             gathered = response.gather(query_ids, pairs) if query is None else query
             read = {name: gathered[name] for name in RESPONSE_READ}
             expected, variance = response.read(output.factor_mean, output.factor_covariance, **read)
-        base = expected if self.config.use_linear_response else read["gene_mean"].expand_as(expected)
-        logits, logvar = base, variance.log()
+        # Nothing below keeps what it is given: each is as large as the answer.
+        base = expected if self.config.use_linear_response else read["gene_mean"].expand_as(expected).clone()
+        logits, logvar = base, variance.log_()
         if self.config.use_departure:
             departure, logvar_change = self.readout(output.last_hidden_state, query_ids, query)
-            logits = base + departure.to(base.dtype)
-            logvar = logvar + logvar_change.to(base.dtype)
+            logits = departure.to(base.dtype).add_(base)
+            logvar = logvar.add_(logvar_change)
         ids, _, mask, _ = perturbations
         place = None if query is None else query.place
         logits, base = (
@@ -366,7 +367,7 @@ class GppcForPerturbationPrediction(GppcPreTrainedModel):
             logits=logits,
             logvar=logvar,
             linear_response=base,
-            departure=(logits - base).float().square().mean(dim=1).sqrt().detach(),
+            departure=torch.linalg.vector_norm((logits.detach() - base).float(), dim=1) / logits.shape[1] ** 0.5,
             encoder_last_hidden_state=output.encoder_last_hidden_state,
             decoder_last_hidden_state=output.last_hidden_state,
         )

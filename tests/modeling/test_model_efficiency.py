@@ -90,6 +90,34 @@ def test_prepared_queries_change_nothing(queries):
         model.query(torch.tensor([3, 1, 3]))
 
 
+@pytest.mark.parametrize("options", [{}, {"use_linear_response": False}, {"use_departure": False}])
+@torch.no_grad()
+def test_an_answer_changes_nothing_of_the_model_or_of_the_encoded_state(options):
+    model, inputs = random_model(**options), random_inputs(3, batch=1)
+    names = ("input_ids", "expression_values", "attention_mask", "measured_mask")
+    encoded = model.encode(**{name: inputs.pop(name) for name in names})
+    held = [*model.state_dict().values(), *(tensor for tensor in encoded.values() if tensor is not None)]
+    before = [tensor.clone() for tensor in held]
+    first, second = model.decode(encoded, **inputs), model.decode(encoded, **inputs)
+    assert all(torch.equal(now, then) for now, then in zip(held, before))
+    for name in OUTPUTS:
+        assert torch.equal(first[name], second[name])
+
+
+def test_padding_multiplies_no_gradient():
+    """Rows without a perturbation among rows with some: padding writes predictions back, gradients flow once."""
+    gradients = []
+    for width in (0, 4):
+        model = random_model(hidden_dropout_prob=0.0).train()
+        inputs = random_inputs(3, batch=2)
+        for name in ("perturbation_ids", "perturbation_values", "perturbation_mask"):
+            inputs[name] = torch.zeros(2, width, dtype=inputs[name].dtype)
+        model(**inputs, labels=torch.ones(2, 12)).loss.backward()
+        gradients.append(model.readout.gene_vectors.grad)
+    assert gradients[0].abs().max() > 0
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
+
+
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_it_compiles_without_graph_breaks(implementation, training):
