@@ -58,6 +58,7 @@ from modeling_gppc.training.linear_start import initialize_linear_response, keep
 from modeling_gppc.training.pair_dataset import PairDataset
 from modeling_gppc.training.prepare_data import prepare_pairs
 from modeling_gppc.training.run_folder import claim_folder, write_json
+from modeling_gppc.training.screen_data import keep_departure_if_it_responds, refit_on_all_controls, screen_entry
 from modeling_gppc.training.start_from import start_from, what_was_read
 from modeling_gppc.training.stream_rows import open_stream
 from modeling_gppc.training.trainer import MODEL_FOLDER, GppcTrainer, make_trainer
@@ -66,7 +67,7 @@ from modeling_gppc.training.trainer import MODEL_FOLDER, GppcTrainer, make_train
 def make_model(options: RunOptions, folder: PairFolder) -> GppcForPerturbationPrediction:
     """A model of the folder's vocabulary with fresh weights."""
     set_seed(options.seed)
-    config = options.model_config(vocab_size=folder.genes.num_rows, pairings=folder.pairings)
+    config = options.model_config(folder.genes.num_rows, folder.pairings, screen_entry(folder).get("n_factors"))
     config._attn_implementation = options.training.attn_implementation
     if options.training.start_from is not None:
         return start_from(options.training.start_from, config, folder.gene_ids, folder.gene_symbols)
@@ -134,8 +135,10 @@ def train(
     if push is not None:
         push.finish(options.output_dir)
     kept = model.model is None or keep_departure_if_it_pays(model, trainer.state.log_history)
+    if kept and screen_entry(folder).get("train_on") == "controls":
+        kept = keep_departure_if_it_responds(model, folder)
     if not kept and state.is_main_process:
-        print("The learned departure did not lower the validation error; the model is its linear response alone.")
+        print("The learned departure did not pay on validation cells; the model is its linear response alone.")
     return trainer
 
 
@@ -150,10 +153,14 @@ def save(
     out = Path(options.output_dir) / MODEL_FOLDER
     extractor = make_extractor(folder)
     # Writes the model, the feature extractor, their code and the pipeline's.
-    PerturbationPredictionPipeline(model=model, feature_extractor=extractor, device=model.device).save_pretrained(out)
+    pipeline = PerturbationPredictionPipeline(model=model, feature_extractor=extractor, device=model.device)
+    pipeline.save_pretrained(out)
     results = evaluate_run(
         model, folder, options.evaluation, seed=options.seed, network=load_network_of(options.output_dir)
     )
+    if screen_entry(folder).get("refit"):
+        refit_on_all_controls(model, folder, options.training.linear_start_iterations, options.seed)
+        pipeline.save_pretrained(out)
     write_results(results, out / "results.json")
     write_json(run_facts(trainer, options, folder, seconds), out / "run.json")
     write_json(trainer.state.log_history, out / "training_log.json")

@@ -8,12 +8,18 @@ import numpy as np
 from data_scripts.screens import CONTROL, Screen
 
 
-def keep_genes(screen: Screen, at_most: int) -> Screen:
-    """The genes most variable among controls, and every measured target; chosen without any perturbed cell."""
+def keep_genes(screen: Screen, at_most: int, chosen_on: np.ndarray | None = None) -> Screen:
+    """The genes most variable among controls, and every measured target; chosen without any perturbed cell.
+
+    Args:
+        screen (`Screen`): The screen.
+        at_most (`int`): Genes that are kept.
+        chosen_on (`np.ndarray`, *optional*): Rows of the controls whose variance chooses; all controls when absent.
+    """
     n_genes = len(screen.gene_ids)
     if n_genes <= at_most:
         return screen
-    spread = screen.values[screen.cells_of(CONTROL)].var(axis=0)
+    spread = screen.values[screen.cells_of(CONTROL) if chosen_on is None else chosen_on].var(axis=0)
     spread[screen.panel_targets] = np.inf
     kept = np.sort(np.argsort(-spread, kind="stable")[:at_most])
     position = np.full(n_genes, -1)

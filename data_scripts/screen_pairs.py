@@ -39,11 +39,13 @@ def screen_pair_table(
     pairs_per_cell: int = 1,
     max_revealed: int = 5,
     seed: int = 0,
+    join_ids: np.ndarray | None = None,
 ) -> pa.Table:
     """Pairs whose target carries one of `labels` and whose source is a control of the same batch and cell line.
 
     For a perturbation the revealed genes are its measured targets, with the change from this source to this target.
-    For `control`, up to `max_revealed` genes that differ between the two control cells.
+    For `control`, up to `max_revealed` genes that differ between the two control cells. `join_ids` `(n_obs,)` tells
+    cells apart in tables of several parts of a screen; rows of the screen when absent.
 
     Raises:
         ValueError: If a label is not in the screen, or no cell has a control to be paired with.
@@ -59,6 +61,7 @@ def screen_pair_table(
     if not len(targets):
         raise ValueError("`screen` has no cell with a control of its own batch and cell line; name the batch column.")
     values = screen.values
+    join_ids = np.arange(len(values)) if join_ids is None else join_ids
     revealed = []
     for source, target in zip(sources, targets):
         label = screen.label[target]
@@ -93,8 +96,8 @@ def screen_pair_table(
         "target_library_size": screen.library_size[targets].astype(np.float32),
         "source_n_expressed": (values[sources] != 0).sum(axis=1).astype(np.int32),
         "target_n_expressed": (values[targets] != 0).sum(axis=1).astype(np.int32),
-        "source_soma_joinid": sources.astype(np.int64),
-        "target_soma_joinid": targets.astype(np.int64),
+        "source_soma_joinid": join_ids[sources].astype(np.int64),
+        "target_soma_joinid": join_ids[targets].astype(np.int64),
         "is_control": screen.label[targets] == CONTROL,
     }
     arrays = []
@@ -153,7 +156,12 @@ def write_split_pairs(
         ],
         schema=GENE_SCHEMA,
     )
-    tables = {name: screen_pair_table(cells, labels, **options) for name, (cells, labels) in parts.items()}
+    # A cell has one id in every part, so that splits that share one are seen to.
+    names = np.unique(np.concatenate([cells.barcodes for cells, _ in parts.values()]))
+    tables = {
+        name: screen_pair_table(cells, labels, join_ids=np.searchsorted(names, cells.barcodes), **options)
+        for name, (cells, labels) in parts.items()
+    }
     return write_pair_folder(
         path,
         tables,

@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 
 from data_scripts.screens import CONTROL
+from modeling_gppc.evaluation.group_variance import responses_by_group, variance_between
 from modeling_gppc.evaluation.in_context_model import InContextModel
-from modeling_gppc.evaluation.response_size import ResponseSize
 from modeling_gppc.evaluation.screen_baselines import ScreenContext
 from modeling_gppc.evaluation.screen_scores import ScreenPrediction, scored_genes, within_variance
 
@@ -155,14 +155,24 @@ def sampling_error(context: ScreenContext, label: str) -> np.ndarray:
     return within * sum(1 / count for count in counts)
 
 
-def predict_elsewhere(context: ScreenContext, size: ResponseSize) -> ScreenPrediction:
+def predict_elsewhere(context: ScreenContext, kind: str) -> ScreenPrediction:
     """Responses in a batch or cell line that was held out: as they were in the others, drawn towards zero by their
-    sampling error; uncertain by that error and by what controls drift from batch to batch."""
+    sampling error; uncertain by that error and by how much responses differ between those others.
+
+    Args:
+        context (`ScreenContext`): Cells of the other groups.
+        kind (`str`): `"batch"` or `"cell_line"`.
+    """
     seen = shrunken_responses(context)
-    controls = context.screen.values[context.screen.cells_of(CONTROL)]
-    drift = (size.of(context.screen).drift * controls.std(axis=0, dtype=np.float64)) ** 2
+    parts = responses_by_group(context, getattr(context.screen, kind))
+    between = variance_between(context, parts, kind)
     delta = np.array([seen[label] for label in context.test])
-    variance = np.array([drift + sampling_error(context, label) for label in context.test])
+    variance = np.array(
+        [
+            between * (1 + 1 / max(len(parts[label].groups), 1)) + sampling_error(context, label)
+            for label in context.test
+        ]
+    )
     return ScreenPrediction(delta, variance, reads_perturbed_cells=True)
 
 

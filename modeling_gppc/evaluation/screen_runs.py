@@ -291,7 +291,7 @@ def held_out(screen: Screen, folds: list[Fold], options: EvaluateOptions, featur
         context = ScreenContext.build(there, enough, enough, features=features)
         outputs = run_baselines(context, mode="fine-tuned")
         if options.model != "covariance":
-            outputs[options.model] = predict_elsewhere(context, options.size)
+            outputs[options.model] = predict_elsewhere(context, column)
         truth = observe(here, enough, options.seed)
         names = [f"{label} @ {fold.group}" for label in enough]
         for label, name in zip(enough, names):

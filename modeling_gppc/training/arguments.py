@@ -261,13 +261,15 @@ class RunOptions:
                 "anew in every epoch; leave `data.stream` out to reveal the same ones always."
             )
 
-    def model_config(self, vocab_size: int, pairings: list[str]) -> GppcConfig:
-        """The model's configuration.
+    def model_config(self, vocab_size: int, pairings: list[str], num_factors: int | None = None) -> GppcConfig:
+        """The model's configuration; `num_factors` is what the data chose, where `model` does not say.
 
         Raises:
             ValueError: Naming the option whose value does not fit.
         """
         settings = dict(self.model)
+        if num_factors is not None and "size" not in settings:
+            settings.setdefault("num_factors", num_factors)
         settings.setdefault("default_pairing", "same_type" if "same_type" in pairings else pairings[0])
         size = settings.pop("size", None)
         build = GppcConfig if size is None else functools.partial(GppcConfig.from_size, size)

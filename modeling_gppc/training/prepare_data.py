@@ -26,7 +26,11 @@ def prepare_pairs(options: RunOptions, progress: bool = True) -> PairFolder:
         return open_pairs(options.data.pairs)
     if options.data.screen is not None:
         return prepare_screen_pairs(
-            options.data.screen, options.data.screen_options, Path(options.output_dir) / "pairs", options.seed
+            options.data.screen,
+            options.data.screen_options,
+            Path(options.output_dir) / "pairs",
+            options.seed,
+            options.model.get("num_factors"),
         )
     from data_scripts.census_pairs import build_pairs
 

@@ -6,8 +6,13 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import pyarrow as pa
+import torch
 
 from data_scripts.pair_folder import MANIFEST, PairFolder
+from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
+from modeling_gppc.training.linear_start import initialize_linear_response
+from modeling_gppc.training.pair_dataset import PairDataset
 
 # AnnData and what reads screens are imported where a screen is read: a run on finished pairs needs none of it.
 
@@ -28,6 +33,8 @@ class ScreenTrainingOptions:
         pairs_per_cell (`int`, *optional*, defaults to 10): Pairs whose target is the same cell.
         regress_covariates (`bool`, *optional*, defaults to `True`): Take library size, detected genes, mitochondrial
             share and batch out of the values, where the library size counts all genes.
+        refit (`bool`, *optional*, defaults to `True`): With `"controls"`: fit the linear response once more on all of
+            them after the run's pairs were scored.
         value_kind (`str`, *optional*, defaults to `"counts"`): `"counts"` or `"log"`.
         perturbation_column, batch_column, cell_line_column, library_size_column, layer (`str`, *optional*): Where they
             are not found by their usual names.
@@ -41,6 +48,7 @@ class ScreenTrainingOptions:
     max_genes: int = 2_000
     pairs_per_cell: int = 10
     regress_covariates: bool = True
+    refit: bool = True
     value_kind: Literal["counts", "log"] = "counts"
     perturbation_column: str | None = None
     batch_column: str | None = None
@@ -60,34 +68,38 @@ class ScreenTrainingOptions:
                 raise ValueError(f"`data.screen_options.{name}` is {getattr(self, name)}; wanted at least {least}.")
 
     def read(self, path: str):
-        """The screen, its genes chosen on controls."""
-        from data_scripts.screen_cells import keep_genes
+        """The screen with all its genes."""
         from data_scripts.screens import ScreenOptions, read_screen
 
         names = ("perturbation_column", "batch_column", "cell_line_column", "library_size_column", "layer")
         options = {name: getattr(self, name) for name in (*names, "value_kind", "min_cells")}
-        return keep_genes(read_screen(path, ScreenOptions(**options)), self.max_genes)
+        return read_screen(path, ScreenOptions(**options))
 
 
-def prepare_screen_pairs(path: str, options: ScreenTrainingOptions, folder: Path, seed: int = 0) -> PairFolder:
+def prepare_screen_pairs(
+    path: str, options: ScreenTrainingOptions, folder: Path, seed: int = 0, n_factors: int | None = None
+) -> PairFolder:
     """Writes the pairs of a run on a screen into `folder`, or opens them where they are there.
 
     Control cells are divided into training (eight tenths), validation and test cells; with `"perturbations"` a tenth of
     the cells of every training perturbation validate, and the perturbations of the fold left out are the test pairs.
+    Genes, slopes of covariates and the number of factors are chosen on training controls.
 
     Args:
         path (`str`): AnnData file of the screen.
         options (`ScreenTrainingOptions`): What is read of it.
         folder (`Path`): Where the pairs go.
         seed (`int`, *optional*, defaults to 0): Divides the cells and draws the pairs.
+        n_factors (`int`, *optional*): What the run states; chosen by held-out likelihood when absent.
 
     Raises:
         ValueError: For a screen that cannot be used, or a folder with pairs of another one.
     """
-    from data_scripts.screen_cells import cells_digest, some_cells, technical_residuals
+    from data_scripts.screen_cells import cells_digest, keep_genes, some_cells, technical_residuals
     from data_scripts.screen_pairs import CONTROL_PAIRING, SCREEN_PAIRING, write_split_pairs
     from data_scripts.screens import CONTROL
-    from modeling_gppc.evaluation.leak_guards import guard_fold
+    from modeling_gppc.evaluation.in_context_model import choose_rank
+    from modeling_gppc.evaluation.leak_guards import SplitPlan, refuse_leaks
     from modeling_gppc.evaluation.screen_splits import perturbation_folds
 
     screen = options.read(path)
@@ -95,47 +107,151 @@ def prepare_screen_pairs(path: str, options: ScreenTrainingOptions, folder: Path
     controls = generator.permutation(screen.cells_of(CONTROL))
     cut = [int(0.8 * len(controls)), int(0.9 * len(controls))]
     rows = dict(zip(("train", "validation", "test"), np.split(controls, cut)))
-    labels: dict[str, list[str]] = {name: [CONTROL] for name in rows}
+    # Cells that tell how good the choices were have no part in making them.
+    fitted_on = np.sort(rows["train"])
+    screen = keep_genes(screen, options.max_genes, fitted_on)
+    trained_on: list[str] = []
     held_out: list[str] = []
     if options.train_on == "perturbations":
         fold = perturbation_folds(screen, options.folds, options.fold_seed)[options.fold]
-        held_out = fold.test
-        scored = [gene for i, gene in enumerate(screen.gene_ids) if i not in set(screen.panel_targets.tolist())]
-        targets = [screen.gene_ids[i] for i in screen.panel_targets]
-        guard_fold(screen.barcodes, fold.train_cells, fold.test_cells, fold.train, fold.test, scored, targets)
+        trained_on, held_out = fold.train, fold.test
         seen = generator.permutation(fold.train_cells)
         cut = int(0.9 * len(seen))
         rows["train"] = np.concatenate([rows["train"], seen[:cut]])
         rows["validation"] = np.concatenate([rows["validation"], seen[cut:]])
         rows["test"] = np.concatenate([rows["test"], fold.test_cells])
-        for name in ("train", "validation"):
-            labels[name] = [CONTROL, *fold.train]
-        labels["test"] = [CONTROL, *fold.test]
+    refuse_leaks(
+        SplitPlan(
+            train_cells=screen.barcodes[rows["train"]],
+            validation_cells=screen.barcodes[rows["validation"]],
+            test_cells=screen.barcodes[rows["test"]],
+            panel_cells=screen.barcodes[fitted_on],
+            normalisation_cells=screen.barcodes[fitted_on],
+            selection_cells=screen.barcodes[np.concatenate([fitted_on, rows["validation"]])],
+            train_perturbations=trained_on,
+            test_perturbations=held_out,
+        )
+    )
     if options.regress_covariates:
         every = np.arange(len(screen.values))
-        screen.values = technical_residuals(screen, every, np.sort(controls)).astype(np.float32)
+        screen.values = technical_residuals(screen, every, fitted_on).astype(np.float32)
     provenance = {
         "name": screen.name,
         "cells_digest": cells_digest(screen),
         "train_on": options.train_on,
         "regressed": bool(options.regress_covariates and screen.library_is_complete),
-        "train_perturbations": labels["train"][1:],
+        "train_perturbations": trained_on,
         "held_out_perturbations": held_out,
         "n_control_cells": len(controls),
+        "n_training_controls": len(fitted_on),
+        "refit": options.train_on == "controls" and options.refit,
         "seed": seed,
     }
     if (folder / MANIFEST).is_file():
-        if json.loads((folder / MANIFEST).read_text()).get("screen") != provenance:
+        stated = dict(json.loads((folder / MANIFEST).read_text()).get("screen") or {})
+        stated.pop("n_factors", None)
+        if stated != provenance:
             raise ValueError(f"`output_dir` holds pairs of another screen or fold ({folder}); choose another folder.")
         return PairFolder(folder)
+    labels = {name: [CONTROL, *trained_on] for name in ("train", "validation")} | {"test": [CONTROL, *held_out]}
     parts = {name: (some_cells(screen, np.sort(cells)), labels[name]) for name, cells in rows.items()}
     # A pairing that no pair has would leave the model with weights that nothing trained.
     pairings = [CONTROL_PAIRING] if options.train_on == "controls" else [CONTROL_PAIRING, SCREEN_PAIRING]
     return write_split_pairs(
         folder,
         parts,
-        provenance=provenance,
+        provenance=provenance | {"n_factors": n_factors or choose_rank(screen.values[fitted_on], seed)},
         pairings=pairings,
         pairs_per_cell=options.pairs_per_cell,
         seed=seed,
     )
+
+
+def screen_entry(folder: PairFolder) -> dict:
+    """What a folder of pairs says of the screen they were made of; empty where they are of none."""
+    entry = folder.manifest.get("screen")
+    return entry if isinstance(entry, dict) else {}
+
+
+@torch.no_grad()
+def refit_on_all_controls(
+    model: GppcForPerturbationPrediction, folder: PairFolder, n_iterations: int, seed: int = 0
+) -> None:
+    """
+    Fits the linear response once more on the control cells of all splits, in place.
+
+    What a run in context is scored on are perturbed cells; the control cells that told how to train it are evidence
+    too, once they have told it. Only for one cell state, whose factors may be turned: they are turned to where the
+    network learned to read them.
+
+    Args:
+        model ([`GppcForPerturbationPrediction`]): Trained.
+        folder ([`PairFolder`]): Pairs of control cells.
+        n_iterations (`int`): Passes over the cells.
+        seed (`int`, *optional*, defaults to 0): Of the fit.
+    """
+    if model.model is None or model.config.num_components > 1:
+        return
+    response = model.model.linear_response
+    before = response.loadings.clone()
+    tables = [folder.split(name) for name in folder.splits]
+    pairs = PairDataset(pa.concat_tables(tables), folder.pairings)
+    n_cells = screen_entry(folder)["n_control_cells"]
+    initialize_linear_response(model, pairs, pairs, folder.panels, n_cells, n_iterations, seed)
+    left, _, right = torch.linalg.svd(response.loadings.T @ before)
+    turn = left @ right
+    response.loadings.copy_(response.loadings @ turn)
+    response.coupling.copy_(turn.T @ response.coupling @ turn)
+
+
+# Cells that a predicted response is averaged over.
+RESPONSE_CELLS = 128
+
+
+@torch.inference_mode()
+def response_errors(model: GppcForPerturbationPrediction, folder: PairFolder) -> tuple[float, float]:
+    """
+    Squared error of predicted responses among the control cells that validate: those in which a gene is high against
+    those in which it is low, every gene in turn, the gene itself left out.
+
+    A pair of cells says little of what a gene's level does to the mean of the others; a network can lower the error
+    of pairs and spoil that.
+
+    Returns:
+        The error of the whole model and that of its linear response alone.
+    """
+    pairs = PairDataset(folder.split("validation"), folder.pairings)
+    _, rows = np.unique(pairs.table.column("source_soma_joinid").to_numpy(), return_index=True)
+    values = pairs.dense_cells("source", rows, folder.genes.num_rows)
+    n_genes = values.shape[1]
+    device = next(model.parameters()).device
+    source = torch.as_tensor(values[:RESPONSE_CELLS], device=device)
+    ids = torch.arange(n_genes, device=device).expand(len(source), -1)
+    panel = torch.ones(1, n_genes, dtype=torch.bool, device=device)
+    encoded = model.eval().encode(ids, source, None, panel, torch.zeros(len(source), dtype=torch.long, device=device))
+    errors, counted = np.zeros(2), 0
+    for gene in range(n_genes):
+        high = values[:, gene] > np.median(values[:, gene])
+        if min(high.sum(), (~high).sum()) < 10:
+            continue
+        observed = values[high].mean(axis=0) - values[~high].mean(axis=0)
+        found = []
+        for side in (high, ~high):
+            at = torch.full((len(source), 1), gene, device=device)
+            output = model.decode(encoded, at, float(values[side, gene].mean()) - source[:, [gene]])
+            found.append([part.mean(dim=0).cpu().numpy() for part in (output.logits, output.linear_response)])
+        others = np.arange(n_genes) != gene
+        for which in range(2):
+            errors[which] += float(((found[0][which] - found[1][which] - observed)[others] ** 2).sum())
+        counted += 1
+    whole, linear = errors / max(counted, 1)
+    return float(whole), float(linear)
+
+
+def keep_departure_if_it_responds(model: GppcForPerturbationPrediction, folder: PairFolder) -> bool:
+    """Switches the learned departure off where it does not bring responses among held-out controls nearer to what they
+    are; for models of control cells alone. Returns whether it is kept."""
+    if model.model is not None and model.config.use_departure:
+        whole, linear = response_errors(model, folder)
+        model.config.use_departure = whole < linear
+    return model.config.use_departure
