@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from .configuration_gppc import GppcConfig
-from .layers_gppc import GppcBlock, GppcGenePool, GppcReadout, dense_state, impose
+from .layers_gppc import MAX_LOG_VARIANCE_CHANGE, GppcBlock, GppcGenePool, GppcReadout, dense_state, impose
 from .linear_response_gppc import GppcLinearResponse
 from .origin_form_gppc import GppcOriginForm
 from .outputs_gppc import GppcEncoderOutput, GppcModelOutput, GppcOutput, GppcQuery
@@ -358,23 +358,27 @@ class GppcForPerturbationPrediction(GppcPreTrainedModel):
             gathered = response.gather(query_ids, pairs) if query is None else query
             read = {name: gathered[name] for name in RESPONSE_READ}
             expected, variance = response.read(output.factor_mean, output.factor_covariance, **read)
-        # Nothing below keeps what it is given: each is as large as the answer.
-        base = expected if self.config.use_linear_response else read["gene_mean"].expand_as(expected).clone()
-        logits, logvar = base, variance.log_()
-        if self.config.use_departure:
-            departure, logvar_change = self.readout(output.last_hidden_state, query_ids, query)
-            logits = departure.to(base.dtype).add_(base)
-            logvar = logvar.add_(logvar_change)
         ids, _, mask, _ = perturbations
         place = None if query is None else query.place
-        logits, base = (
-            impose(values, query_ids, ids, levels, mask, self.config.vocab_size, place) for values in (logits, base)
-        )
+
+        def put(levels: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+            return impose(values, query_ids, ids, levels, mask, self.config.vocab_size, place)
+
+        # Done in place as far as can be: every pass below is over a tensor as large as the answer.
+        base = expected if self.config.use_linear_response else read["gene_mean"].expand_as(expected).clone()
+        base = put(levels, base)
+        logits, logvar, size = base, variance.log_(), base.new_zeros(rows)
+        if self.config.use_departure:
+            departure, logvar_change = self.readout(output.last_hidden_state, query_ids, query)
+            departure = put(torch.zeros_like(levels), departure.to(base.dtype))
+            size = torch.linalg.vector_norm(departure.detach().float(), dim=1) / departure.shape[1] ** 0.5
+            logits = departure.add_(base)
+            logvar = logvar.add_(logvar_change, alpha=2.0 * MAX_LOG_VARIANCE_CHANGE).sub_(MAX_LOG_VARIANCE_CHANGE)
         return GppcOutput(
             logits=logits,
             logvar=logvar,
             linear_response=base,
-            departure=torch.linalg.vector_norm((logits.detach() - base).float(), dim=1) / logits.shape[1] ** 0.5,
+            departure=size,
             encoder_last_hidden_state=output.encoder_last_hidden_state,
             decoder_last_hidden_state=output.last_hidden_state,
         )
