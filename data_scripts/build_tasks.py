@@ -25,10 +25,14 @@ from data_scripts.schema import PAIR_SCHEMA, SPLITS
 THREADS = 2  # shards at a time in one process
 
 
-@functools.lru_cache(maxsize=2)
+_opening = threading.Lock()
+_plan_of = functools.lru_cache(maxsize=2)(lambda out, identity: PairPlan(out))
+
+
 def open_plan(out: str, identity: str) -> PairPlan:
     """The plan in `out`, opened once a process; `identity` tells builds in one folder apart."""
-    return PairPlan(out)
+    with _opening:  # or each of the first threads would open its own, and they would not take turns in reading
+        return _plan_of(out, identity)
 
 
 def count_part(out: str, identity: str, index: int) -> None:

@@ -3,16 +3,21 @@
 import queue
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
+import pyarrow as pa
 import scipy.sparse as sp
 import tiledbsoma
 
 from data_scripts.pair_options import QueryOptions
 from modeling_gppc.feature_extraction_gppc import check_raw_counts, normalize_counts
 
+Item = TypeVar("Item")
 BLOCK_CELLS = 2_048
+TABLES_AHEAD = 2  # the store's buffers that wait to be chosen from
 TILE_CELLS = 2_048  # extent of Census's tiles along the cells; a tile cut by two blocks is decoded twice
 CHOSEN_AT_ONCE = 1 << 17  # entries cut to the panel at once: few enough to stay in the processor's cache
 ROWS_AT_ONCE = 128  # cells whose counts are looked up at once, for the same reason
@@ -49,7 +54,7 @@ class CellStream:
     Reads one layer for given cells.
 
     Reading contiguous blocks of all genes is faster than asking for some genes or for scattered cells; the next block
-    is read by a thread while the caller works on the last one.
+    is read while the caller works on the last one.
 
     Args:
         matrix (`tiledbsoma.SparseNDArray`): The layer.
@@ -75,39 +80,13 @@ class CellStream:
         return self.blocks_ahead()
 
     def blocks_ahead(self, vocabulary: np.ndarray | None = None) -> Iterator[CellBlock]:
-        """Blocks of all genes, or of those of a vocabulary (see [`read_values`]), one read ahead."""
-        blocks = list(self.blocks())
-        ahead: queue.Queue = queue.Queue(maxsize=1)
-        stopped = threading.Event()
+        """Blocks of all genes, or of those of a vocabulary (see [`read_values`]), in order.
 
-        def put(item) -> bool:
-            while not stopped.is_set():
-                try:
-                    ahead.put(item, timeout=0.1)
-                    return True
-                except queue.Full:
-                    continue
-            return False
-
-        def read_ahead():
-            try:
-                for start, stop in blocks:
-                    if not put(self.read(start, stop, vocabulary)):
-                        return
-                put(None)
-            except BaseException as error:  # handed to the caller, who raises it
-                put(error)
-
-        reader = threading.Thread(target=read_ahead, daemon=True)
-        reader.start()
-        try:
-            while (item := ahead.get()) is not None:
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-        finally:
-            stopped.set()
-            reader.join()
+        Two threads work ahead of the caller: one has the store decode a buffer while the other chooses from the last
+        and puts blocks together.
+        """
+        with closing(read_ahead(self._tables(), TABLES_AHEAD)) as tables:
+            yield from read_ahead(self._assemble(tables, vocabulary), 1)
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """First cell and end of every block: as many cells as wanted, ending with a tile of the store if one ends."""
@@ -117,54 +96,172 @@ class CellStream:
             yield start, stop
             start = stop
 
-    def read(self, start: int, stop: int, vocabulary: np.ndarray | None = None) -> CellBlock:
-        """Reads the cells from `start` to `stop`; of them the genes of a vocabulary, if one is given.
+    def _queries(self) -> Iterator[list[tuple[int, int]]]:
+        """Blocks to be asked for at once: those of consecutive cells, else one by one.
+
+        A query has its cost, and the store frees what it decodes into when one ends.
+        """
+        together: list[tuple[int, int]] = []
+        for start, stop in self.blocks():
+            consecutive = _consecutive(self.joinids[start:stop])
+            if together and not (consecutive and _consecutive(self.joinids[together[0][0] : stop])):
+                yield together
+                together = []
+            together.append((start, stop))
+        if together:
+            yield together
+
+    def _tables(self) -> Iterator[tuple[list[tuple[int, int]], pa.Table | None]]:
+        """The store's tables of every query with the query's blocks, and `None` where it ends."""
+        for blocks in self._queries():
+            joinids = self.joinids[blocks[0][0] : blocks[-1][1]]
+            first, last = int(joinids[0]), int(joinids[-1])
+            try:
+                coordinates = slice(first, last) if _consecutive(joinids) else joinids
+                for table in self.matrix.read((coordinates, slice(None))).tables():
+                    yield blocks, table
+            except (tiledbsoma.SOMAError, RuntimeError, OSError) as error:
+                reason = " ".join(str(error).split())[:300]
+                raise ValueError(
+                    f"layer `{self.options.layer}` cannot be read for cells {first} to {last}: the store is damaged "
+                    f"({reason})."
+                ) from error
+            yield blocks, None
+
+    def _assemble(self, tables: Iterator[tuple], vocabulary: np.ndarray | None) -> Iterator[CellBlock]:
+        """Blocks of the tables' entries; of the genes of a vocabulary, if one is given.
+
+        The store may answer in any order. A block is complete when it has as many entries as obs says, or, where that
+        is not known, when its query ends.
 
         Raises:
-            ValueError: If the store is damaged: cannot be read, or holds other numbers of entries than obs says.
+            ValueError: If the store holds other numbers of entries than obs says.
         """
-        joinids = self.joinids[start:stop]
-        first, last = int(joinids[0]), int(joinids[-1])
-        contiguous = last - first + 1 == len(joinids)
-        coordinates = slice(first, last) if contiguous else joinids
-        parts, n_read = [], 0
-        try:
-            # Chosen, made small and copied while in the processor's cache, so that the store's buffers are free for more.
-            for table in self.matrix.read((coordinates, slice(None))).tables():
+        parts: dict[int, list] = {}
+        n_read: dict[int, int] = {}
+        waiting: list[tuple[int, int]] = []
+        for blocks, table in tables:
+            if not n_read:
+                waiting, parts, n_read = (
+                    list(blocks),
+                    {start: [] for start, _ in blocks},
+                    dict.fromkeys((start for start, _ in blocks), 0),
+                )
+            if table is not None:
+                # Chosen, made small and copied while in the processor's cache; the store's buffers are free for more.
                 columns = [table.column(name).to_numpy() for name in ("soma_dim_0", "soma_dim_1", "soma_data")]
                 for begin in range(0, table.num_rows, CHOSEN_AT_ONCE):
-                    cells, genes, values = (column[begin : begin + CHOSEN_AT_ONCE] for column in columns)
-                    if not values.all():
-                        expressed = values != 0
-                        cells, genes, values = cells[expressed], genes[expressed], values[expressed]
-                    n_read += len(values)
-                    if vocabulary is not None:
-                        ids = vocabulary.take(genes)
-                        chosen = np.flatnonzero(ids >= 0)
-                        cells, genes, values = cells.take(chosen), ids.take(chosen), values.take(chosen)
-                    rows = cells - first if contiguous else np.searchsorted(joinids, cells)
-                    kinds = (np.int32, np.int32, np.float32)
-                    parts.append([array.astype(kind) for array, kind in zip((rows, genes, values), kinds)])
-        except (tiledbsoma.SOMAError, RuntimeError, OSError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ValueError(
-                f"layer `{self.options.layer}` cannot be read for cells {first} to {last}: the store is damaged ({reason})."
-            ) from error
-        rows, genes, values = (
-            np.concatenate(arrays) for arrays in (zip(*parts) if parts else [[np.zeros(0, np.int32)]] * 3)
-        )
-        if self.n_expressed is not None and n_read != self.n_expressed[start:stop].sum():
-            found = np.bincount(rows if vocabulary is None else self._all_rows(start, stop), minlength=len(joinids))
-            wrong = np.flatnonzero(found != self.n_expressed[start:stop])
-            raise ValueError(
-                f"cell {joinids[wrong[0]]} has {found[wrong[0]]} expressed genes in layer `{self.options.layer}`; "
-                f"obs.nnz says {self.n_expressed[start + wrong[0]]}: the store is damaged, write it again."
-            )
-        return CellBlock(start, joinids, rows, genes, values.astype(np.float32, copy=False))
+                    entries = [column[begin : begin + CHOSEN_AT_ONCE] for column in columns]
+                    for start, stop, own in self._by_block(blocks, entries):
+                        part, n_expressed = _choose(*own, self.joinids[start:stop], vocabulary)
+                        n_read[start] += n_expressed
+                        if start not in parts:
+                            self._refuse(start, stop)  # it was complete
+                        parts[start].append(part)
+            while waiting and self._complete(*waiting[0], n_read[waiting[0][0]], table is None):
+                start, stop = waiting.pop(0)
+                own = parts.pop(start)
+                rows, genes, values = (
+                    np.concatenate(arrays) for arrays in (zip(*own) if own else [[np.zeros(0, np.int32)]] * 3)
+                )
+                yield CellBlock(start, self.joinids[start:stop], rows, genes, values.astype(np.float32, copy=False))
+            if table is None:
+                n_read = {}
 
-    def _all_rows(self, start: int, stop: int) -> np.ndarray:
-        """Cell of every entry, to say which cell is damaged."""
-        return CellStream(self.matrix, self.options, self.joinids, None).read(start, stop).rows
+    def _complete(self, start: int, stop: int, n_read: int, ended: bool) -> bool:
+        """Whether all entries of a block were read."""
+        if self.n_expressed is None:
+            return ended
+        complete = n_read == self.n_expressed[start:stop].sum()
+        if ended and not complete:
+            self._refuse(start, stop)
+        return complete
+
+    def _by_block(self, blocks: list[tuple[int, int]], entries: list[np.ndarray]) -> Iterator[tuple]:
+        """First cell, end and entries of each block that a few entries of the store are of; mostly it is one."""
+        if not len(entries[0]):
+            return
+        ends = self.joinids[[stop - 1 for _, stop in blocks]]
+        lowest, highest = np.searchsorted(ends, [entries[0].min(), entries[0].max()])
+        if lowest == highest:
+            yield *blocks[lowest], entries
+            return
+        owner = np.searchsorted(ends, entries[0])
+        for index in range(lowest, highest + 1):
+            mine = np.flatnonzero(owner == index)
+            if len(mine):
+                yield *blocks[index], [column[mine] for column in entries]
+
+    def _refuse(self, start: int, stop: int) -> None:
+        """Says which cell of a block has other entries than obs tells."""
+        own = CellStream(self.matrix, self.options, self.joinids[start:stop], None, stop - start)
+        found = np.concatenate([np.bincount(block.rows, minlength=block.n_cells) for block in own])
+        wrong = np.flatnonzero(found != self.n_expressed[start:stop])
+        raise ValueError(
+            f"cell {self.joinids[start + wrong[0]]} has {found[wrong[0]]} expressed genes in layer "
+            f"`{self.options.layer}`; obs.nnz says {self.n_expressed[start + wrong[0]]}: the store is damaged, write it "
+            "again."
+        )
+
+
+def _consecutive(joinids: np.ndarray) -> bool:
+    """Whether ascending ids have no gap."""
+    return int(joinids[-1]) - int(joinids[0]) + 1 == len(joinids)
+
+
+def _choose(
+    cells: np.ndarray, genes: np.ndarray, values: np.ndarray, joinids: np.ndarray, vocabulary: np.ndarray | None
+) -> tuple[list[np.ndarray], int]:
+    """Rows, genes and values of the expressed entries of a vocabulary (or all), and how many were expressed at all."""
+    if not values.all():
+        expressed = values != 0
+        cells, genes, values = cells[expressed], genes[expressed], values[expressed]
+    n_expressed = len(values)
+    if vocabulary is not None:
+        ids = vocabulary.take(genes)
+        chosen = np.flatnonzero(ids >= 0)
+        cells, genes, values = cells.take(chosen), ids.take(chosen), values.take(chosen)
+    rows = cells - joinids[0] if _consecutive(joinids) else np.searchsorted(joinids, cells)
+    kinds = (np.int32, np.int32, np.float32)
+    return [array.astype(kind) for array, kind in zip((rows, genes, values), kinds)], n_expressed
+
+
+def read_ahead(items: Iterator[Item], depth: int) -> Iterator[Item]:
+    """The same items, made by a thread up to `depth` ahead; an error there is raised here, and leaving ends both."""
+    ahead: queue.Queue = queue.Queue(maxsize=depth)
+    stopped = threading.Event()
+
+    def put(kind: str, item) -> bool:
+        while not stopped.is_set():
+            try:
+                ahead.put((kind, item), timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work():
+        try:
+            for item in items:
+                if not put("item", item):
+                    return
+            put("end", None)
+        except BaseException as error:  # handed to the caller, who raises it
+            put("error", error)
+
+    worker = threading.Thread(target=work, daemon=True)
+    worker.start()
+    try:
+        while True:
+            kind, item = ahead.get()
+            if kind == "end":
+                return
+            if kind == "error":
+                raise item
+            yield item
+    finally:
+        stopped.set()
+        worker.join()
 
 
 def check_values(values: np.ndarray, options: QueryOptions, joinids: np.ndarray) -> None:

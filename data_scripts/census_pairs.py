@@ -199,8 +199,10 @@ def merge_reports(reports: list[dict]) -> dict:
             _add(merged.setdefault(name, {}), entry)
     for entry in merged.values():
         sums = entry.pop("sums")
+        compared = sums.pop("compared_pairs")
         for name, total in sums.items():
-            entry[f"mean_{name}"] = total / entry["pairs"] if entry["pairs"] else None
+            n_pairs = compared if name == "differing_genes" else entry["pairs"]
+            entry[f"mean_{name}"] = total / n_pairs if n_pairs else None
     return {"splits": {name: merged[name] for name in SPLITS if name in merged}}
 
 

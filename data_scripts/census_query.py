@@ -15,8 +15,9 @@ from data_scripts.freed_memory import keep_freed_memory
 from data_scripts.pair_options import QueryOptions
 from modeling_gppc.feature_extraction_gppc import close_matches
 
-# Small buffers are filled, copied and filled again: most time of a reader with large ones goes into fresh memory.
-TILEDB_CONFIG = {"soma.init_buffer_bytes": 4 * 1024**2}
+# Small buffers are filled, copied and filled again, and few tiles are decoded ahead: most time of a reader that takes
+# more goes into fresh memory.
+TILEDB_CONFIG = {"soma.init_buffer_bytes": 4 * 1024**2, "sm.mem.total_budget": 128 * 1024**2}
 MEASUREMENT = "RNA"
 PRESENCE = "feature_dataset_presence_matrix"
 

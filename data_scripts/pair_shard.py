@@ -9,7 +9,7 @@ import scipy.sparse as sp
 from data_scripts.cell_stream import CellStream, read_values
 from data_scripts.pair_options import PairOptions
 from data_scripts.partner_matching import match_partners
-from data_scripts.perturbation_sampling import candidate_changes, sample_from_changes
+from data_scripts.perturbation_sampling import candidate_changes, reveal
 from data_scripts.schema import CONTEXT_COLUMNS, PAIR_SCHEMA, SPLITS, TARGET_COLUMNS
 
 ROWS_PER_BATCH = 1_024
@@ -150,7 +150,8 @@ class ShardRows:
             pairing = np.concatenate([pairing, pairing])
         order = rng.permutation(len(source))
         source, target, pairing = source[order], target[order], pairing[order]
-        sums = {"shared_genes": 0, "differing_genes": 0, "revealed_genes": 0}
+        # Differing genes are counted on the first pairs of a shard only: listing them is most of a pair's work.
+        sums = {"shared_genes": 0, "differing_genes": 0, "revealed_genes": 0, "compared_pairs": 0}
         paired = np.zeros(len(self.cells), dtype=bool)
         per_pairing = np.zeros(len(self.pairings), dtype=np.int64)
         n_dropped = 0
@@ -182,15 +183,20 @@ class ShardRows:
     def _rows(self, source, target, pairing, split, rng, sums) -> tuple[pa.RecordBatch, np.ndarray]:
         before, after = self.values[source], self.values[target]
         own, other = self.cells.panel[source], self.cells.panel[target]
-        changes = candidate_changes(before, after, self.panels, own, other, self.revealable[split])
-        kept = np.diff(changes.indptr) >= min(1, self.options.perturbation.min_genes)
+        allowed = self.revealable[split]
+        if not sums["compared_pairs"]:
+            changes = candidate_changes(before, after, self.panels, own, other, allowed)
+            told_apart = np.diff(changes.indptr) >= min(1, self.options.perturbation.min_genes)
+            sums["compared_pairs"] = int(np.count_nonzero(told_apart))
+            sums["differing_genes"] = int(changes.nnz)
+        kept, offsets, genes, deltas = reveal(
+            before, after, self.panels, own, other, allowed, rng, self.options.perturbation
+        )
         if not kept.all():
             source, target, pairing = source[kept], target[kept], pairing[kept]
-            before, after, changes = before[kept], after[kept], changes[kept]
-        offsets, genes, deltas = sample_from_changes(changes, rng, self.options.perturbation)
+            before, after = before[kept], after[kept]
         cells = self.cells
         sums["shared_genes"] += int(self.shared_genes[self.panel[source], self.panel[target]].sum())
-        sums["differing_genes"] += int(changes.nnz)
         sums["revealed_genes"] += len(genes)
         columns = {
             "source_gene_ids": _lists(before.indptr, before.indices, pa.int32()),
@@ -228,14 +234,19 @@ def gene_moments(values: sp.csr_matrix, chosen: np.ndarray) -> dict[str, np.ndar
     """Number of cells that express each gene, sum and sum of squares of its values over the chosen cells."""
     n_genes = values.shape[1]
     totals = {"n_expressed": np.zeros(n_genes, np.int64), "sums": np.zeros(n_genes), "squares": np.zeros(n_genes)}
-    rows = np.flatnonzero(chosen)
-    for first in range(0, len(rows), MOMENT_CELLS):
-        part = values[rows[first : first + MOMENT_CELLS]]
-        genes = part.indices.astype(np.intp)
-        data = part.data.astype(np.float64)
-        totals["n_expressed"] += np.bincount(genes, minlength=n_genes)
-        totals["sums"] += np.bincount(genes, weights=data, minlength=n_genes)
-        totals["squares"] += np.bincount(genes, weights=data * data, minlength=n_genes)
+    for first in range(0, values.shape[0], MOMENT_CELLS):
+        weights = chosen[first : first + MOMENT_CELLS].astype(np.float64)
+        if not weights.any():
+            continue
+        begin, end = values.indptr[[first, first + len(weights)]]
+        data = values.data[begin:end].astype(np.float64)
+        places = (values.indices[begin:end], values.indptr[first : first + len(weights) + 1] - begin)
+        part = sp.csr_matrix((data, *places), shape=(len(weights), n_genes), copy=False)
+        totals["sums"] += weights @ part
+        np.multiply(data, data, out=data)
+        totals["squares"] += weights @ part
+        data[:] = 1
+        totals["n_expressed"] += (weights @ part).astype(np.int64)
     return totals
 
 

@@ -89,10 +89,39 @@ def sample_from_changes(
 Lists = tuple[np.ndarray, np.ndarray, np.ndarray]  # lengths of the rows, ids and values one row after the other
 
 
+def find_in_rows(begins: np.ndarray, lists: Lists, rows: np.ndarray, genes: np.ndarray) -> np.ndarray:
+    """Where genes are among the ids of rows, by bisection.
+
+    Args:
+        begins (`np.ndarray`): First entry of each row, shape `(B,)`.
+        lists (`tuple`): Lengths, ids and values of the rows, ids ascending in a row.
+        rows, genes (`np.ndarray`): What to look for, of equal shape.
+
+    Returns:
+        `np.ndarray` of int64, of that shape: the entry, -1 where the row does not have the gene.
+    """
+    lengths, ids, _ = lists
+    if not len(ids):
+        return np.full(rows.shape, -1, dtype=np.int64)
+    position, end = begins[rows], (begins + lengths)[rows]
+    # The last entry below the gene, in steps that halve; a row's first entry has none before it.
+    step = 1 << max(int(lengths.max(initial=0)).bit_length() - 1, 0)
+    position -= 1
+    while step:
+        further = position + step
+        below = ids.take(further, mode="clip") < genes
+        below &= further < end
+        position += step * below
+        step >>= 1
+    position += 1
+    found = ids.take(position, mode="clip") == genes
+    found &= position < end
+    return np.where(found, position, -1)
+
+
 def sample_by_rejection(
     source: Lists,
     target: Lists,
-    target_values: np.ndarray,
     candidates: Callable[[np.ndarray, np.ndarray], np.ndarray],
     numbers: np.ndarray,
     rng: np.random.Generator,
@@ -106,7 +135,6 @@ def sample_by_rejection(
 
     Args:
         source, target (`tuple`): Lengths `(B,)`, ids and values of the expressed genes, ids ascending in a row.
-        target_values (`np.ndarray`): The target's values, dense, shape `(B, V)`.
         candidates (`Callable`): From rows and genes of equal shape to whether a gene may be revealed in a row.
         numbers (`np.ndarray`): Wished-for number of each row, shape `(B,)`.
         rng (`np.random.Generator`): The only source of randomness.
@@ -116,35 +144,82 @@ def sample_by_rejection(
         Tuple of `rows`, `genes` and `changes` of the drawn genes in the order of rows, and whether each row found as
         many as wished, bool of shape `(B,)`; rows that did not have none.
     """
-    (n_source, source_ids, source_values), (n_target, target_ids, _) = source, target
-    n_rows, n_genes = target_values.shape
-    total = (n_source + n_target)[:, None]
+    (n_source, source_ids, source_values), (n_target, target_ids, target_values) = source, target
+    n_rows = len(n_source)
+    total = (n_source + n_target).astype(np.int64)[:, None]
     places = np.minimum((rng.random((n_rows, attempts)) * total).astype(np.int64), np.maximum(total - 1, 0))
-    rows = np.repeat(np.arange(n_rows), attempts).reshape(n_rows, attempts)
-    rows, places = rows[total[:, 0] > 0], places[total[:, 0] > 0]
+    rows = np.flatnonzero(total)[:, None] + np.zeros((1, attempts), dtype=np.int64)
+    places = places[rows[:, 0]].ravel()
+    rows, shape = rows.ravel(), rows.shape
+    source_begins, target_begins = (np.cumsum(lengths, dtype=np.int64) - lengths for lengths in (n_source, n_target))
     of_source = places < n_source[rows]
-    begins = [np.concatenate([[0], np.cumsum(lengths)[:-1]])[rows] for lengths in (n_source, n_target)]
+    own, other = np.flatnonzero(of_source), np.flatnonzero(~of_source)
     genes = np.empty(rows.shape, dtype=np.int64)
-    before = np.zeros(rows.shape, dtype=np.float32)
-    own = (begins[0] + places)[of_source]
-    genes[of_source], before[of_source] = source_ids[own], source_values[own]
-    genes[~of_source] = target_ids[(begins[1] + places - n_source[rows])[~of_source]]
-    counts = of_source.copy()
-    keys = np.repeat(np.arange(n_rows) * n_genes, n_source) + source_ids
-    wanted = (rows * n_genes + genes)[~of_source]
-    found = np.searchsorted(keys, wanted)
-    counts[~of_source] = np.append(keys, -1)[found] != wanted
-    after = target_values[rows, genes]
+    before, after = np.zeros(rows.shape, dtype=np.float32), np.zeros(rows.shape, dtype=np.float32)
+    entries = source_begins[rows[own]] + places[own]
+    genes[own], before[own] = source_ids[entries], source_values[entries]
+    in_target = find_in_rows(target_begins, target, rows[own], genes[own])
+    of_both = np.flatnonzero(in_target >= 0)
+    after[own[of_both]] = target_values[in_target[of_both]]
+    entries = target_begins[rows[other]] + places[other] - n_source[rows[other]]
+    genes[other], after[other] = target_ids[entries], target_values[entries]
+    counts = of_source
+    counts[other] = find_in_rows(source_begins, source, rows[other], genes[other]) < 0
     counts &= (after != before) & candidates(rows, genes)
+    rows, genes, changes, counts = (array.reshape(shape) for array in (rows, genes, after - before, counts))
     # Distinct: no earlier place of the row that counts has the same gene.
     told_apart = np.where(counts, genes, -1 - np.arange(attempts))
-    repeated = np.tril(told_apart[:, :, None] == told_apart[:, None, :], -1).any(2)
-    counts &= ~repeated
+    for place in range(1, attempts):
+        counts[:, place] &= (told_apart[:, :place] != told_apart[:, place, None]).all(1)
     rank = np.cumsum(counts, axis=1)
     enough = numbers == 0
     enough[rows[:, 0]] = rank[:, -1] >= numbers[rows[:, 0]]
     counts &= (rank <= numbers[rows]) & enough[rows]
-    return rows[counts], genes[counts], (after - before)[counts], enough
+    return rows[counts], genes[counts], changes[counts], enough
+
+
+def reveal(
+    source: sp.csr_matrix,
+    target: sp.csr_matrix,
+    panels: np.ndarray,
+    source_panel: np.ndarray,
+    target_panel: np.ndarray,
+    allowed: np.ndarray,
+    rng: np.random.Generator,
+    options: PerturbationOptions,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Draws the revealed genes of pairs of cells; arguments as in [`candidate_changes`].
+
+    Returns:
+        Tuple of the pairs that have a gene to reveal (or need none), bool of shape `(B,)`, and of those `offsets`
+        (int32), `ids` (int32) and `values` (float32) of the revealed genes, ascending within a pair.
+    """
+    n_pairs = source.shape[0]
+    numbers = draw_numbers(n_pairs, options, rng)
+    drawn: list[tuple[np.ndarray, ...]] = []
+    left = np.arange(n_pairs)
+    if options.weighting == "uniform":
+        *found, enough = sample_by_rejection(
+            *((np.diff(cells.indptr), cells.indices, cells.data) for cells in (source, target)),
+            lambda row, gene: panels[source_panel[row], gene] & panels[target_panel[row], gene] & allowed[gene],
+            numbers,
+            rng,
+            2 * options.max_genes,
+        )
+        drawn.append(tuple(found))
+        left = np.flatnonzero(~enough)
+    kept = np.ones(n_pairs, dtype=bool)
+    if len(left):
+        changes = candidate_changes(
+            source[left], target[left], panels, source_panel[left], target_panel[left], allowed
+        )
+        kept[left] = np.diff(changes.indptr) >= min(1, options.min_genes)
+        offsets, ids, values = sample_from_changes(changes, rng, options, numbers=numbers[left])
+        drawn.append((np.repeat(left, np.diff(offsets)), ids, values))
+    rows, ids, values = (np.concatenate(parts) for parts in zip(*drawn))
+    order = np.lexsort((ids, rows))
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=n_pairs)[kept])]).astype(np.int32)
+    return kept, offsets, ids[order].astype(np.int32), values[order].astype(np.float32)
 
 
 def _distinct_integers(available: np.ndarray, width: int, rng: np.random.Generator) -> np.ndarray:

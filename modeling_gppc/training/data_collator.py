@@ -14,8 +14,8 @@ from data_scripts.perturbation_sampling import (
 from modeling_gppc.training.pair_dataset import PairRows, pad
 from modeling_gppc.training.row_generator import RowGenerator
 
-IGNORED_LABEL = -100.0
 ATTEMPTS = 4  # places drawn for each gene that may be revealed, before all candidates of a row are listed
+IGNORED_LABEL = -100.0
 ZERO_SHARE = 0.05  # how often a gene that no target of a batch expresses is queried, beside one that all express
 
 
@@ -68,7 +68,7 @@ class PairCollator:
         if self.redraw is None:
             ids, changes, mask = pad(*rows.lists["perturbation"])
         else:
-            ids, changes, mask = self._redrawn(rows, labels)
+            ids, changes, mask = self._redrawn(rows)
         row, column = np.nonzero(mask)
         labels[row, ids[row, column]] = IGNORED_LABEL
         input_ids, values, attention_mask = pad(*rows.lists["source"])
@@ -98,7 +98,7 @@ class PairCollator:
             batch["query_ids"] = queries
         return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in batch.items()}
 
-    def _redrawn(self, rows: PairRows, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _redrawn(self, rows: PairRows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Revealed genes drawn anew, as `(B, K)` arrays of ids, changes and mask; what a row draws depends on the row
         alone."""
         generator = RowGenerator(self.seed, rows.epoch, rows.rows)
@@ -109,7 +109,6 @@ class PairCollator:
             *found, enough = sample_by_rejection(
                 rows.lists["source"],
                 rows.lists["target"],
-                labels,
                 lambda row, gene: self._may_be_revealed(rows, row, gene),
                 numbers,
                 generator,

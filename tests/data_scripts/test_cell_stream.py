@@ -14,14 +14,16 @@ from modeling_gppc.feature_extraction_gppc import normalize_counts
 class FakeMatrix:
     """Answers reads of a dense array as a store does: coordinates of stored entries, in the order of its tiles."""
 
-    def __init__(self, dense: np.ndarray, tile: int = 3):
-        self.dense, self.tile = dense, tile
+    def __init__(self, dense: np.ndarray, tile: int = 3, shuffled: int | None = None):
+        self.dense, self.tile, self.shuffled = dense, tile, shuffled
 
     def read(self, coordinates):
         cells = coordinates[0]
         wanted = np.arange(cells.start, cells.stop + 1) if isinstance(cells, slice) else np.asarray(cells)
         rows, genes = np.nonzero(self.dense[wanted])
         order = np.lexsort((genes, wanted[rows], genes // self.tile, wanted[rows] // self.tile))
+        if self.shuffled is not None:
+            order = np.random.default_rng(self.shuffled).permutation(order)
         rows, genes = wanted[rows][order], genes[order]
         columns = {"soma_dim_0": rows, "soma_dim_1": genes, "soma_data": self.dense[rows, genes].astype(np.float32)}
         self.answer = pa.table(columns)
@@ -47,7 +49,8 @@ def test_values_are_the_stores(seed, n_cells, n_genes, block_cells, scattered):
     vocabulary[chosen] = np.arange(len(chosen))
     library = dense.sum(1)[joinids] + 5
     lengths = rng.uniform(200, 5000, n_genes)
-    stream = CellStream(FakeMatrix(dense), OPTIONS, joinids, (dense[joinids] > 0).sum(1), block_cells)
+    matrix = FakeMatrix(dense, shuffled=seed if seed % 3 == 0 else None)
+    stream = CellStream(matrix, OPTIONS, joinids, (dense[joinids] > 0).sum(1), block_cells)
     found = read_values(stream, library, None, vocabulary)
     assert found.has_sorted_indices and (found.data != 0).all()
     expected = normalize_counts(dense[joinids], library[:, None])
@@ -89,22 +92,37 @@ def test_values_that_are_no_counts(bad, message, normalization):
         read_values(stream, np.ones(6), np.full(4, 1000.0), np.arange(4, dtype=np.int32))
 
 
-def test_fewer_entries_than_promised():
-    stream = CellStream(FakeMatrix(np.eye(4)), OPTIONS, np.arange(4), np.array([1, 1, 2, 1]))
-    with pytest.raises(ValueError, match=r"cell 2 has 1 expressed genes .* obs\.nnz says 2: the store is damaged"):
-        next(iter(stream))
+@pytest.mark.parametrize(("promised", "block_cells"), [(2, 4), (2, 2), (0, 1), (0, 4)])
+def test_other_entries_than_promised(promised, block_cells):
+    stream = CellStream(FakeMatrix(np.eye(4)), OPTIONS, np.arange(4), np.array([1, 1, promised, 1]), block_cells)
+    message = rf"cell 2 has 1 expressed genes .* obs\.nnz says {promised}: the store is damaged"
+    with pytest.raises(ValueError, match=message):
+        list(stream)
 
 
 def test_an_error_while_reading_ahead_reaches_the_caller():
     class Broken(FakeMatrix):
-        def read(self, coordinates):
-            if coordinates[0].start > 2:
-                raise RuntimeError("checksum\nmismatch")
-            return super().read(coordinates)
+        def tables(self):
+            yield next(super().tables())
+            raise RuntimeError("checksum\nmismatch")
 
     stream = CellStream(Broken(np.eye(6)), OPTIONS, np.arange(6), block_cells=2)
-    with pytest.raises(ValueError, match=r"cells 4 to 5: the store is damaged \(checksum mismatch\)"):
+    with pytest.raises(ValueError, match=r"cells 0 to 5: the store is damaged \(checksum mismatch\)"):
         list(stream)
+
+
+def test_cells_in_a_row_are_one_query():
+    asked = []
+
+    class Counted(FakeMatrix):
+        def read(self, coordinates):
+            asked.append(coordinates[0])
+            return super().read(coordinates)
+
+    joinids = np.array([0, 1, 2, 3, 4, 5, 8, 9, 12, 14])
+    blocks = list(CellStream(Counted(np.eye(16)), OPTIONS, joinids, block_cells=2))
+    assert [block.joinids.tolist() for block in blocks] == joinids.reshape(-1, 2).tolist()
+    assert asked[:2] == [slice(0, 5), slice(8, 9)] and asked[2].tolist() == [12, 14]
 
 
 def test_blocks_end_with_tiles():
