@@ -134,18 +134,23 @@ class FineTunedModel:
         return self.in_context.predict(dataclasses.replace(context, test=list(labels))).delta
 
 
-def shrunken_responses(context: ScreenContext) -> dict[str, np.ndarray]:
-    """Response to each training perturbation, drawn towards zero by the share of its size that sampling explains.
+def signal_shares(context: ScreenContext) -> dict[str, float]:
+    """Share of the size of each training response that sampling does not explain.
 
     A tenth is always left: a response too small to be told from noise has a direction all the same.
     """
     mask = scored_genes(context.screen)
-    seen = {}
+    shares = {}
     for label, response in zip(context.train, context.train_delta):
         size = max(float((response[mask] ** 2).sum()), 1e-12)
-        share = 1 - float(sampling_error(context, label)[mask].sum()) / size
-        seen[label] = response * max(share, 0.1)
-    return seen
+        shares[label] = max(1 - float(sampling_error(context, label)[mask].sum()) / size, 0.1)
+    return shares
+
+
+def shrunken_responses(context: ScreenContext) -> dict[str, np.ndarray]:
+    """Response to each training perturbation, drawn towards zero by the share of its size that sampling explains."""
+    shares = signal_shares(context)
+    return {label: response * shares[label] for label, response in zip(context.train, context.train_delta)}
 
 
 def sampling_error(context: ScreenContext, label: str) -> np.ndarray:
@@ -163,13 +168,14 @@ def predict_elsewhere(context: ScreenContext, kind: str) -> ScreenPrediction:
         context (`ScreenContext`): Cells of the other groups.
         kind (`str`): `"batch"` or `"cell_line"`.
     """
-    seen = shrunken_responses(context)
+    seen, shares = shrunken_responses(context), signal_shares(context)
     parts = responses_by_group(context, getattr(context.screen, kind))
     between = variance_between(context, parts, kind)
     delta = np.array([seen[label] for label in context.test])
     variance = np.array(
         [
-            between * (1 + 1 / max(len(parts[label].groups), 1)) + sampling_error(context, label)
+            # Drawn towards zero, an estimate has so much less error (its posterior variance).
+            between * (1 + 1 / max(len(parts[label].groups), 1)) + shares[label] * sampling_error(context, label)
             for label in context.test
         ]
     )

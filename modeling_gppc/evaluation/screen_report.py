@@ -112,7 +112,7 @@ def sentences(summary: dict) -> list[str]:
     if "seeds" in entry:
         seeds = entry["seeds"]
         said.append(
-            f"{len(seeds['pearson_delta'])} seeds: pearson_delta {seeds['mean']:.3f}, standard deviation {seeds['sd']:.3f}."
+            f"{len(seeds['pearson_delta'])} seeds: pearson_delta {seeds['mean']:.3f}, standard deviation {seeds['sd']:.4f}."
         )
     return said
 
@@ -215,7 +215,8 @@ def render_page(evaluation: ScreenEvaluation, figures: dict[str, Path]) -> str:
     subject = summary["subject"]
 
     def table(head, body, mark=None) -> str:
-        cells = "".join(f"<th>{html.escape(str(c))}</th>" for c in head)
+        # Long names may break after an underscore, so that every column is seen without scrolling.
+        cells = "".join(f"<th>{html.escape(str(c)).replace('_', '_&#8203;')}</th>" for c in head)
         lines = [
             f"<tr{' class=model' if mark and r[0].split()[0] == mark else ''}>"
             + "".join(f"<td>{html.escape(str(c))}</td>" for c in r)
@@ -238,10 +239,10 @@ def render_page(evaluation: ScreenEvaluation, figures: dict[str, Path]) -> str:
         for name, path in figures.items()
     )
     style = (
-        "body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}"
+        "body{font:15px/1.5 system-ui,sans-serif;max-width:80rem;margin:2rem auto;padding:0 1rem;color:#222}"
         "table{border-collapse:collapse;font-size:13px}th,td{padding:.25rem .6rem;text-align:right;"
-        "border-bottom:1px solid #ddd;white-space:nowrap}th:first-child,td:first-child{text-align:left}"
-        ".model{background:#e6f2f7;font-weight:600}.scroll{overflow-x:auto}img{max-width:100%}"
+        "border-bottom:1px solid #ddd}td{white-space:nowrap}th{vertical-align:bottom}th:first-child,td:first-child{text-align:left}"
+        ".model{background:#e6f2f7;font-weight:600}.scroll{overflow-x:auto}img{max-width:min(100%,62rem)}"
     )
     title = f"{summary['screen']}: {summary['mode']}"
     said = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in sentences(summary))

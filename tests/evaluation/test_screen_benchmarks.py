@@ -12,7 +12,12 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "words"), [("bench_screens", "gppc: covariance"), ("bench_response_size", "default     measured")]
+    ("name", "words"),
+    [
+        ("bench_screens", "gppc: covariance"),
+        ("bench_response_size", "gppc, shipped defaults"),
+        ("screen_tables", "## smoke, fine-tuned, features: 6 rows"),
+    ],
 )
 def test_smoke(name, words):
     command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--smoke"]
