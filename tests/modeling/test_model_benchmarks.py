@@ -14,6 +14,8 @@ FIGURES = {
     "bench_model_training": ("ratio", "ratio_origin_fused", "exponent", "origin_attention_gb"),
     "bench_model_sizes": ("sizes",),
     "bench_gpu": ("matmul_per_second", "runs"),
+    "compare_architectures": ("results",),
+    "compare_settings": ("results",),
 }
 
 
