@@ -1,6 +1,7 @@
 """Packed shards are unpacked once, whole or not at all, a few rows at a time, and mapped."""
 
 import concurrent.futures
+import io
 import os
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from data_scripts import pair_folder, shard_files
 from data_scripts.pair_folder import write_pair_folder
 from data_scripts.schema import GENE_SCHEMA, PAIR_SCHEMA
-from data_scripts.shard_files import decoded_folder, file_digest, read_decoded, write_table_atomically
+from data_scripts.shard_files import HashedFile, decoded_folder, file_digest, read_decoded, write_table_atomically
 
 N_ROWS, N_GENES = 16_000, 400
 
@@ -119,3 +120,24 @@ def test_large_splits_of_a_folder_are_mapped(cache, tmp_path, monkeypatch):
     decoded = next(cache.glob("*.arrow"))
     when = os.stat(decoded).st_mtime_ns
     assert folder.split("train").equals(rows) and os.stat(decoded).st_mtime_ns == when
+
+
+@pytest.mark.parametrize("ending", ["arrow", "parquet"])
+def test_what_was_written_is_told_as_it_is_read(tmp_path, ending):
+    table = pa.table({"ids": [[1, 2], [], [3]], "name": ["a", "b", "c"]})
+    path = tmp_path / f"rows.{ending}"
+    summary = write_table_atomically(table.to_batches() * 3, table.schema, path)
+    assert summary == {"n_rows": 9, "n_bytes": path.stat().st_size, "digest": file_digest(path)}
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_disk_that_takes_parts_gets_the_rest(tmp_path, monkeypatch):
+    class Sparing(io.FileIO):
+        def write(self, data):
+            return super().write(data[:5])
+
+    monkeypatch.setattr("data_scripts.shard_files.io.FileIO", Sparing)
+    with HashedFile(tmp_path / "file") as file:
+        assert file.write(b"thirteen bytes") == 14 == file.tell()
+        digest = file.digest()
+    assert (tmp_path / "file").read_bytes() == b"thirteen bytes" and digest == file_digest(tmp_path / "file")
