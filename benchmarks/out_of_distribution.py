@@ -232,7 +232,7 @@ def examine(cells: Cells, held_out: str, arguments: argparse.Namespace, options:
 
 def summary(results: list[dict]) -> dict:
     """Means over the cases, and the cases in which the model is worse beyond the bootstrap error."""
-    output = {"mse": {}, "shift_correlation": {}, "relative_mse": {}, "worse": {}}
+    output = {"mse": {}, "shift_correlation": {}, "relative_mse": {}, "mean_relative_mse": {}, "worse": {}}
     for part in ("mse", "shift_correlation"):
         for name in results[0]["methods"]:
             output[part][name] = float(np.mean([entry["methods"][name][part] for entry in results]))
@@ -240,6 +240,7 @@ def summary(results: list[dict]) -> dict:
         output["relative_mse"][floor] = output["mse"]["gppc"] / output["mse"][floor] - 1
         differences = [entry[f"gppc_minus_{floor}"] for entry in results]
         scores = [(entry["methods"]["gppc"], entry["methods"][floor]) for entry in results]
+        output["mean_relative_mse"][floor] = float(np.mean([model["mse"] / own["mse"] - 1 for model, own in scores]))
         output["worse"][floor] = {
             "paired": {
                 "mse": sum(difference["mse_ci95"][0] > ROUNDING for difference in differences),
@@ -281,8 +282,8 @@ def report(results: list[dict], means: dict) -> str:
     compared = ["gppc - one Gaussian (MSE)", "one Gaussian's own", "the same (correlation)", "one Gaussian's own"]
     table = text_table(["held out", "revealed", *names, *compared, "departure"], rows)
     lines = [
-        f"against {floor}: MSE {means['relative_mse'][floor]:+.1%} on average; worse beyond the bootstrap error in so many "
-        f"of {len(results)} cases: "
+        f"against {floor}: mean MSE {means['relative_mse'][floor]:+.1%}, a case {means['mean_relative_mse'][floor]:+.1%} on "
+        f"average; worse beyond the bootstrap error in so many of {len(results)} cases: "
         + "; ".join(
             f"{reading} {counts['mse']} (MSE), {counts['shift_correlation']} (shift correlation)"
             for reading, counts in worse.items()
