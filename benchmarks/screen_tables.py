@@ -47,7 +47,9 @@ def annotation_table(annotation: pd.DataFrame, names: pd.DataFrame) -> pd.DataFr
     """
     term = next((name for name in TERM_COLUMNS if name in annotation), None)
     symbol = next((name for name in SYMBOL_COLUMNS if name in names), None)
-    key = next((name for name in annotation.columns if name in names.columns and name not in (term, symbol)), None)
+    shared = [name for name in annotation.columns if name in names.columns and name not in (term, symbol)]
+    # Of shared columns the one that tells genes apart, not e.g. the species.
+    key = max(shared, key=lambda name: names[name].nunique(), default=None)
     for option, found, wanted, table in (
         ("annotation", term, TERM_COLUMNS, annotation),
         ("names", symbol, SYMBOL_COLUMNS, names),
