@@ -12,6 +12,7 @@ from modeling_gppc.evaluation.screen_baselines import ScreenContext, no_change
 from modeling_gppc.evaluation.screen_scores import ScreenPrediction, scored_genes
 from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
 from modeling_gppc.training.factor_model import FactorModel, fit_factor_model, fit_pair_coupling
+from modeling_gppc.training.response_check import response_errors
 
 RANKS = (3, 5, 10, 20, 40)
 
@@ -37,7 +38,8 @@ class InContextModel:
     GPPC adapted on the control cells of a screen; no perturbed cell is read.
 
     The linear response is fitted in closed form on controls freed of technical covariates; with `steps` > 0 the network
-    then learns its departure on pairs of controls.
+    then learns its departure on pairs of four fifths of the controls, and it is kept if it brings the responses among
+    the rest nearer to what they are.
 
     Args:
         screen (`Screen`): Only its control cells are read.
@@ -54,7 +56,9 @@ class InContextModel:
 
     Attributes:
         factors (`FactorModel`): Of the controls.
-        model ([`GppcForPerturbationPrediction`] or `None`): The network where it was trained.
+        model ([`GppcForPerturbationPrediction`] or `None`): The network where its departure was learned and kept.
+        response_errors (`tuple[float, float]` or `None`): Squared error of responses among the controls that were held
+            out of training, with the departure and with the linear response alone.
     """
 
     def __init__(
@@ -81,7 +85,13 @@ class InContextModel:
             self.values, np.zeros(len(self.values), int), panel, self.n_factors, 200, seed
         )
         self.deviation = self.values.std(axis=0)
-        self.model = self._train(steps, progress) if steps else None
+        self.model, self.response_errors = None, None
+        if steps:
+            held = np.random.default_rng(seed).permutation(len(self.values))[::5]
+            network = self._train(steps, np.setdiff1d(np.arange(len(self.values)), held), progress)
+            self.response_errors = response_errors(network, self.values[held].astype(np.float32))
+            if self.response_errors[0] < self.response_errors[1]:
+                self.model = network
 
     def slope(self, genes: np.ndarray, changes: np.ndarray) -> np.ndarray:
         """Response of all genes to imposed changes, from the factors; shape `(V,)`.
@@ -118,7 +128,7 @@ class InContextModel:
         generator = np.random.default_rng(self.seed)
         cells = generator.choice(len(self.values), min(n_cells, len(self.values)), replace=False)
         source = torch.as_tensor(self.values[cells], dtype=torch.float32)
-        encoded = self._encode(source)
+        encoded = _encode(self.model, source)
         ids = torch.as_tensor(genes).expand(len(cells), -1)
         level = torch.as_tensor(self.values[:, genes].mean(axis=0), dtype=torch.float32)
         change = torch.as_tensor(changes, dtype=torch.float32)
@@ -131,14 +141,8 @@ class InContextModel:
             added.append((output.logits - output.linear_response).double().mean(dim=0).numpy())
         return scale * (added[0] - added[1])
 
-    def _encode(self, source: torch.Tensor):
-        n_genes = source.shape[1]
-        ids = torch.arange(n_genes).expand(len(source), -1)
-        panel = torch.ones(1, n_genes, dtype=torch.bool)
-        return self.model.encode(ids, source, None, panel, torch.zeros(len(source), dtype=torch.long))
-
-    def _train(self, steps: int, progress: bool) -> GppcForPerturbationPrediction:
-        """Departure learned on pairs of controls of one batch, one to five genes revealed."""
+    def _train(self, steps: int, cells: np.ndarray, progress: bool) -> GppcForPerturbationPrediction:
+        """Departure learned on pairs of some controls, each pair of one batch, one to five genes revealed."""
         torch.manual_seed(self.seed)
         generator = np.random.default_rng(self.seed)
         n_cells, n_genes = self.values.shape
@@ -154,9 +158,9 @@ class InContextModel:
             hidden_dropout_prob=0.2,
             variance_loss_weight=0.0,
         )
-        self.model = model = GppcForPerturbationPrediction(config)
+        model = GppcForPerturbationPrediction(config)
         panel = np.ones((1, n_genes), dtype=bool)
-        source, target = self._pairs(generator, 4 * n_cells)
+        source, target = self._pairs(generator, 4 * n_cells, np.arange(n_cells))
         zeros = np.zeros(len(source), int)
         coupling = fit_pair_coupling(self.factors, self.values[source], zeros, self.values[target], zeros, panel)
         response = model.model.linear_response
@@ -173,12 +177,12 @@ class InContextModel:
         values = torch.as_tensor(self.values, dtype=torch.float32)
         model.train()
         for _ in tqdm(range(steps), desc="adapting to controls", unit="step", disable=not progress):
-            first, second = self._pairs(generator, 64)
+            first, second = self._pairs(generator, 64, cells)
             a, b = values[first], values[second]
             size = int(generator.integers(1, 6))
             ids = torch.as_tensor(np.argsort(generator.random((64, n_genes)), axis=1)[:, :size].copy())
             labels = b.scatter(1, ids, -100.0)
-            output = model.decode(self._encode(a), ids, b.gather(1, ids) - a.gather(1, ids))
+            output = model.decode(_encode(model, a), ids, b.gather(1, ids) - a.gather(1, ids))
             loss = model.loss(output, labels)
             optimizer.zero_grad()
             loss.backward()
@@ -187,12 +191,19 @@ class InContextModel:
             schedule.step()
         return model.eval()
 
-    def _pairs(self, generator: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """Pairs of different control cells of the same batch."""
-        order = np.argsort(self.batch, kind="stable")
+    def _pairs(self, generator: np.random.Generator, n: int, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Pairs of different ones of these control cells, of the same batch."""
+        order = cells[np.argsort(self.batch[cells], kind="stable")]
         _, start, count = np.unique(self.batch[order], return_index=True, return_counts=True)
         position = generator.integers(0, len(order), n)
         group = np.searchsorted(start, position, side="right") - 1
         shift = 1 + (generator.random(n) * np.maximum(count[group] - 1, 1)).astype(int)
         partner = start[group] + (position - start[group] + shift) % count[group]
         return order[position], order[partner]
+
+
+def _encode(model: GppcForPerturbationPrediction, source: torch.Tensor):
+    n_genes = source.shape[1]
+    ids = torch.arange(n_genes).expand(len(source), -1)
+    panel = torch.ones(1, n_genes, dtype=torch.bool)
+    return model.encode(ids, source, None, panel, torch.zeros(len(source), dtype=torch.long))

@@ -13,6 +13,7 @@ from data_scripts.pair_folder import MANIFEST, PairFolder
 from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
 from modeling_gppc.training.linear_start import initialize_linear_response
 from modeling_gppc.training.pair_dataset import PairDataset
+from modeling_gppc.training.response_check import response_errors
 
 # AnnData and what reads screens are imported where a screen is read: a run on finished pairs needs none of it.
 
@@ -204,54 +205,12 @@ def refit_on_all_controls(
     response.coupling.copy_(turn.T @ response.coupling @ turn)
 
 
-# Cells that a predicted response is averaged over.
-RESPONSE_CELLS = 128
-
-
-@torch.inference_mode()
-def response_errors(model: GppcForPerturbationPrediction, folder: PairFolder) -> tuple[float, float]:
-    """
-    Squared error of predicted responses among the control cells that validate: those in which a gene is high against
-    those in which it is low, every gene in turn, the gene itself left out.
-
-    A pair of cells says little of what a gene's level does to the mean of the others; a network can lower the error
-    of pairs and spoil that.
-
-    Returns:
-        The error of the whole model and that of its linear response alone.
-    """
-    pairs = PairDataset(folder.split("validation"), folder.pairings)
-    _, rows = np.unique(pairs.table.column("source_soma_joinid").to_numpy(), return_index=True)
-    values = pairs.dense_cells("source", rows, folder.genes.num_rows)
-    n_genes = values.shape[1]
-    device = next(model.parameters()).device
-    source = torch.as_tensor(values[:RESPONSE_CELLS], device=device)
-    ids = torch.arange(n_genes, device=device).expand(len(source), -1)
-    panel = torch.ones(1, n_genes, dtype=torch.bool, device=device)
-    encoded = model.eval().encode(ids, source, None, panel, torch.zeros(len(source), dtype=torch.long, device=device))
-    errors, counted = np.zeros(2), 0
-    for gene in range(n_genes):
-        high = values[:, gene] > np.median(values[:, gene])
-        if min(high.sum(), (~high).sum()) < 10:
-            continue
-        observed = values[high].mean(axis=0) - values[~high].mean(axis=0)
-        found = []
-        for side in (high, ~high):
-            at = torch.full((len(source), 1), gene, device=device)
-            output = model.decode(encoded, at, float(values[side, gene].mean()) - source[:, [gene]])
-            found.append([part.mean(dim=0).cpu().numpy() for part in (output.logits, output.linear_response)])
-        others = np.arange(n_genes) != gene
-        for which in range(2):
-            errors[which] += float(((found[0][which] - found[1][which] - observed)[others] ** 2).sum())
-        counted += 1
-    whole, linear = errors / max(counted, 1)
-    return float(whole), float(linear)
-
-
 def keep_departure_if_it_responds(model: GppcForPerturbationPrediction, folder: PairFolder) -> bool:
     """Switches the learned departure off where it does not bring responses among held-out controls nearer to what they
     are; for models of control cells alone. Returns whether it is kept."""
     if model.model is not None and model.config.use_departure:
-        whole, linear = response_errors(model, folder)
+        pairs = PairDataset(folder.split("validation"), folder.pairings)
+        _, rows = np.unique(pairs.table.column("source_soma_joinid").to_numpy(), return_index=True)
+        whole, linear = response_errors(model, pairs.dense_cells("source", rows, folder.genes.num_rows))
         model.config.use_departure = whole < linear
     return model.config.use_departure

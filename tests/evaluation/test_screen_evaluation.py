@@ -296,7 +296,18 @@ def test_in_context_reads_no_perturbed_cell(screen):
     assert np.array_equal(before.delta, after.delta)
 
 
-def test_departure_is_what_the_network_adds(screen):
+@pytest.mark.parametrize(("errors", "kept"), [((0.9, 1.0), True), ((1.0, 1.0), False), ((1.1, 1.0), False)])
+def test_departure_is_kept_if_it_brings_responses_nearer(screen, monkeypatch, errors, kept):
+    monkeypatch.setattr("modeling_gppc.evaluation.in_context_model.response_errors", lambda model, values: errors)
+    model = InContextModel(screen, n_factors=3, steps=2)
+    assert (model.model is not None) == kept and model.response_errors == errors
+    context = ScreenContext.build(screen, [], sorted(screen.perturbations))
+    linear = InContextModel(screen, n_factors=3).predict(context).delta
+    assert np.array_equal(model.predict(context).delta, linear) != kept
+
+
+def test_departure_is_what_the_network_adds(screen, monkeypatch):
+    monkeypatch.setattr("modeling_gppc.evaluation.in_context_model.response_errors", lambda model, values: (0.0, 1.0))
     network = InContextModel(screen, n_factors=3, steps=2)
     added = network.departure(np.array([0]), np.array([-0.5]))
     assert 0 < np.abs(added).max() < 0.05
