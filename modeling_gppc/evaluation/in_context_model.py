@@ -12,7 +12,7 @@ from modeling_gppc.evaluation.screen_baselines import ScreenContext, no_change
 from modeling_gppc.evaluation.screen_scores import ScreenPrediction, scored_genes
 from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
 from modeling_gppc.training.factor_model import FactorModel, fit_factor_model, fit_pair_coupling
-from modeling_gppc.training.response_check import response_errors
+from modeling_gppc.training.response_check import ResponseCheck, check_responses
 
 RANKS = (3, 5, 10, 20, 40)
 
@@ -57,8 +57,7 @@ class InContextModel:
     Attributes:
         factors (`FactorModel`): Of the controls.
         model ([`GppcForPerturbationPrediction`] or `None`): The network where its departure was learned and kept.
-        response_errors (`tuple[float, float]` or `None`): Squared error of responses among the controls that were held
-            out of training, with the departure and with the linear response alone.
+        check (`ResponseCheck` or `None`): Responses among the controls that were held out of training.
     """
 
     def __init__(
@@ -85,12 +84,13 @@ class InContextModel:
             self.values, np.zeros(len(self.values), int), panel, self.n_factors, 200, seed
         )
         self.deviation = self.values.std(axis=0)
-        self.model, self.response_errors = None, None
+        self.model: GppcForPerturbationPrediction | None = None
+        self.check: ResponseCheck | None = None
         if steps:
             held = np.random.default_rng(seed).permutation(len(self.values))[::5]
             network = self._train(steps, np.setdiff1d(np.arange(len(self.values)), held), progress)
-            self.response_errors = response_errors(network, self.values[held].astype(np.float32))
-            if self.response_errors[0] < self.response_errors[1]:
+            self.check = check_responses(network, self.values[held].astype(np.float32))
+            if self.check.departure_pays:
                 self.model = network
 
     def slope(self, genes: np.ndarray, changes: np.ndarray) -> np.ndarray:

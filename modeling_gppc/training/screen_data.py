@@ -13,7 +13,7 @@ from data_scripts.pair_folder import MANIFEST, PairFolder
 from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
 from modeling_gppc.training.linear_start import initialize_linear_response
 from modeling_gppc.training.pair_dataset import PairDataset
-from modeling_gppc.training.response_check import response_errors
+from modeling_gppc.training.response_check import check_responses
 
 # AnnData and what reads screens are imported where a screen is read: a run on finished pairs needs none of it.
 
@@ -211,6 +211,6 @@ def keep_departure_if_it_responds(model: GppcForPerturbationPrediction, folder: 
     if model.model is not None and model.config.use_departure:
         pairs = PairDataset(folder.split("validation"), folder.pairings)
         _, rows = np.unique(pairs.table.column("source_soma_joinid").to_numpy(), return_index=True)
-        whole, linear = response_errors(model, pairs.dense_cells("source", rows, folder.genes.num_rows))
-        model.config.use_departure = whole < linear
+        values = pairs.dense_cells("source", rows, folder.genes.num_rows)
+        model.config.use_departure = check_responses(model, values).departure_pays
     return model.config.use_departure

@@ -38,6 +38,7 @@ from modeling_gppc.evaluation.screen_scores import (
     swapped_pearson,
 )
 from modeling_gppc.evaluation.screen_splits import combination_folds, held_out_group, perturbation_folds
+from modeling_gppc.training.response_check import ResponseCheck
 from modeling_gppc.evaluation.transfer_scorecard import transfer_scorecard
 from modeling_gppc.feature_extraction_gppc import GppcFeatureExtractor
 from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
@@ -296,18 +297,30 @@ def test_in_context_reads_no_perturbed_cell(screen):
     assert np.array_equal(before.delta, after.delta)
 
 
-@pytest.mark.parametrize(("errors", "kept"), [((0.9, 1.0), True), ((1.0, 1.0), False), ((1.1, 1.0), False)])
-def test_departure_is_kept_if_it_brings_responses_nearer(screen, monkeypatch, errors, kept):
-    monkeypatch.setattr("modeling_gppc.evaluation.in_context_model.response_errors", lambda model, values: errors)
+CHECK = "modeling_gppc.evaluation.in_context_model.check_responses"
+PAYS = ResponseCheck(0.9, 1.0, 0.6, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("check", "kept"),
+    [
+        (PAYS, True),
+        (ResponseCheck(1.0, 1.0, 0.5, 0.5), False),
+        (ResponseCheck(1.1, 1.0, 0.6, 0.5), False),
+        (ResponseCheck(0.9, 1.0, 0.4, 0.5), False),
+    ],
+)
+def test_departure_is_kept_if_it_brings_responses_nearer(screen, monkeypatch, check, kept):
+    monkeypatch.setattr(CHECK, lambda model, values: check)
     model = InContextModel(screen, n_factors=3, steps=2)
-    assert (model.model is not None) == kept and model.response_errors == errors
+    assert (model.model is not None) == kept and model.check == check
     context = ScreenContext.build(screen, [], sorted(screen.perturbations))
     linear = InContextModel(screen, n_factors=3).predict(context).delta
     assert np.array_equal(model.predict(context).delta, linear) != kept
 
 
 def test_departure_is_what_the_network_adds(screen, monkeypatch):
-    monkeypatch.setattr("modeling_gppc.evaluation.in_context_model.response_errors", lambda model, values: (0.0, 1.0))
+    monkeypatch.setattr(CHECK, lambda model, values: PAYS)
     network = InContextModel(screen, n_factors=3, steps=2)
     added = network.departure(np.array([0]), np.array([-0.5]))
     assert 0 < np.abs(added).max() < 0.05
