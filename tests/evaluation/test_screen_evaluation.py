@@ -38,10 +38,10 @@ from modeling_gppc.evaluation.screen_scores import (
     swapped_pearson,
 )
 from modeling_gppc.evaluation.screen_splits import combination_folds, held_out_group, perturbation_folds
-from modeling_gppc.training.response_check import ResponseCheck
 from modeling_gppc.evaluation.transfer_scorecard import transfer_scorecard
 from modeling_gppc.feature_extraction_gppc import GppcFeatureExtractor
 from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
+from modeling_gppc.training.response_check import ResponseCheck
 
 N_GENES = 30
 
