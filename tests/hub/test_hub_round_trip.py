@@ -169,7 +169,10 @@ def test_everything_loads_without_the_package(hub, client, commands, model_folde
         ["tester/pairs", pairs_folder],
     )
     assert [status for status, _, _ in results] == [0] * 5, results
-    assert "11 files sent" in results[0][1] and "not uploaded: checkpoint-5/model.safetensors" in results[0][1]
+    # Card, config, preprocessor, results, weights and licence, and all code that travels: what lies in the package's root.
+    n_files = 6 + len(list((ROOT / "modeling_gppc").glob("*_gppc.py")))
+    assert f"{n_files} files sent" in results[0][1]
+    assert "not uploaded: checkpoint-5/model.safetensors" in results[0][1]
     assert "nothing to change" in results[4][1]
 
     answer = client(script(LOAD_MODEL, LOAD_REVISION, LOAD_DATASET, STREAM_DATASET, LOAD_METRIC))
