@@ -122,9 +122,9 @@ class CellStream:
                     yield blocks, table
             except (tiledbsoma.SOMAError, RuntimeError, OSError) as error:
                 reason = " ".join(str(error).split())[:300]
+                fault = "its tiles are too large" if "memory budget" in reason else "the store is damaged"
                 raise ValueError(
-                    f"layer `{self.options.layer}` cannot be read for cells {first} to {last}: the store is damaged "
-                    f"({reason})."
+                    f"layer `{self.options.layer}` cannot be read for cells {first} to {last}: {fault} ({reason})."
                 ) from error
             yield blocks, None
 
@@ -142,11 +142,8 @@ class CellStream:
         waiting: list[tuple[int, int]] = []
         for blocks, table in tables:
             if not n_read:
-                waiting, parts, n_read = (
-                    list(blocks),
-                    {start: [] for start, _ in blocks},
-                    dict.fromkeys((start for start, _ in blocks), 0),
-                )
+                waiting, parts = list(blocks), {start: [] for start, _ in blocks}
+                n_read = dict.fromkeys(parts, 0)
             if table is not None:
                 # Chosen, made small and copied while in the processor's cache; the store's buffers are free for more.
                 columns = [table.column(name).to_numpy() for name in ("soma_dim_0", "soma_dim_1", "soma_data")]
@@ -154,6 +151,8 @@ class CellStream:
                     entries = [column[begin : begin + CHOSEN_AT_ONCE] for column in columns]
                     for start, stop, own in self._by_block(blocks, entries):
                         part, n_expressed = _choose(*own, self.joinids[start:stop], vocabulary)
+                        if not n_expressed:
+                            continue  # zeros that the store holds, maybe of a block that is complete
                         n_read[start] += n_expressed
                         if start not in parts:
                             self._refuse(start, stop)  # it was complete

@@ -100,14 +100,32 @@ def test_other_entries_than_promised(promised, block_cells):
         list(stream)
 
 
-def test_an_error_while_reading_ahead_reaches_the_caller():
+def test_stored_zeros_after_a_complete_block_are_nothing():
+    class WithZeros(FakeMatrix):
+        def tables(self):
+            yield from super().tables()
+            cells = np.arange(4)
+            yield pa.table({"soma_dim_0": cells, "soma_dim_1": cells[::-1], "soma_data": np.zeros(4, np.float32)})
+
+    blocks = list(CellStream(WithZeros(np.eye(4)), OPTIONS, np.arange(4), np.ones(4, dtype=int), block_cells=2))
+    assert [block.genes.tolist() for block in blocks] == [[0, 1], [2, 3]]
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ("checksum\nmismatch", r"the store is damaged \(checksum mismatch\)"),
+        ("increase memory budget (8)", r"its tiles are too large \(increase memory budget"),
+    ],
+)
+def test_an_error_while_reading_ahead_reaches_the_caller(told, message):
     class Broken(FakeMatrix):
         def tables(self):
             yield next(super().tables())
-            raise RuntimeError("checksum\nmismatch")
+            raise RuntimeError(told)
 
     stream = CellStream(Broken(np.eye(6)), OPTIONS, np.arange(6), block_cells=2)
-    with pytest.raises(ValueError, match=r"cells 0 to 5: the store is damaged \(checksum mismatch\)"):
+    with pytest.raises(ValueError, match=f"cells 0 to 5: {message}"):
         list(stream)
 
 

@@ -41,15 +41,21 @@ def test_properties(seed, options, n_genes, restrict):
         assert len(own) >= min(options.min_genes, candidate[row].sum())
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.integers(0, 10**6), st.integers(1, 12), st.booleans())
-def test_candidates_are_measured_in_both_and_differ(seed, n_genes, restrict):
-    rng = np.random.default_rng(seed)
+def pairs_of_panels(rng: np.random.Generator, n_genes: int) -> tuple[np.ndarray, ...]:
+    """Three panels, and 20 pairs of cells of any of them: panels, panel of each cell, values of sources and targets."""
     panels = rng.random((3, n_genes)) < 0.7
     panel = rng.integers(0, 3, (2, 20))
     source, target = rng.poisson(0.7, (2, 20, n_genes)).astype(np.float32)
     source[~panels[panel[0]]] = 0
     target[~panels[panel[1]]] = 0
+    return panels, panel, source, target
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 12), st.booleans())
+def test_candidates_are_measured_in_both_and_differ(seed, n_genes, restrict):
+    rng = np.random.default_rng(seed)
+    panels, panel, source, target = pairs_of_panels(rng, n_genes)
     allowed = rng.random(n_genes) < 0.7 if restrict else None
     both = panels[panel[0]] & panels[panel[1]] & (True if allowed is None else allowed)
     found = candidate_changes(sp.csr_matrix(source), sp.csr_matrix(target), panels, *panel, allowed)
@@ -75,11 +81,7 @@ def test_genes_are_found_in_rows(seed, n_genes, share):
 @given(st.integers(0, 10**6), st.sampled_from(OPTIONS), st.integers(1, 12), st.booleans())
 def test_revealed_genes_are_candidates(seed, options, n_genes, restrict):
     rng = np.random.default_rng(seed)
-    panels = rng.random((3, n_genes)) < 0.7
-    panel = rng.integers(0, 3, (2, 20))
-    source, target = rng.poisson(0.7, (2, 20, n_genes)).astype(np.float32)
-    source[~panels[panel[0]]] = 0
-    target[~panels[panel[1]]] = 0
+    panels, panel, source, target = pairs_of_panels(rng, n_genes)
     allowed = rng.random(n_genes) < 0.7 if restrict else np.ones(n_genes, dtype=bool)
     cells = (sp.csr_matrix(source), sp.csr_matrix(target))
     candidates = candidate_changes(*cells, panels, *panel, allowed).toarray()
