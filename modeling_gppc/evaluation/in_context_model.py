@@ -11,26 +11,8 @@ from modeling_gppc.evaluation.response_size import ResponseSize
 from modeling_gppc.evaluation.screen_baselines import ScreenContext, no_change
 from modeling_gppc.evaluation.screen_scores import ScreenPrediction, scored_genes
 from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
-from modeling_gppc.training.factor_model import FactorModel, fit_factor_model, fit_pair_coupling
+from modeling_gppc.training.factor_model import FactorModel, choose_rank, fit_factor_model, fit_pair_coupling
 from modeling_gppc.training.response_check import ResponseCheck, check_responses
-
-RANKS = (3, 5, 10, 20, 40)
-
-
-def choose_rank(values: np.ndarray, seed: int = 0, ranks=RANKS, n_parts: int = 3) -> int:
-    """Number of factors with the highest likelihood of held-out control cells: `n_parts` fifths of them in turn."""
-    order = np.random.default_rng(seed).permutation(len(values))
-    panel = np.ones((1, values.shape[1]), dtype=bool)
-    usable = [rank for rank in ranks if rank < min(values.shape[1] // 3, len(values) // 2)] or [1]
-    likelihoods = np.zeros(len(usable))
-    for part in range(n_parts):
-        held, rest = values[order[part::5]], values[np.delete(order, np.s_[part::5])]
-        for index, rank in enumerate(usable):
-            model = fit_factor_model(rest, np.zeros(len(rest), int), panel, rank, 20, seed)
-            covariance, centred = model.covariance, held - model.mean
-            distance = np.einsum("nv,nv->", centred, np.linalg.solve(covariance, centred.T).T) / len(held)
-            likelihoods[index] -= distance + np.linalg.slogdet(covariance)[1]
-    return usable[int(np.argmax(likelihoods))]
 
 
 class InContextModel:

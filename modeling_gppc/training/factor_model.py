@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 Blocks = Callable[[], Iterable[tuple[np.ndarray, np.ndarray]]]
+RANKS = (3, 5, 10, 20, 40)  # numbers of factors that are compared where none is stated
 
 
 @dataclasses.dataclass
@@ -148,6 +149,29 @@ def fit_factor_model(
         likelihood = _em_step(model, blocks, panels, counts, center, variance, floor, patterns, pattern_of_gene)
         model.log_likelihood.append(likelihood)
     return _canonical(model, measured_anywhere)
+
+
+def choose_rank(values: np.ndarray, seed: int = 0, ranks=RANKS, n_parts: int = 3) -> int:
+    """Number of factors with the highest likelihood of held-out cells: `n_parts` fifths of them in turn.
+
+    Args:
+        values (`np.ndarray`): Values of the cells, all genes measured, shape `(n_cells, V)`; for few genes.
+        seed (`int`, *optional*, defaults to 0): Of the division and the fits.
+        ranks (`Sequence[int]`, *optional*): What is compared; numbers too large for the cells are left out.
+        n_parts (`int`, *optional*, defaults to 3): Parts that are held out.
+    """
+    order = np.random.default_rng(seed).permutation(len(values))
+    panel = np.ones((1, values.shape[1]), dtype=bool)
+    usable = [rank for rank in ranks if rank < min(values.shape[1] // 3, len(values) // 2)] or [1]
+    likelihoods = np.zeros(len(usable))
+    for part in range(n_parts):
+        held, rest = values[order[part::5]], values[np.delete(order, np.s_[part::5])]
+        for index, rank in enumerate(usable):
+            model = fit_factor_model(rest, np.zeros(len(rest), int), panel, rank, 20, seed)
+            covariance, centred = model.covariance, held - model.mean
+            distance = np.einsum("nv,nv->", centred, np.linalg.solve(covariance, centred.T).T) / len(held)
+            likelihoods[index] -= distance + np.linalg.slogdet(covariance)[1]
+    return usable[int(np.argmax(likelihoods))]
 
 
 def _first_pass(blocks: Blocks, panels: np.ndarray, n_factors: int, seed: int):

@@ -11,6 +11,7 @@ import torch
 
 from data_scripts.pair_folder import MANIFEST, PairFolder
 from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
+from modeling_gppc.training.factor_model import choose_rank
 from modeling_gppc.training.linear_start import initialize_linear_response
 from modeling_gppc.training.pair_dataset import PairDataset
 from modeling_gppc.training.response_check import check_responses
@@ -99,7 +100,6 @@ def prepare_screen_pairs(
     from data_scripts.screen_cells import cells_digest, keep_genes, some_cells, technical_residuals
     from data_scripts.screen_pairs import CONTROL_PAIRING, SCREEN_PAIRING, write_split_pairs
     from data_scripts.screens import CONTROL
-    from modeling_gppc.evaluation.in_context_model import choose_rank
     from modeling_gppc.evaluation.leak_guards import SplitPlan, refuse_leaks
     from modeling_gppc.evaluation.screen_splits import perturbation_folds
 

@@ -9,9 +9,10 @@ from data_scripts.pair_folder import PairFolder
 from data_scripts.screens import ScreenOptions, read_screen
 from data_scripts.splits import guard_splits
 from modeling_gppc.evaluation.folder_model import read_run
-from modeling_gppc.evaluation.in_context_model import InContextModel, choose_rank
+from modeling_gppc.evaluation.in_context_model import InContextModel
 from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
 from modeling_gppc.training import screen_data
+from modeling_gppc.training.factor_model import choose_rank
 from modeling_gppc.training.screen_data import ScreenTrainingOptions, prepare_screen_pairs
 
 SMALL = [
