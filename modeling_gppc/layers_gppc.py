@@ -102,7 +102,9 @@ class GppcAttention(nn.Module):
         self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, keep: int | None = None
+    ) -> torch.Tensor:
         batch, tokens, width = hidden_states.shape
         qkv = nn.functional.linear(hidden_states, self.qkv_proj.weight)
         query, key, value = qkv.view(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
@@ -111,7 +113,7 @@ class GppcAttention(nn.Module):
         query_bias, _, value_bias = (
             self.qkv_proj.bias.to(qkv.dtype).view(3, self.num_heads, 1, self.head_dim).unbind(0)
         )
-        query, value = query + query_bias, value + value_bias
+        query, value = query[:, :, :keep] + query_bias, value + value_bias
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -124,7 +126,7 @@ class GppcAttention(nn.Module):
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
         )
-        return self.o_proj(output.reshape(batch, tokens, width))
+        return self.o_proj(output.reshape(batch, query.shape[2], width))
 
 
 class GppcBlock(GradientCheckpointingLayer):
@@ -140,9 +142,13 @@ class GppcBlock(GradientCheckpointingLayer):
         self.activation = ACT2FN[config.hidden_act]
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        attended = self.attention(self.attention_norm(hidden_states), attention_mask)
-        hidden_states = hidden_states + self.dropout(attended)
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, keep: int | None = None
+    ) -> torch.Tensor:
+        """Tokens `(B, T, hidden_size)` after the block; only the first `keep` of them where the others are not asked
+        for, which are attended to all the same. `attention_mask` has a row for each that is kept."""
+        attended = self.attention(self.attention_norm(hidden_states), attention_mask, keep)
+        hidden_states = hidden_states[:, :keep] + self.dropout(attended)
         expanded = self.activation(self.up_proj(self.mlp_norm(hidden_states)))
         return hidden_states + self.dropout(self.down_proj(expanded))
 

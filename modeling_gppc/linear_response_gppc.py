@@ -169,8 +169,12 @@ class GppcLinearResponse(nn.Module):
                 [tensor.repeat_interleave(pairings, dim=0) for tensor in tensors]
                 for tensors in (sources, plain_sources)
             )
-            logits, means, covariance = (tensor[row] for tensor in self.prior(*sources, every))
-            plain = [tensor[row] for tensor in self.plain_prior(*plain_sources, every)] if plain_sources else None
+            # Rows are copied whole; an index would go value by value.
+            logits, means, covariance = (tensor.index_select(0, row) for tensor in self.prior(*sources, every))
+            if plain_sources:
+                plain = [tensor.index_select(0, row) for tensor in self.plain_prior(*plain_sources, every)]
+            else:
+                plain = None
         if ids.shape[1] > 0:
             mask = mask.to(means.dtype)
             design = self.loadings[ids] * mask[:, :, None]
@@ -247,8 +251,14 @@ def update(
     """
     surprise = centred[:, :, None] - design @ means.transpose(1, 2)
     projected = design @ covariance
-    factor = torch.linalg.cholesky(projected @ design.transpose(1, 2) + torch.diag_embed(noise))
-    solved = torch.cholesky_solve(surprise, factor)
-    explained = torch.linalg.solve_triangular(factor, projected, upper=False)
+    spread = projected @ design.transpose(1, 2) + torch.diag_embed(noise)
+    if design.shape[1] == 1:
+        # One gene a row, as in most screens: no matrices to factorise, whose answers have a layout besides that the
+        # products after this take three times as long with.
+        solved, explained = surprise / spread, projected * spread.rsqrt()
+    else:
+        factor = torch.linalg.cholesky(spread)
+        solved = torch.cholesky_solve(surprise, factor)
+        explained = torch.linalg.solve_triangular(factor, projected, upper=False)
     means = torch.baddbmm(means, solved.transpose(1, 2), projected)
     return means, explained, -0.5 * (surprise * solved).sum(1)

@@ -221,9 +221,15 @@ class GppcModel(GppcPreTrainedModel):
             attention_mask = torch.zeros(visible.shape, dtype=hidden_states.dtype, device=visible.device)
             attention_mask = attention_mask.masked_fill(~visible, torch.finfo(hidden_states.dtype).min)[:, None, None]
             attention_mask = attention_mask.expand(-1, -1, hidden_states.shape[1], -1)
-        for block in self.decoder:
-            hidden_states = block(hidden_states, attention_mask)
-        hidden_states = self.final_norm(hidden_states[:, : latents.shape[1] + 1])
+        # Nothing reads what the last block would make of the perturbations' own tokens.
+        kept = latents.shape[1] + 1
+        for place, block in enumerate(self.decoder, start=1):
+            if place < len(self.decoder):
+                hidden_states = block(hidden_states, attention_mask)
+            else:
+                last_mask = None if attention_mask is None else attention_mask[:, :, :kept]
+                hidden_states = block(hidden_states, last_mask, kept)
+        hidden_states = self.final_norm(hidden_states[:, :kept])
         output = GppcModelOutput(
             last_hidden_state=hidden_states,
             encoder_last_hidden_state=states,
