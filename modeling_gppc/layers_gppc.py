@@ -103,10 +103,18 @@ class GppcAttention(nn.Module):
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, keep: int | None = None
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        keep: int | None = None,
+        shared: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        batch, tokens, width = hidden_states.shape
         qkv = nn.functional.linear(hidden_states, self.qkv_proj.weight)
+        if shared is not None:
+            tokens, row = shared
+            first = nn.functional.linear(tokens, self.qkv_proj.weight)
+            qkv = torch.cat([first.index_select(0, row), qkv], dim=1)
+        batch, tokens, width = *qkv.shape[:2], hidden_states.shape[2]
         query, key, value = qkv.view(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         # A bias of the keys moves no output: its gradient is rounding noise, which Adam would turn into steps that
         # differ between one process and two.
@@ -143,11 +151,25 @@ class GppcBlock(GradientCheckpointingLayer):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, keep: int | None = None
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        keep: int | None = None,
+        shared: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Tokens `(B, T, hidden_size)` after the block; only the first `keep` of them where the others are not asked
-        for, which are attended to all the same. `attention_mask` has a row for each that is kept."""
-        attended = self.attention(self.attention_norm(hidden_states), attention_mask, keep)
+        """
+        Args:
+            hidden_states (`torch.FloatTensor` of shape `(B, T, hidden_size)`): Tokens.
+            attention_mask (`torch.FloatTensor` of shape `(B, 1, keep, T)`, *optional*): Added to the attention logits.
+            keep (`int`, *optional*): How many of the first tokens are returned; the others are attended to all the
+                same. Defaults to all.
+            shared (`tuple[torch.Tensor, torch.Tensor]`, *optional*): Tokens `(U, L, hidden_size)` and the `(B,)` index
+                that the first L of each row are taken from, where few differ: they are projected once.
+        """
+        own = hidden_states
+        if shared is not None:
+            own, shared = hidden_states[:, shared[0].shape[1] :], (self.attention_norm(shared[0]), shared[1])
+        attended = self.attention(self.attention_norm(own), attention_mask, keep, shared)
         hidden_states = hidden_states[:, :keep] + self.dropout(attended)
         expanded = self.activation(self.up_proj(self.mlp_norm(hidden_states)))
         return hidden_states + self.dropout(self.down_proj(expanded))

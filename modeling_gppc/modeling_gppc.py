@@ -213,6 +213,11 @@ class GppcModel(GppcPreTrainedModel):
         linear_token = self.factor_proj(expected.to(identity.dtype))[:, None]
         states = encoded.last_hidden_state if state_index is None else encoded.last_hidden_state[state_index]
         latents = states + self.pairing_embedding(pairing_ids)[:, None]
+        shared, pairings = None, len(self.config.pairings)
+        if state_index is not None and encoded.last_hidden_state.shape[0] * pairings < len(state_index):
+            # Fewer states and pairings than rows: the first block projects the latents of each once.
+            every = encoded.last_hidden_state[:, None] + self.pairing_embedding.weight[:, None]
+            shared = every.flatten(0, 1), state_index * pairings + pairing_ids
         hidden_states = torch.cat([latents, linear_token, tokens], dim=1)
         attention_mask = None
         if padded:
@@ -223,12 +228,10 @@ class GppcModel(GppcPreTrainedModel):
             attention_mask = attention_mask.expand(-1, -1, hidden_states.shape[1], -1)
         # Nothing reads what the last block would make of the perturbations' own tokens.
         kept = latents.shape[1] + 1
-        for place, block in enumerate(self.decoder, start=1):
-            if place < len(self.decoder):
-                hidden_states = block(hidden_states, attention_mask)
-            else:
-                last_mask = None if attention_mask is None else attention_mask[:, :, :kept]
-                hidden_states = block(hidden_states, last_mask, kept)
+        for place, block in enumerate(self.decoder):
+            keep = kept if place == len(self.decoder) - 1 else None
+            mask = None if attention_mask is None else attention_mask[:, :, :keep]
+            hidden_states = block(hidden_states, mask, keep, None if place else shared)
         hidden_states = self.final_norm(hidden_states[:, :kept])
         output = GppcModelOutput(
             last_hidden_state=hidden_states,
