@@ -177,7 +177,7 @@ class GppcLinearResponse(nn.Module):
                 plain = None
         if ids.shape[1] > 0:
             mask = mask.to(means.dtype)
-            design = self.loadings[ids] * mask[:, :, None]
+            design = nn.functional.embedding(ids, self.loadings) * mask[:, :, None]
             # A padded entry becomes an observation of nothing: zero row, unit noise, zero surprise.
             noise = self.noise[ids] * mask + (1 - mask)
             centred = (levels - self.gene_mean[ids]) * mask

@@ -161,7 +161,7 @@ class GppcModel(GppcPreTrainedModel):
         response = self.linear_response
         factors = encoded.factor_mean[state_index].to(response.loadings.dtype)
         # Not a matrix product, which autocast would round.
-        shift = (response.loadings[perturbation_ids] * factors[:, None]).sum(-1)
+        shift = (nn.functional.embedding(perturbation_ids, response.loadings) * factors[:, None]).sum(-1)
         expected = response.gene_mean[perturbation_ids] + shift
         known = encoded.measured[state_index[:, None], perturbation_ids]
         return torch.where(known, source, expected.to(source.dtype)) + perturbation_values
@@ -211,7 +211,9 @@ class GppcModel(GppcPreTrainedModel):
         tokens = self.perturbation_proj(torch.cat([identity, surprise * identity, change * identity], dim=-1))
         expected = torch.cat([factor_mean, component_logits.exp()], dim=-1)
         linear_token = self.factor_proj(expected.to(identity.dtype))[:, None]
-        states = encoded.last_hidden_state if state_index is None else encoded.last_hidden_state[state_index]
+        states = encoded.last_hidden_state
+        if state_index is not None:
+            states = states.index_select(0, state_index)
         latents = states + self.pairing_embedding(pairing_ids)[:, None]
         shared, pairings = None, len(self.config.pairings)
         if state_index is not None and encoded.last_hidden_state.shape[0] * pairings < len(state_index):
