@@ -9,6 +9,7 @@ from modeling_gppc import GppcConfig
 from modeling_gppc.modeling_gppc import GppcBlock
 
 MEMORY_HEADS = 4
+POOL_SIZE = 64  # width of a gene embedding that pools values
 
 
 @dataclasses.dataclass
@@ -19,6 +20,7 @@ class Batch:
         values, centred (`torch.Tensor`): Source's log values, and the same minus the gene's mean, `(B, V)`.
         ids, mask (`torch.Tensor`): Revealed genes, `(B, K)`.
         levels, changes (`torch.Tensor`): Their level in the target minus the gene's mean, and their change, `(B, K)`.
+        known (`torch.Tensor`): Factors and state probabilities of the source, `(B, r + C)`.
         factors (`torch.Tensor`): Expected factors and state probabilities after the perturbation, `(B, r + C)`.
         base (`torch.Tensor`): Linear response, or the gene's mean where a variant goes without, `(B, V)`.
         pairing (`torch.Tensor`): `(B,)`.
@@ -31,6 +33,7 @@ class Batch:
     mask: torch.Tensor
     levels: torch.Tensor
     changes: torch.Tensor
+    known: torch.Tensor
     factors: torch.Tensor
     base: torch.Tensor
     pairing: torch.Tensor
@@ -38,16 +41,29 @@ class Batch:
     scored: torch.Tensor
 
 
+class LinearState(nn.Module):
+    """Shipped: a linear map of what the linear response knows of the source to latents."""
+
+    def __init__(self, config: GppcConfig):
+        super().__init__()
+        self.shape = (-1, config.num_latents, config.hidden_size)
+        self.proj = nn.Linear(config.num_factors + config.num_components, config.num_latents * config.hidden_size)
+        self.block = GppcBlock(config)
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        return self.block(self.proj(batch.known).view(self.shape))
+
+
 class LinearPool(nn.Module):
-    """Shipped: sum over genes of value times embedding, then a linear map to latents; or values added to embeddings."""
+    """Sum over genes of value times a learned embedding, then a linear map to latents; or values added to embeddings."""
 
     def __init__(self, config: GppcConfig, additive: bool = False):
         super().__init__()
         self.additive, self.shape = additive, (-1, config.num_latents, config.hidden_size)
-        self.embedding = nn.Embedding(config.vocab_size, config.pool_size)
+        self.embedding = nn.Embedding(config.vocab_size, POOL_SIZE)
         nn.init.normal_(self.embedding.weight, std=0.02)
-        self.direction = nn.Parameter(torch.randn(config.pool_size) * 0.02)
-        self.proj = nn.Linear(config.pool_size, config.num_latents * config.hidden_size)
+        self.direction = nn.Parameter(torch.randn(POOL_SIZE) * 0.02)
+        self.proj = nn.Linear(POOL_SIZE, config.num_latents * config.hidden_size)
         self.block = GppcBlock(config)
 
     def forward(self, batch: Batch) -> torch.Tensor:
@@ -169,7 +185,7 @@ class BilinearDecoder(nn.Module):
             nn.Dropout(config.hidden_dropout_prob),
         )
         self.pool = pool
-        self.tie = nn.Linear(size, config.pool_size, bias=False) if head == "tied" else None
+        self.tie = nn.Linear(size, POOL_SIZE, bias=False) if head == "tied" else None
         if head == "tied":
             nn.init.zeros_(self.tie.weight)
         self.vectors = nn.Parameter(torch.zeros(self.n_parts, genes, size))
@@ -275,9 +291,12 @@ def make_variant(name: str, config: GppcConfig, values: torch.Tensor) -> Variant
         "latents by attention, values added": lambda: TokenEncoder(
             config, expressed_only=True, self_attention=False, additive=True
         ),
+        "linear pool": lambda: LinearPool(config),
         "linear pool, values added": lambda: LinearPool(config, additive=True),
     }
-    encoder = encoders[name]() if name in encoders else LinearPool(config)
+    # The tied head shares the embedding that pools.
+    shipped = LinearPool if name == "tied head" else LinearState
+    encoder = encoders[name]() if name in encoders else shipped(config)
     decoders = {
         "queries cross-attend": lambda: QueryDecoder(config, self_attention=False),
         "queries self- and cross-attend": lambda: QueryDecoder(config, self_attention=True),
@@ -298,6 +317,7 @@ VARIANTS = (
     "expressed-only tokens, values added",
     "latents by attention",
     "latents by attention, values added",
+    "linear pool",
     "linear pool, values added",
     "queries cross-attend",
     "queries self- and cross-attend",

@@ -147,9 +147,7 @@ def compare_queries(store: Path, n_cells: int, n_genes: int, n_queries: int, sha
         pairs = build_pairs(options_for(store, n_cells, n_genes, shard_cells), Path(folder) / "out", progress=False)
         rows, n_genes = PairDataset(pairs.split("train"), pairs.pairings), len(pairs.gene_ids)
         n_queries = min(n_queries, n_genes - 1)
-        config = GppcConfig(
-            vocab_size=n_genes, pairings=pairs.pairings, default_pairing=pairs.pairings[0], pool_size=64
-        )
+        config = GppcConfig(vocab_size=n_genes, pairings=pairs.pairings, default_pairing=pairs.pairings[0])
         print(f"{n_genes:,} genes, batches of {BATCH}")
         for asked in (None, n_queries):
             model = GppcForPerturbationPrediction(config).train()

@@ -46,8 +46,9 @@ SETTINGS = {
     "num_latents": 4,
     "hidden_size": 64,
     "intermediate_size": 128,
-    "pool_size": 64,
     "readout_size": 64,
+    # Safety out of distribution is another question, and would hold every form back alike.
+    "num_references": 0,
 }
 
 
@@ -122,8 +123,8 @@ def batch_of(model: GppcForPerturbationPrediction, pairs: dict[str, torch.Tensor
     panel = torch.ones(1, source.shape[1], dtype=torch.bool)
     state = response.encode(centred, panel, torch.zeros(len(source), dtype=torch.long))
     levels = source.gather(1, ids) + pairs["changes"]
-    logits, mean, _ = response.condition(
-        state[0], state[2], state[3], pairs["pairing"], ids, levels, mask, None, *state[4:]
+    logits, mean, *_ = response.condition(
+        state[0], state[2], state[3], pairs["pairing"], ids, levels, mask, None, *state[4:6]
     )
     base = response.gene_mean + (mean @ response.loadings.T if linear else torch.zeros_like(source))
     labels = labels_of(pairs)
@@ -135,6 +136,7 @@ def batch_of(model: GppcForPerturbationPrediction, pairs: dict[str, torch.Tensor
         mask=mask,
         levels=(levels - response.gene_mean[ids]) * mask,
         changes=pairs["changes"] * mask,
+        known=torch.cat([state[1], state[0].exp()], dim=1),
         factors=factors if linear else torch.zeros_like(factors),
         base=base,
         pairing=pairs["pairing"],
@@ -185,7 +187,7 @@ PARTS = {
     "without cell states": ({"num_components": 1}, None),
     "without the departure": ({"use_departure": False}, None),
     "without the linear response": ({"use_linear_response": False}, None),
-    "without the pooled state": ({}, _blank("pool_proj")),
+    "without the encoded state": ({}, _blank("state_proj")),
     "without the encoder block": ({"encoder_layers": 0}, None),
     "one decoder block": ({"decoder_layers": 1}, None),
     "without decoder blocks": ({"decoder_layers": 0}, None),
@@ -196,6 +198,7 @@ PARTS = {
     "without the linear posterior's token": ({}, _blank("factor_proj")),
     "without the pairing's embedding": ({}, _blank("pairing_embedding")),
     "without the learned variance": ({"variance_loss_weight": 0.0}, None),
+    "without familiarity": ({"num_references": 0}, None),
 }
 
 

@@ -44,7 +44,6 @@ SMOKE = {
     "model.hidden_size": 8,
     "model.num_attention_heads": 2,
     "model.intermediate_size": 8,
-    "model.pool_size": 8,
     "model.readout_size": 8,
     "training.max_steps": 4,
     "training.warmup_steps": 1,
@@ -74,7 +73,7 @@ class Setting:
 # Parts that a small budget on real cells did not tell apart, beside all of them.
 UNTOLD = (
     "all parts",
-    "without the pooled state",
+    "without the encoded state",
     "without the encoder block",
     "one decoder block",
     "without decoder blocks",
@@ -84,6 +83,7 @@ UNTOLD = (
     "tokens without the change",
     "without the linear posterior's token",
     "without the pairing's embedding",
+    "without familiarity",
 )
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 WIDER = {"hidden_size": 128, "num_latents": 6, "encoder_layers": 1, "decoder_layers": 3, "hidden_dropout_prob": 0.06}
@@ -158,7 +158,7 @@ class Comparison:
                 table.filter([name == pairing for name in table.column("pairing").to_pylist()]), folder.pairings
             )
         # The closed-form start does not depend on what is compared here.
-        self.starts: dict[int, dict[str, torch.Tensor]] = {}
+        self.starts: dict[tuple[int, ...], dict[str, torch.Tensor]] = {}
         self.evaluations: list[dict[str, float]] = []
 
     def note(self, metrics: dict[str, float]) -> None:
@@ -177,7 +177,8 @@ class Comparison:
         config = options.model_config(vocab_size=self.folder.genes.num_rows, pairings=self.folder.pairings)
         model = GppcForPerturbationPrediction(config)
         response, settings = model.model.linear_response, options.training
-        if seed not in self.starts:
+        start = (seed, config.num_components, config.num_references)
+        if start not in self.starts:
             initialize_linear_response(
                 model,
                 self.rows,
@@ -187,8 +188,8 @@ class Comparison:
                 n_iterations=settings.linear_start_iterations,
                 seed=seed,
             )
-            self.starts[seed] = {key: tensor.clone() for key, tensor in response.state_dict().items()}
-        response.load_state_dict(self.starts[seed])
+            self.starts[start] = {key: tensor.clone() for key, tensor in response.state_dict().items()}
+        response.load_state_dict(self.starts[start])
         if setting.remove is not None:
             setting.remove(model)
         trainer = make_trainer(

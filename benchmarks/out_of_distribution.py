@@ -52,7 +52,6 @@ SMALL = {
     "num_latents": 3,
     "hidden_size": 64,
     "intermediate_size": 128,
-    "pool_size": 64,
     "readout_size": 64,
     "hidden_dropout_prob": 0.2,
 }

@@ -8,7 +8,6 @@ ARCHITECTURES = ("latents", "origin")
 SIZES = {
     "tiny": {
         "hidden_size": 16,
-        "pool_size": 16,
         "num_latents": 2,
         "readout_size": 16,
         "encoder_layers": 1,
@@ -17,10 +16,10 @@ SIZES = {
         "intermediate_size": 32,
         "num_factors": 4,
         "num_components": 2,
+        "num_references": 50,
     },
     "small": {
         "hidden_size": 128,
-        "pool_size": 128,
         "num_latents": 4,
         "readout_size": 256,
         "encoder_layers": 1,
@@ -32,7 +31,6 @@ SIZES = {
     },
     "base": {
         "hidden_size": 512,
-        "pool_size": 1024,
         "num_latents": 16,
         "readout_size": 1024,
         "encoder_layers": 4,
@@ -44,7 +42,6 @@ SIZES = {
     },
     "large": {
         "hidden_size": 1024,
-        "pool_size": 2048,
         "num_latents": 32,
         "readout_size": 2048,
         "encoder_layers": 8,
@@ -65,7 +62,6 @@ class GppcConfig(PreTrainedConfig):
         architecture (`str`, *optional*, defaults to `"latents"`): `"latents"`, or `"origin"`: the form GPPC grew out
             of (gene embedding x value tokens, no gene identity where nothing is perturbed), kept for the record.
         hidden_size (`int`, *optional*, defaults to 128): Width of the latents and of the perturbation tokens.
-        pool_size (`int`, *optional*, defaults to 256): Width of the gene embedding that pools the state of a cell.
         num_latents (`int`, *optional*, defaults to 8): Latent vectors that hold the encoded state.
         readout_size (`int`, *optional*, defaults to 256): Width of the bilinear read-out of the queried genes.
         encoder_layers (`int`, *optional*, defaults to 1): Blocks over the latents, independent of the perturbation.
@@ -79,6 +75,8 @@ class GppcConfig(PreTrainedConfig):
         num_factors (`int`, *optional*, defaults to 32): Shared factors of the linear response.
         num_components (`int`, *optional*, defaults to 16): Unsupervised cell states of the linear response, each of
             which responds linearly; 1 is the plain conditional Gaussian.
+        num_references (`int`, *optional*, defaults to 1000): Training pairs of each pairing that are kept, as factors,
+            to tell which imposed levels are familiar; elsewhere the prediction returns to one Gaussian. 0: it never does.
         use_linear_response (`bool`, *optional*, defaults to `True`): Predict linear response + learned departure;
             otherwise gene mean + learned departure.
         use_departure (`bool`, *optional*, defaults to `True`): Learn a departure from the linear response at all.
@@ -95,6 +93,7 @@ class GppcConfig(PreTrainedConfig):
         "decoder_last_hidden_state",
         "linear_response",
         "departure",
+        "familiarity",
         "hidden_states",
         "attentions",
     ]
@@ -102,7 +101,6 @@ class GppcConfig(PreTrainedConfig):
     vocab_size: int = 1000
     architecture: str = "latents"
     hidden_size: int = 128
-    pool_size: int = 256
     num_latents: int = 8
     readout_size: int = 256
     encoder_layers: int = 1
@@ -114,6 +112,7 @@ class GppcConfig(PreTrainedConfig):
     attention_probs_dropout_prob: float | int = 0.0
     num_factors: int = 32
     num_components: int = 16
+    num_references: int = 1000
     use_linear_response: bool = True
     use_departure: bool = True
     pairings: list[str] | None = None
@@ -155,7 +154,6 @@ class GppcConfig(PreTrainedConfig):
         for name in (
             "vocab_size",
             "hidden_size",
-            "pool_size",
             "num_latents",
             "readout_size",
             "num_factors",
@@ -163,6 +161,8 @@ class GppcConfig(PreTrainedConfig):
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; wanted at least 1.")
+        if self.num_references < 0:
+            raise ValueError(f"`num_references` is {self.num_references}; wanted at least 0.")
 
 
 __all__ = ["GppcConfig"]

@@ -1,4 +1,4 @@
-"""Layers of the model: states as vectors, attention blocks, the embedding that pools a state, the bilinear read-out."""
+"""Layers of the model: states as vectors, attention blocks, the bilinear read-out."""
 
 from collections.abc import Callable
 
@@ -173,17 +173,6 @@ class GppcBlock(GradientCheckpointingLayer):
         hidden_states = hidden_states[:, :keep] + self.dropout(attended)
         expanded = self.activation(self.up_proj(self.mlp_norm(hidden_states)))
         return hidden_states + self.dropout(self.down_proj(expanded))
-
-
-class GppcGenePool(nn.Embedding):
-    """Gene embedding that takes a whole state: the sum over genes of value times vector.
-
-    A module of its own, called as one: sharded training gathers an input embedding only where its module is called.
-    """
-
-    def forward(self, centred: torch.Tensor) -> torch.Tensor:
-        """From centred values `(B, vocab_size)` to `(B, pool_size)`."""
-        return centred.to(self.weight.dtype) @ self.weight
 
 
 class GppcReadout(nn.Module):

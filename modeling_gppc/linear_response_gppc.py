@@ -9,6 +9,10 @@ from .configuration_gppc import GppcConfig
 # over to the state of another cell type whose cells have such levels: right within the training data, and up to 40 %
 # more squared error than one Gaussian where a type's response was held out.
 MAX_EVIDENCE = 4.0
+# Log odds of a familiarity of one: no reference pair is asked.
+ALWAYS = 1e4
+# Change of a log value below which nothing was imposed; training reveals genes that differ between two cells.
+LEAST_CHANGE = 0.05
 
 
 class GppcLinearResponse(nn.Module):
@@ -43,6 +47,15 @@ class GppcLinearResponse(nn.Module):
         self.register_buffer("plain_root", torch.zeros(factors, factors))
         self.register_buffer("plain_coupling", torch.zeros(pairings, factors, factors))
         self.register_buffer("plain_share", torch.zeros(()))
+        # Some training pairs as the plain Gaussian sees them: factors of the source, factors of the target, what the
+        # latter leave open. They tell which levels cells like the source were seen to take; see `familiarity`.
+        references = config.num_references
+        self.register_buffer("reference_source", torch.zeros(pairings, references, factors))
+        self.register_buffer("reference_target", torch.zeros(pairings, references, factors))
+        self.register_buffer("reference_logits", torch.zeros(pairings, references))
+        self.register_buffer("reference_covariance", torch.zeros(factors, factors))
+        self.register_buffer("reference_width", torch.ones(pairings))
+        self.register_buffer("familiarity_logit", torch.full((pairings,), ALWAYS))
 
     def _apply(self, fn, recurse=True):
         """Moves the buffers and keeps their precision: matrices are factorised here, whatever `half()` asks for."""
@@ -66,7 +79,8 @@ class GppcLinearResponse(nn.Module):
         Returns:
             Log probabilities of the components `(B, C)`, mean of the factors `(B, r)`, mean around the component's
             own mean `(B, r)` and covariance within a component `(B, r, r)`; then mean `(B, r)` and covariance
-            `(B, r, r)` of the plain Gaussian's factors, `None` with a single component.
+            `(B, r, r)` of the plain Gaussian's factors, `None` with a single component; the weights of the reference
+            pairs, see `likeness`, `None` where there are none.
         """
         factors = self.loadings.shape[1]
         weighted = self.loadings / self.noise[:, None]
@@ -84,7 +98,8 @@ class GppcLinearResponse(nn.Module):
         plain_mean = plain_covariance = None
         if len(means) > 1:
             root = self.plain_root
-            plain_covariance = torch.cholesky_inverse(torch.linalg.cholesky(root.T @ precision @ root + identity))
+            plain_precision = root.T @ precision @ root + identity
+            plain_covariance = torch.cholesky_inverse(torch.linalg.cholesky(plain_precision))
             if panel_index is not None:
                 plain_covariance = plain_covariance[panel_index]
             plain_mean = torch.einsum("brs,bs->br", plain_covariance, observed @ root)
@@ -96,7 +111,13 @@ class GppcLinearResponse(nn.Module):
         logits = torch.log_softmax(evidence + self.component_logits, dim=-1)
         shares = logits.exp()
         mean = torch.einsum("bc,bcr->br", shares, by_component)
-        return logits, mean, mean - shares @ means, covariance, plain_mean, plain_covariance
+        likeness = None
+        if self.reference_source.shape[1] > 0:
+            one = len(means) == 1
+            likeness = self.likeness(
+                mean if one else plain_mean, precision + identity if one else plain_precision, panel_index
+            )
+        return logits, mean, mean - shares @ means, covariance, plain_mean, plain_covariance, likeness
 
     def prior(
         self,
@@ -141,8 +162,13 @@ class GppcLinearResponse(nn.Module):
         state_index: torch.Tensor | None = None,
         plain_mean: torch.Tensor | None = None,
         plain_covariance: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        likeness: torch.Tensor | None = None,
+        changes: torch.Tensor | None = None,
+        familiarity: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, ...]:
         """Posterior of the target's state and factors given the source's and the imposed levels.
+
+        What cell states add to one Gaussian is multiplied by how familiar the levels are, see `familiarity`.
 
         Args:
             component_logits, factor_residual, factor_covariance (`torch.FloatTensor`): From `encode`.
@@ -151,9 +177,15 @@ class GppcLinearResponse(nn.Module):
             state_index (`torch.LongTensor` of shape `(B,)`, *optional*): Which of the sources each row is about;
                 defaults to one a row.
             plain_mean, plain_covariance (`torch.FloatTensor`, *optional*): From `encode`; with several components.
+            likeness (`torch.FloatTensor` of shape `(B, pairings, N)`, *optional*): From `encode`; without it all levels
+                are taken for familiar.
+            changes (`torch.FloatTensor` of shape `(B, K)`, *optional*): What the levels were changed by; where nothing
+                was, nothing is familiar.
+            familiarity (`torch.FloatTensor` of shape `(B,)`, *optional*): Instead of what the levels say.
 
         Returns:
-            Log probabilities of the components `(B, C)`, mean `(B, r)` and covariance `(B, r, r)` of the factors.
+            Log probabilities of the components `(B, C)`, mean `(B, r)` and covariance `(B, r, r)` of the factors,
+            familiarity of the levels `(B,)`, between 0 and 1, and what the mean would be if they were familiar `(B, r)`.
         """
         sources = (component_logits, factor_residual, factor_covariance)
         plain_sources = () if plain_mean is None else (plain_mean, plain_covariance)
@@ -175,12 +207,24 @@ class GppcLinearResponse(nn.Module):
                 plain = [tensor.index_select(0, row) for tensor in self.plain_prior(*plain_sources, every)]
             else:
                 plain = None
+        judged = familiarity is None and likeness is not None
+        if familiarity is None:
+            familiarity = torch.sigmoid(self.familiarity_logit[pairing_ids])
+            familiarity = familiarity if judged else torch.ones_like(familiarity)
         if ids.shape[1] > 0:
             mask = mask.to(means.dtype)
             design = nn.functional.embedding(ids, self.loadings) * mask[:, :, None]
             # A padded entry becomes an observation of nothing: zero row, unit noise, zero surprise.
             noise = self.noise[ids] * mask + (1 - mask)
             centred = (levels - self.gene_mean[ids]) * mask
+            if judged:
+                state = torch.arange(len(ids), device=ids.device) if state_index is None else state_index
+                like = likeness.flatten(0, 1).index_select(0, state * likeness.shape[1] + pairing_ids)
+                familiarity = self.familiarity(like, pairing_ids, design, noise, centred, plain or (means, covariance))
+                if changes is not None:
+                    real = mask > 0
+                    same = real.any(dim=1) & ~(real & (changes.abs() >= LEAST_CHANGE)).any(dim=1)
+                    familiarity = familiarity * ~(same & (self.familiarity_logit < ALWAYS)[pairing_ids])
             means, explained, evidence = update(means, covariance, design, noise, centred)
             covariance = torch.baddbmm(covariance, explained.transpose(1, 2), explained, alpha=-1)
             evidence = self.evidence_scale[pairing_ids, None] * evidence
@@ -194,12 +238,66 @@ class GppcLinearResponse(nn.Module):
         mean = torch.einsum("bc,bcr->br", shares, means)
         around = means - mean[:, None]
         covariance = torch.baddbmm(covariance, (shares[:, :, None] * around).transpose(1, 2), around)
+        whole = mean
         if plain is not None:
-            share, apart = self.plain_share, plain[0] - mean[:, None]
-            mean = mean + share * apart[:, 0]
+            share = (1 - familiarity * (1 - self.plain_share))[:, None, None]
+            apart = plain[0] - mean[:, None]
+            whole, mean = mean + self.plain_share * apart[:, 0], mean + (share * apart)[:, 0]
             covariance = torch.lerp(covariance, plain[1], share)
             covariance = torch.baddbmm(covariance, share * (1 - share) * apart.transpose(1, 2), apart)
-        return logits, mean, covariance
+        return logits, mean, covariance, familiarity, whole
+
+    def likeness(self, mean: torch.Tensor, precision: torch.Tensor, panel_index: torch.Tensor | None) -> torch.Tensor:
+        """Log weights of the reference pairs of every pairing `(B, pairings, N)` for sources with factors `mean` `(B,
+        r)`: how near the reference's source is, in units of what both posteriors leave open.
+
+        `precision` is that of the posterior, of each panel or of each source, as in `encode`.
+        """
+        pairings, references, factors = self.reference_source.shape
+        points = self.reference_source.view(-1, factors)
+        # |a - s|^2 in the metric of the precision, without a tensor of sources x references x factors.
+        own = ((points @ precision) * points).sum(-1)
+        if panel_index is not None:
+            own, precision = own[panel_index], precision[panel_index]
+        scaled = torch.einsum("brs,bs->br", precision, mean)
+        distance = (own - 2 * scaled @ points.T).view(-1, pairings, references)
+        return torch.log_softmax(self.reference_logits - 0.25 * distance / self.reference_width[:, None], dim=2)
+
+    def familiarity(
+        self,
+        like: torch.Tensor,
+        pairing_ids: torch.Tensor,
+        design: torch.Tensor,
+        noise: torch.Tensor,
+        centred: torch.Tensor,
+        plain: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        """
+        Whether the levels are such as cells like the source were seen to take, `(B,)`, between 0 and 1.
+
+        The probability that the levels were drawn from a mixture over the partners of the reference pairs, weighted by
+        how like their sources are to this one, and not from the one Gaussian, which is wide enough for anything.
+
+        Args:
+            like (`torch.FloatTensor` of shape `(B, N)`): From `likeness`.
+            pairing_ids (`torch.LongTensor` of shape `(B,)`): Shared context.
+            design (`torch.FloatTensor` of shape `(B, K, r)`), noise, centred (`torch.FloatTensor` of shape `(B, K)`): As
+                in `update`.
+            plain (`tuple`): Mean `(B, 1, r)` and covariance `(B, r, r)` of the plain Gaussian's factors.
+        """
+        own = design if len(self.component_means) == 1 else design @ self.plain_root
+        pairings, references, factors = self.reference_target.shape
+        # Every pairing's references meet every row, which is less than copying those of its own for each.
+        expected = own.flatten(0, 1) @ self.reference_target.view(-1, factors).T
+        rows = torch.arange(own.shape[0] * own.shape[1], device=own.device) * pairings
+        rows = rows + pairing_ids.repeat_interleave(own.shape[1])
+        expected = expected.view(-1, references).index_select(0, rows).view(*own.shape[:2], references)
+        spread = own @ self.reference_covariance @ own.transpose(1, 2) + torch.diag_embed(noise)
+        referred = torch.logsumexp(like + log_density(centred[:, :, None] - expected, spread), dim=1)
+        mean, covariance = plain
+        spread = design @ covariance @ design.transpose(1, 2) + torch.diag_embed(noise)
+        one = log_density(centred[:, :, None] - design @ mean.transpose(1, 2), spread)[:, 0]
+        return torch.sigmoid(referred - one + self.familiarity_logit[pairing_ids])
 
     def gather(self, query_ids: torch.Tensor | None, pairs: bool = True) -> dict[str, torch.Tensor | None]:
         """What genes `query_ids` `(Q,)`, or all, are read with: `gene_mean`, `loadings`, `noise` and, if `pairs`, the
@@ -233,6 +331,15 @@ class GppcLinearResponse(nn.Module):
             twice = covariance * (2.0 - torch.eye(factors, dtype=covariance.dtype, device=covariance.device))
             spread = twice.flatten(1).index_select(1, first * factors + second) @ pairs.T
         return expected, spread.clamp_(min=0).add_(noise)
+
+
+def log_density(surprise: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:
+    """Gaussian log density of surprises `(B, K, N)` with covariance `(B, K, K)`, up to a constant of K, `(B, N)`."""
+    if surprise.shape[1] == 1:
+        return -0.5 * (surprise.square() / covariance + covariance.log())[:, 0]
+    factor = torch.linalg.cholesky(covariance)
+    scaled = torch.linalg.solve_triangular(factor, surprise, upper=False)
+    return -0.5 * scaled.square().sum(1) - factor.diagonal(dim1=1, dim2=2).log().sum(1, keepdim=True)
 
 
 def update(

@@ -6,8 +6,8 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 
 from .configuration_gppc import GppcConfig
-from .layers_gppc import MAX_LOG_VARIANCE_CHANGE, GppcBlock, GppcGenePool, GppcReadout, dense_state, impose
-from .linear_response_gppc import GppcLinearResponse
+from .layers_gppc import MAX_LOG_VARIANCE_CHANGE, GppcBlock, GppcReadout, dense_state, impose
+from .linear_response_gppc import ALWAYS, GppcLinearResponse
 from .origin_form_gppc import GppcOriginForm
 from .outputs_gppc import GppcEncoderOutput, GppcModelOutput, GppcOutput, GppcQuery
 
@@ -20,6 +20,7 @@ POSTERIOR = (
     "factor_covariance",
     "plain_mean",
     "plain_covariance",
+    "likeness",
 )
 # Fields of a query that the linear response is read with.
 RESPONSE_READ = ("gene_mean", "loadings", "noise", "pairs")
@@ -62,6 +63,12 @@ class GppcPreTrainedModel(PreTrainedModel):
             init.zeros_(module.plain_root)
             init.zeros_(module.plain_coupling)
             init.zeros_(module.plain_share)
+            init.zeros_(module.reference_source)
+            init.zeros_(module.reference_target)
+            init.zeros_(module.reference_logits)
+            init.zeros_(module.reference_covariance)
+            init.ones_(module.reference_width)
+            init.constant_(module.familiarity_logit, ALWAYS)
             init.ones_(module.evidence_scale)
         elif isinstance(module, GppcModel):
             init.normal_(module.latents, mean=0.0, std=spread)
@@ -79,8 +86,7 @@ class GppcModel(GppcPreTrainedModel):
         super().__init__(config)
         width = config.hidden_size
         self.linear_response = GppcLinearResponse(config)
-        self.gene_pool = GppcGenePool(config.vocab_size, config.pool_size)
-        self.pool_proj = nn.Linear(config.pool_size, config.num_latents * width)
+        self.state_proj = nn.Linear(config.num_factors + config.num_components, config.num_latents * width)
         self.latents = nn.Parameter(torch.zeros(config.num_latents, width))
         self.encoder = nn.ModuleList([GppcBlock(config) for _ in range(config.encoder_layers)])
         self.perturbation_embedding = nn.Embedding(config.vocab_size, width)
@@ -92,12 +98,12 @@ class GppcModel(GppcPreTrainedModel):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        """The embedding that pools the state of a cell."""
-        return self.gene_pool
+        """The embedding of perturbed genes."""
+        return self.perturbation_embedding
 
     def set_input_embeddings(self, value: nn.Module):
-        """Replaces the embedding that pools the state of a cell."""
-        self.gene_pool = value
+        """Replaces the embedding of perturbed genes."""
+        self.perturbation_embedding = value
 
     def encode(
         self,
@@ -131,9 +137,11 @@ class GppcModel(GppcPreTrainedModel):
             posterior = self.linear_response.encode(
                 centred.float(), panels, None if measured_mask is None else panel_index
             )
-        hidden_states = self.pool_proj(self.gene_pool(centred)).view(
-            -1, self.config.num_latents, self.config.hidden_size
-        )
+        # What the linear response knows of the cell is all that the network sees of it: a projection of the genes that
+        # was fitted in closed form, and not one that noisy cells have to teach it.
+        logits, factors, *_ = posterior
+        known = torch.cat([factors, logits.exp()], dim=-1).to(self.state_proj.weight.dtype)
+        hidden_states = self.state_proj(known).view(-1, self.config.num_latents, self.config.hidden_size)
         hidden_states = hidden_states + self.latents
         for block in self.encoder:
             hidden_states = block(hidden_states)
@@ -175,6 +183,7 @@ class GppcModel(GppcPreTrainedModel):
         pairing_ids: torch.LongTensor,
         state_index: torch.LongTensor | None = None,
         padded: bool = True,
+        familiarity: torch.Tensor | None = None,
     ) -> tuple[GppcModelOutput, torch.Tensor]:
         """
         Lets perturbations act on encoded states; arguments as in `forward`.
@@ -186,13 +195,15 @@ class GppcModel(GppcPreTrainedModel):
                 defaults to one a row.
             padded (`bool`, *optional*, defaults to `True`): Whether `perturbation_mask` may hold zeros; attention is
                 faster without a mask.
+            familiarity (`torch.FloatTensor` of shape `(B,)`, *optional*): As in
+                [`GppcForPerturbationPrediction.decode`].
 
         Returns:
             [`GppcModelOutput`] and the imposed levels `(B, K)`.
         """
         levels = self.imposed_levels(encoded, perturbation_ids, perturbation_values, state_index)
         with torch.autocast(device_type=levels.device.type, enabled=False):
-            component_logits, factor_mean, factor_covariance = self.linear_response.condition(
+            component_logits, factor_mean, factor_covariance, familiarity, whole = self.linear_response.condition(
                 encoded.component_logits.float(),
                 encoded.factor_residual.float(),
                 encoded.factor_covariance.float(),
@@ -203,13 +214,17 @@ class GppcModel(GppcPreTrainedModel):
                 state_index,
                 encoded.plain_mean,
                 encoded.plain_covariance,
+                # A network that is trained behind it would learn to make up for it.
+                None if self.training else encoded.likeness,
+                perturbation_values,
+                familiarity,
             )
         response = self.linear_response
         identity = self.perturbation_embedding(perturbation_ids)
         surprise = (levels - response.gene_mean[perturbation_ids]).to(identity.dtype)[:, :, None]
         change = perturbation_values.to(identity.dtype)[:, :, None]
         tokens = self.perturbation_proj(torch.cat([identity, surprise * identity, change * identity], dim=-1))
-        expected = torch.cat([factor_mean, component_logits.exp()], dim=-1)
+        expected = torch.cat([whole, component_logits.exp()], dim=-1)
         linear_token = self.factor_proj(expected.to(identity.dtype))[:, None]
         states = encoded.last_hidden_state
         if state_index is not None:
@@ -240,6 +255,7 @@ class GppcModel(GppcPreTrainedModel):
             encoder_last_hidden_state=states,
             factor_mean=factor_mean,
             factor_covariance=factor_covariance,
+            familiarity=familiarity,
         )
         return output, levels
 
@@ -332,6 +348,7 @@ class GppcForPerturbationPrediction(GppcPreTrainedModel):
         pairing_ids: torch.LongTensor | None = None,
         query_ids: torch.LongTensor | GppcQuery | None = None,
         state_index: torch.LongTensor | None = None,
+        familiarity: torch.Tensor | None = None,
     ) -> GppcOutput:
         """
         Predicts expression after perturbations of encoded states.
@@ -342,6 +359,9 @@ class GppcForPerturbationPrediction(GppcPreTrainedModel):
                 calls for the same genes are faster with `query_ids=model.query(query_ids)`.
             state_index (`torch.LongTensor` of shape `(B,)`, *optional*): Which encoded state each perturbation acts
                 on; defaults to one state a perturbation, or the only state for all.
+            familiarity (`torch.FloatTensor` of shape `(B,)`, *optional*): Taken instead of what the imposed levels say.
+                What a prediction is compared with should be asked for with that prediction's `familiarity`: else the
+                difference holds what one Gaussian and the whole model say of the same cell.
 
         Returns:
             [`GppcOutput`] without a loss.
@@ -361,7 +381,8 @@ class GppcForPerturbationPrediction(GppcPreTrainedModel):
         )
         query = query_ids if isinstance(query_ids, GppcQuery) else None
         query_ids = query_ids if query is None else query.query_ids
-        output, levels = self.model.decode(encoded, *perturbations, state_index, perturbation_mask is not None)
+        padded = perturbation_mask is not None
+        output, levels = self.model.decode(encoded, *perturbations, state_index, padded, familiarity)
         response = self.model.linear_response
         with torch.autocast(device_type=device.type, enabled=False):
             # For a few rows the products of loadings cost more than they save.
@@ -382,6 +403,7 @@ class GppcForPerturbationPrediction(GppcPreTrainedModel):
         if self.config.use_departure:
             departure, logvar_change = self.readout(output.last_hidden_state, query_ids, query)
             departure = put(torch.zeros_like(levels), departure.to(base.dtype))
+            departure = departure * output.familiarity[:, None]
             size = torch.linalg.vector_norm(departure.detach().float(), dim=1) / departure.shape[1] ** 0.5
             logits = departure.add_(base)
             logvar = logvar.add_(logvar_change, alpha=2.0 * MAX_LOG_VARIANCE_CHANGE).sub_(MAX_LOG_VARIANCE_CHANGE)
@@ -390,6 +412,7 @@ class GppcForPerturbationPrediction(GppcPreTrainedModel):
             logvar=logvar,
             linear_response=base,
             departure=size,
+            familiarity=output.familiarity,
             encoder_last_hidden_state=output.encoder_last_hidden_state,
             decoder_last_hidden_state=output.last_hidden_state,
         )

@@ -22,6 +22,8 @@ class GppcEncoderOutput(ModelOutput):
             within a state.
         plain_mean (`torch.FloatTensor` of shape `(B, num_factors)`), plain_covariance (`torch.FloatTensor` of shape `(B,
             num_factors, num_factors)`): The same of one Gaussian for all cells, where there are several states.
+        likeness (`torch.FloatTensor` of shape `(B, pairings, num_references)`): Log weights of the reference pairs for
+            this source under every pairing.
     """
 
     last_hidden_state: torch.FloatTensor | None = None
@@ -33,6 +35,7 @@ class GppcEncoderOutput(ModelOutput):
     factor_covariance: torch.FloatTensor | None = None
     plain_mean: torch.FloatTensor | None = None
     plain_covariance: torch.FloatTensor | None = None
+    likeness: torch.FloatTensor | None = None
 
 
 @dataclass
@@ -70,12 +73,14 @@ class GppcModelOutput(ModelOutput):
         encoder_last_hidden_state (`torch.FloatTensor` of shape `(B, L, hidden_size)`): Latents before it.
         factor_mean (`torch.FloatTensor` of shape `(B, num_factors)`): Factors expected after the perturbation.
         factor_covariance (`torch.FloatTensor` of shape `(B, num_factors, num_factors)`): Their covariance.
+        familiarity (`torch.FloatTensor` of shape `(B,)`): As in [`GppcOutput`].
     """
 
     last_hidden_state: torch.FloatTensor | None = None
     encoder_last_hidden_state: torch.FloatTensor | None = None
     factor_mean: torch.FloatTensor | None = None
     factor_covariance: torch.FloatTensor | None = None
+    familiarity: torch.FloatTensor | None = None
 
 
 @dataclass
@@ -88,6 +93,8 @@ class GppcOutput(ModelOutput):
         linear_response (`torch.FloatTensor` of shape `(B, Q)`): The closed-form part of `logits`.
         departure (`torch.FloatTensor` of shape `(B,)`): How far the prediction departed from linear: root mean square
             over the queried genes of `logits - linear_response`, in log value.
+        familiarity (`torch.FloatTensor` of shape `(B,)`): From 0, nothing like the imposed levels was seen in cells like
+            this one and the prediction is one Gaussian's, to 1.
         encoder_last_hidden_state, decoder_last_hidden_state (`torch.FloatTensor` of shape `(B, L, hidden_size)`).
     """
 
@@ -96,5 +103,6 @@ class GppcOutput(ModelOutput):
     logvar: torch.FloatTensor | None = None
     linear_response: torch.FloatTensor | None = None
     departure: torch.FloatTensor | None = None
+    familiarity: torch.FloatTensor | None = None
     encoder_last_hidden_state: torch.FloatTensor | None = None
     decoder_last_hidden_state: torch.FloatTensor | None = None

@@ -142,7 +142,7 @@ class PerturbationPredictionPipeline(Pipeline):
             state = {name: tensor[states] for name, tensor in model_inputs["state"].items()}
             encoded = self.model.encode(**state) if self.model.config.architecture == "latents" else None
 
-            def run(ids, changes, mask, state=state, encoded=encoded, index=index):
+            def run(ids, changes, mask, familiarity=None, state=state, encoded=encoded, index=index):
                 inputs = {
                     "perturbation_ids": ids,
                     "perturbation_values": changes,
@@ -150,15 +150,15 @@ class PerturbationPredictionPipeline(Pipeline):
                     "pairing_ids": torch.full_like(index, model_inputs["pairing"]),
                 }
                 if encoded is not None:
-                    return self.model.decode(encoded, **inputs, state_index=index)
+                    return self.model.decode(encoded, **inputs, state_index=index, familiarity=familiarity)
                 return self.model(**{name: tensor[index] for name, tensor in state.items()}, **inputs)
 
             ids, changes, mask = self._imposed(model_inputs["perturbations"][rows], state, encoded, index)
             after = run(ids, changes, mask)
             if reference == "held":
-                before = run(ids, torch.zeros_like(changes), mask)
+                before = run(ids, torch.zeros_like(changes), mask, after.familiarity)
             else:
-                before = run(ids[:, :0], changes[:, :0], mask[:, :0])
+                before = run(ids[:, :0], changes[:, :0], mask[:, :0], after.familiarity)
             std = None
             if after.logvar is not None:
                 imposed = torch.zeros(after.logvar.shape, device=ids.device).scatter_add(1, ids, mask.float())

@@ -16,12 +16,12 @@ GENES = [f"ENSG{index:011d}" for index in range(12)]
 SYMBOLS = ["STAT1", "IRF1", "CD3D", "MS4A1", "LYZ", "NKG7", "GNLY", "IL7R", "CD8A", "FCGR3A", "PPBP", "CST3"]
 SIZES = {
     "hidden_size": 8,
-    "pool_size": 8,
     "num_latents": 2,
     "readout_size": 8,
     "num_attention_heads": 2,
     "intermediate_size": 16,
     "num_factors": 3,
+    "num_references": 20,
     "encoder_layers": 1,
     "decoder_layers": 1,
 }
@@ -33,7 +33,12 @@ def tiny_model(seed: int = 0, **options) -> GppcForPerturbationPrediction:
     config = GppcConfig(vocab_size=len(GENES), **{"pairings": ["same_type", "same_dataset"], **SIZES, **options})
     model = GppcForPerturbationPrediction(config).eval()
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        tensor.data = torch.rand_like(tensor) + 0.5 if name.endswith("noise") else 0.3 * torch.randn_like(tensor)
+        if name.endswith("reference_covariance"):
+            tensor.data = 0.2 * torch.eye(len(tensor))
+        elif name.endswith(("noise", "reference_width")):
+            tensor.data = torch.rand_like(tensor) + 0.5
+        else:
+            tensor.data = 0.3 * torch.randn_like(tensor)
     return model
 
 

@@ -26,7 +26,6 @@ FLAGS = {
     "model.num_latents": 2,
     "model.hidden_size": 8,
     "model.intermediate_size": 16,
-    "model.pool_size": 8,
     "model.readout_size": 8,
     "model.num_attention_heads": 2,
     "model.encoder_layers": 1,

@@ -14,6 +14,7 @@ from modeling_gppc.evaluation.screen_baselines import ScreenContext, no_change
 from modeling_gppc.evaluation.screen_scores import ScreenPrediction, scored_genes
 from modeling_gppc.feature_extraction_gppc import GppcFeatureExtractor, close_matches
 from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
+from modeling_gppc.outputs_gppc import GppcOutput
 
 
 def read_run(folder: str | Path) -> dict | None:
@@ -78,11 +79,11 @@ class FolderModel:
         level = np.zeros(self.extractor.vocab_size)
         level[columns[found]] = screen.values[controls][:, found].mean(axis=0)
 
-        def expected(at: np.ndarray, change: np.ndarray, pairing: int) -> np.ndarray:
+        def expected(at: np.ndarray, change: np.ndarray, pairing: int, familiarity=None) -> GppcOutput:
             ids = torch.as_tensor(at).expand(len(state), -1)
             imposed = torch.as_tensor((level[at] + change - state[:, at]).astype(np.float32))
             pairings = torch.full((len(state),), pairing, dtype=torch.long)
-            return self.model.decode(encoded, ids, imposed, pairing_ids=pairings).logits.double().mean(dim=0).numpy()
+            return self.model.decode(encoded, ids, imposed, pairing_ids=pairings, familiarity=familiarity)
 
         prediction, size = no_change(context), self.size.of(screen)
         for row, label in enumerate(context.test):
@@ -95,7 +96,9 @@ class FolderModel:
             # A step of a natural size, scaled: a model of unperturbed cells learned nothing of larger ones.
             steps = np.abs(changes) / np.maximum(deviation[genes], 1e-6)
             scale = 1.0 if self.fine_tuned else max(float(steps.max()), 1e-6)
-            response = expected(at, changes / scale, self.perturbed_id) - expected(at, 0 * changes, self.pairing_id)
+            after = expected(at, changes / scale, self.perturbed_id)
+            before = expected(at, 0 * changes, self.pairing_id, after.familiarity)
+            response = (after.logits.double() - before.logits.double()).mean(dim=0).numpy()
             prediction.delta[row, found] = scale * response[columns[found]]
             if not self.fine_tuned:
                 prediction.delta[row] = size(prediction.delta[row], deviation, scored_genes(screen))

@@ -131,8 +131,8 @@ class InContextModel:
         config = GppcConfig(
             vocab_size=n_genes,
             num_factors=self.n_factors,
+            num_references=0,
             hidden_size=64,
-            pool_size=64,
             num_latents=4,
             readout_size=64,
             intermediate_size=128,

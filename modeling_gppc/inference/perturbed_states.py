@@ -45,8 +45,28 @@ class EncodedCells:
             self.levels = self._own_levels()
             self.unperturbed = None
             if prediction.reference == "unperturbed":
-                empty = np.zeros((self.n_cells, 0))
-                self.unperturbed = self._run(empty.astype(np.int64), empty, empty.astype(np.int64))
+                # What a perturbation is compared with has its familiarity, between these two.
+                self.unperturbed = [self._unperturbed(familiarity) for familiarity in (0.0, 1.0)]
+
+    def _unperturbed(self, familiarity: float) -> dict[str, torch.Tensor]:
+        """The cells as they are, as one Gaussian (0) or the whole model (1) sees them."""
+        empty = np.zeros((self.n_cells, 0))
+        given = torch.full((self.n_cells,), familiarity, device=self.device)
+        return self._run(empty.astype(np.int64), empty, empty.astype(np.int64), given)
+
+    def _before(self, after: dict[str, torch.Tensor], ids: np.ndarray, mask: np.ndarray) -> dict[str, torch.Tensor]:
+        """What rows are compared with: the same cells and the same familiarity, nothing changed."""
+        familiarity = after.get("familiarity")
+        if self.unperturbed is None:
+            return self._run(ids, np.zeros(ids.shape), mask, familiarity)
+        repeats = len(ids) // self.n_cells
+        none, whole = ({name: torch.cat([x] * repeats) for name, x in part.items()} for part in self.unperturbed)
+        if familiarity is None:
+            return whole
+        # The mean is linear in the familiarity.
+        return {
+            name: torch.lerp(none[name], whole[name], familiarity[:, None]) for name in ("X", "linear_response_delta")
+        }
 
     def _own_levels(self) -> np.ndarray:
         """Log values of the perturbed genes before the perturbation, estimated where not measured, `(n, genes)`."""
@@ -60,7 +80,9 @@ class EncodedCells:
             levels = self.model.model.imposed_levels(self.encoded, genes, zeros)
         return levels.double().cpu().numpy()
 
-    def _run(self, ids: np.ndarray, changes: np.ndarray, mask: np.ndarray) -> dict[str, torch.Tensor]:
+    def _run(
+        self, ids: np.ndarray, changes: np.ndarray, mask: np.ndarray, familiarity: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
         """Model outputs for rows that repeat the cells, perturbation by perturbation."""
         index = torch.arange(len(ids), device=self.device) % self.n_cells
         inputs = {
@@ -73,12 +95,13 @@ class EncodedCells:
         if self.encoded is None:
             repeated = {name: tensor[index] for name, tensor in self.features.items()}
             return {"X": self.model(**repeated, **inputs).logits.float()}
-        output = self.model.decode(self.encoded, **inputs, state_index=index)
+        output = self.model.decode(self.encoded, **inputs, state_index=index, familiarity=familiarity)
         return {
             "X": output.logits.float(),
             "std": (0.5 * output.logvar.float()).exp(),
             "linear_response_delta": output.linear_response.float(),
             "departure": output.departure.float(),
+            "familiarity": output.familiarity.float(),
         }
 
     @torch.inference_mode()
@@ -99,10 +122,7 @@ class EncodedCells:
         shape = (len(specs) * n_cells, width)
         ids, changes, mask = ids.reshape(shape), changes.reshape(shape), mask.reshape(shape)
         after = self._run(ids, changes, mask)
-        if self.unperturbed is None:
-            before = self._run(ids, np.zeros(shape), mask)
-        else:
-            before = {name: torch.cat([tensor] * len(specs)) for name, tensor in self.unperturbed.items()}
+        before = self._before(after, ids, mask)
         values = {"X": after["X"], "delta": after["X"] - before["X"]}
         if "std" in after:
             rows, places = np.nonzero(mask)
@@ -111,5 +131,5 @@ class EncodedCells:
             values["std"] = after["std"].masked_fill(imposed[:, self.query], 0.0)
             name = "linear_response_delta"
             values[name] = after[name] - before[name]
-            values["departure"] = after["departure"]
+            values.update({name: after[name] for name in prediction.columns})
         return {name: tensor.cpu().numpy() for name, tensor in values.items()}

@@ -46,7 +46,8 @@ def predict_anndata(
         `obs.source_cell`), one column a gene of the model: `X` expected log values; layers `delta` (difference from the
         reference), `std` (of a single cell's log value; zero where imposed) and `linear_response_delta` (the
         closed-form part of `delta`); `obs.departure` (how far the prediction departed from the linear response: root
-        mean square over the genes, in log value); `var` (`gene_symbol`, `measured` in the input); `varm["mean_delta"]` (a column a
+        mean square over the genes, in log value); `obs.familiarity` (from 0, nothing like the imposed levels was seen in
+        such cells and the prediction is one Gaussian's, to 1); `var` (`gene_symbol`, `measured` in the input); `varm["mean_delta"]` (a column a
         perturbation); `uns["gppc"]` where it comes from and which genes of the input the model does not know.
 
     Raises:

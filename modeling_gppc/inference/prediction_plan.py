@@ -19,7 +19,7 @@ from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
 
 REFERENCES = ("unperturbed", "held")
 # Columns of obs that a prediction adds; columns of these names in the input are kept with `input_` in front.
-ADDED_COLUMNS = ("perturbation", "source_cell", "departure")
+ADDED_COLUMNS = ("perturbation", "source_cell", "departure", "familiarity")
 
 
 @dataclass
@@ -68,7 +68,7 @@ class Prediction:
     @property
     def columns(self) -> tuple[str, ...]:
         """Columns of obs that the model computes, a number a row."""
-        return ("departure",) if self.model.config.architecture == "latents" else ()
+        return ("departure", "familiarity") if self.model.config.architecture == "latents" else ()
 
     @property
     def perturbed(self) -> np.ndarray:

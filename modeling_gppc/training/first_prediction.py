@@ -101,8 +101,9 @@ def first_prediction(
     inputs = extractor.from_values(values, folder.panels[panel[rows]])
     encoded = model.eval().encode(**{name: tensor.to(device) for name, tensor in inputs.items()})
     change = extractor.perturbation_features(perturbation, values)
-    changed = model.decode(encoded, **{name: tensor.to(device) for name, tensor in change.items()}).logits
-    delta = (changed - model.decode(encoded).logits).float().cpu().numpy()
+    changed = model.decode(encoded, **{name: tensor.to(device) for name, tensor in change.items()})
+    before = model.decode(encoded, familiarity=changed.familiarity)
+    delta = (changed.logits - before.logits).float().cpu().numpy()
     mean, error = delta.mean(axis=0), delta.std(axis=0) / np.sqrt(len(delta))
     others = np.setdiff1d(np.arange(len(mean)), imposed)
     order = others[np.argsort(-np.abs(mean[others]))]

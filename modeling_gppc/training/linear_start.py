@@ -10,6 +10,7 @@ from modeling_gppc.modeling_gppc import IGNORED_LABEL, GppcForPerturbationPredic
 from modeling_gppc.training.data_collator import PairCollator
 from modeling_gppc.training.factor_mixture import FactorMixture, fit_factor_mixture, fit_mixture_coupling
 from modeling_gppc.training.factor_model import FactorModel, fit_factor_model
+from modeling_gppc.training.familiarity import choose_width, put_references
 from modeling_gppc.training.pair_dataset import PairDataset
 
 # Dense cells in memory at a time: 64 million values are 256 MB.
@@ -20,6 +21,7 @@ EVIDENCE_SCALES = (1.0, 0.7, 0.5, 0.35, 0.25, 0.1)
 SCALE_PAIRS = 1_536
 # Of the one Gaussian in the average. Not tuned: halves.
 PLAIN_SHARE = 0.5
+PERTURBATIONS = ("perturbation_ids", "perturbation_values", "perturbation_mask", "pairing_ids")
 
 
 def initialize_linear_response(
@@ -89,6 +91,9 @@ def initialize_linear_response(
         state = {name: tensor.clone() for name, tensor in response.state_dict().items()}
         if (put_states(config.num_components) > errors).any():
             response.load_state_dict(state)
+    if config.num_references > 0:
+        put_references(model, dataset, panels, pairs, rng)
+        choose_width(model, validation, panels, held_out)
 
 
 @torch.no_grad()
@@ -102,7 +107,8 @@ def _put_mixture(response: GppcLinearResponse, mixture: FactorMixture) -> None:
     response.component_logits.fill_(UNUSED)[:components] = _tensor(np.log(mixture.weights), response)
     response.transition_logits.zero_()
     response.coupling.zero_()
-    response.plain_root.zero_()
+    # One state is the plain Gaussian itself.
+    response.plain_root.copy_(torch.eye(len(response.plain_root)))
     response.plain_coupling.zero_()
     response.plain_share.zero_()
 
@@ -112,6 +118,7 @@ def _put_plain(
     response: GppcLinearResponse, model: FactorModel, mixture: FactorMixture, coupling: torch.Tensor
 ) -> None:
     """The one Gaussian beside the states, its factors in terms of theirs."""
+    response.plain_root.zero_()
     root = np.linalg.lstsq(mixture.model.loadings, model.loadings, rcond=None)[0]
     response.plain_root[: len(root), : len(root)] = _tensor(root, response)
     response.plain_coupling.copy_(coupling)
@@ -138,6 +145,8 @@ def _put_coupling(
     )
     components, factors = mixture.means.shape
     response.coupling[pairing, :factors, :factors] = _tensor(coupling, response)
+    if components == 1:
+        response.plain_coupling[pairing] = response.coupling[pairing]
     response.transition_logits[pairing].fill_(UNUSED)
     response.transition_logits[pairing, :components, :components] = _tensor(np.log(transition), response)
 
@@ -164,28 +173,36 @@ def linear_errors(
     totals = np.zeros(len(model.config.pairings))
     for start in range(0, len(rows), 256):
         batch = collate(dataset[rows[start : start + 256]])
-        labels, perturbations = batch.pop("labels"), {}
-        for name in ("perturbation_ids", "perturbation_values", "perturbation_mask", "pairing_ids"):
-            perturbations[name] = batch.pop(name)
-        encoded = model.encode(**batch)
-        levels = model.model.imposed_levels(
-            encoded, perturbations["perturbation_ids"], perturbations["perturbation_values"]
-        )
-        _, mean, _ = response.condition(
-            encoded.component_logits,
-            encoded.factor_residual,
-            encoded.factor_covariance,
-            perturbations["pairing_ids"],
-            perturbations["perturbation_ids"],
-            levels,
-            perturbations["perturbation_mask"],
-            plain_mean=encoded.plain_mean,
-            plain_covariance=encoded.plain_covariance,
-        )
+        labels = batch["labels"]
+        _, mean, *_ = linear_response_of(model, batch)
         expected = response.gene_mean + mean @ response.loadings.T
         error = torch.where(labels != IGNORED_LABEL, expected - labels, torch.zeros(())).square().sum(1)
-        totals += np.bincount(perturbations["pairing_ids"], weights=error.double(), minlength=len(totals))
+        totals += np.bincount(batch["pairing_ids"], weights=error.double(), minlength=len(totals))
     return totals
+
+
+def linear_response_of(
+    model: GppcForPerturbationPrediction, batch: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, ...]:
+    """What [`GppcLinearResponse.condition`] says of a collated batch."""
+    perturbations = {name: batch[name] for name in PERTURBATIONS}
+    encoded = model.encode(
+        **{name: tensor for name, tensor in batch.items() if name not in (*PERTURBATIONS, "labels")}
+    )
+    ids, changes = perturbations["perturbation_ids"], perturbations["perturbation_values"]
+    return model.model.linear_response.condition(
+        encoded.component_logits,
+        encoded.factor_residual,
+        encoded.factor_covariance,
+        perturbations["pairing_ids"],
+        ids,
+        model.model.imposed_levels(encoded, ids, changes),
+        perturbations["perturbation_mask"],
+        plain_mean=encoded.plain_mean,
+        plain_covariance=encoded.plain_covariance,
+        likeness=encoded.likeness,
+        changes=changes,
+    )
 
 
 def keep_departure_if_it_pays(model: GppcForPerturbationPrediction, log_history: list[dict]) -> bool:

@@ -18,16 +18,17 @@ OWN_SETTINGS = (
     "default_pairing",
     "num_factors",
     "num_components",
+    "num_references",
     "use_departure",
     "hidden_dropout_prob",
     "attention_probs_dropout_prob",
     "variance_loss_weight",
 )
 # Tensors with a row a gene, and with a row a pairing.
-GENE_TABLES = ("gene_pool", "perturbation_embedding", "gene_vectors", "gene_logvar")
+GENE_TABLES = ("perturbation_embedding", "gene_vectors", "gene_logvar")
 PAIRING_TABLE = "pairing_embedding"
 # Closed form of the run's own cells, and what reads its factors.
-FITTED_ANEW = ("linear_response", "factor_proj")
+FITTED_ANEW = ("linear_response", "state_proj", "factor_proj")
 
 
 def start_from(

@@ -24,7 +24,6 @@ SIZES = {
     "num_latents": 2,
     "hidden_size": 8,
     "intermediate_size": 16,
-    "pool_size": 8,
     "readout_size": 8,
     "num_attention_heads": 2,
     "hidden_dropout_prob": 0.0,

@@ -16,7 +16,7 @@ from modeling_gppc.training.factor_model import choose_rank
 from modeling_gppc.training.screen_data import ScreenTrainingOptions, prepare_screen_pairs
 
 SMALL = [
-    *("--model.hidden_size", "8", "--model.intermediate_size", "16", "--model.pool_size", "8"),
+    *("--model.hidden_size", "8", "--model.intermediate_size", "16"),
     *("--model.readout_size", "8", "--model.num_latents", "2", "--training.max_steps", "2"),
     *("--training.eval_steps", "2", "--training.save_steps", "2", "--training.warmup_steps", "1"),
     *("--training.per_device_train_batch_size", "32", "--training.use_cpu", "true"),

@@ -398,7 +398,6 @@ def test_a_saved_model_is_scored_as_it_is(screen, tmp_path):
         vocab_size=N_GENES,
         num_factors=4,
         hidden_size=8,
-        pool_size=8,
         readout_size=8,
         num_latents=2,
         use_departure=False,

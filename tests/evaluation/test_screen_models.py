@@ -29,7 +29,7 @@ from modeling_gppc.training.arguments import CONFIGS, parse_options
 
 SMALL = [
     *("--model.num_factors", "3", "--model.hidden_size", "8", "--model.intermediate_size", "16"),
-    *("--model.pool_size", "8", "--model.readout_size", "8", "--model.num_latents", "2"),
+    *("--model.readout_size", "8", "--model.num_latents", "2"),
     *("--training.max_steps", "4", "--training.eval_steps", "2", "--training.save_steps", "2"),
     *("--training.warmup_steps", "1", "--training.linear_start_iterations", "20"),
     *("--training.per_device_train_batch_size", "32", "--training.use_cpu", "true"),
@@ -123,7 +123,7 @@ def test_a_run_starts_from_a_trained_model(in_context, file, tmp_path):
     flags = ["--training.start_from", str(in_context), "--training.learning_rate", "1e-12", "--seed", "1"]
     model = train_on(other, tmp_path / "run", "screen_in_context", *flags)
     start, end = (GppcForPerturbationPrediction.from_pretrained(path) for path in (in_context, model))
-    old, new = start.model.gene_pool.weight, end.model.gene_pool.weight
+    old, new = start.model.perturbation_embedding.weight, end.model.perturbation_embedding.weight
     assert np.allclose(old[1:].detach(), new[1:].detach(), atol=1e-6)
     assert not np.allclose(old[0].detach(), new[0].detach(), atol=1e-3)
     assert read_run(model)["start_from"]["screen"]["name"] == "screen"

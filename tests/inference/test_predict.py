@@ -41,21 +41,26 @@ def values_of(cells):
     return values
 
 
-def by_hand(cells, changes, model=None, pairing=0):
+def by_hand(cells, changes, model=None, pairing=0, familiarity=None):
     """The model's own answer for a mapping gene -> change of log value, `(n, V)` array or number."""
     model = tiny_model() if model is None else model
     values = values_of(cells)
     ids = torch.tensor([[*changes]] * len(values), dtype=torch.long).reshape(len(values), len(changes))
     delta = np.stack([np.broadcast_to(change, len(values)) for change in changes.values()] or [[]], axis=1)
     with torch.no_grad():
-        return model(
-            input_ids=torch.arange(12).expand(len(values), -1),
-            expression_values=torch.tensor(values, dtype=torch.float32),
-            measured_mask=torch.from_numpy(MEASURED).expand(len(values), -1),
-            perturbation_ids=ids,
-            perturbation_values=torch.tensor(delta, dtype=torch.float32).reshape(ids.shape),
-            pairing_ids=torch.full((len(values),), pairing),
-        )
+        source = {
+            "input_ids": torch.arange(12).expand(len(values), -1),
+            "expression_values": torch.tensor(values, dtype=torch.float32),
+            "measured_mask": torch.from_numpy(MEASURED).expand(len(values), -1),
+        }
+        perturbations = {
+            "perturbation_ids": ids,
+            "perturbation_values": torch.tensor(delta, dtype=torch.float32).reshape(ids.shape),
+            "pairing_ids": torch.full((len(values),), pairing),
+        }
+        if model.origin is not None:
+            return model(**source, **perturbations)
+        return model.decode(model.encode(**source), **perturbations, familiarity=familiarity)
 
 
 def predict(cells, *perturbations, model=None, **options):
@@ -89,7 +94,8 @@ def test_equals_the_model(text, reference):
     output = predict(cells, text, reference=reference)
     changes = CHANGES[text](values_of(cells))
     after = by_hand(cells, changes)
-    before = by_hand(cells, {} if reference == "unperturbed" else dict.fromkeys(changes, 0.0))
+    start = {} if reference == "unperturbed" else dict.fromkeys(changes, 0.0)
+    before = by_hand(cells, start, familiarity=after.familiarity)
     imposed = np.isin(np.arange(12), [*changes])
     np.testing.assert_allclose(output.X, after.logits, atol=1e-5)
     np.testing.assert_allclose(output.layers["delta"], after.logits - before.logits, atol=1e-5)
@@ -98,6 +104,7 @@ def test_equals_the_model(text, reference):
     departure = np.sqrt(((after.logits - after.linear_response).numpy() ** 2).mean(axis=1))
     np.testing.assert_allclose(output.obs["departure"], departure, atol=1e-5)
     assert departure.max() > 0.01
+    np.testing.assert_allclose(output.obs["familiarity"], after.familiarity, atol=1e-6)
     std = np.exp(after.logvar.numpy() / 2)
     np.testing.assert_allclose(output.layers["std"], np.where(imposed, 0, std), atol=1e-5)
     np.testing.assert_allclose(output.varm["mean_delta"][:, 0], output.layers["delta"].mean(axis=0), atol=1e-6)

@@ -60,8 +60,8 @@ def test_sizes_reach_the_model(architecture):
         assert model.origin.embedding.weight.shape == (12, 8)
         assert model.model is None
         return
-    assert model.model.gene_pool.weight.shape == (12, 8)
+    assert model.model.perturbation_embedding.weight.shape == (12, 8)
     assert model.model.latents.shape == (2, 8)
     assert model.model.linear_response.loadings.shape == (12, 3)
     assert model.readout.gene_vectors.shape == (12, 8)
-    assert model.get_input_embeddings() is model.model.gene_pool
+    assert model.get_input_embeddings() is model.model.perturbation_embedding

@@ -27,9 +27,7 @@ def posterior(response: GppcLinearResponse, level: float, number: int) -> torch.
     state = response.encode(-3 * torch.ones(1, 3), torch.ones(1, 3, dtype=torch.bool), None)[:4]
     ids = torch.arange(number)[None]
     levels, mask = torch.full((1, number), level), torch.ones(1, number)
-    logits, _, _ = response.condition(
-        state[0], state[2], state[3], torch.zeros(1, dtype=torch.long), ids, levels, mask
-    )
+    logits, *_ = response.condition(state[0], state[2], state[3], torch.zeros(1, dtype=torch.long), ids, levels, mask)
     return logits.exp()[0, 1]
 
 
@@ -67,7 +65,7 @@ def answer(response: GppcLinearResponse, number: int, seed: int = 1) -> tuple[to
     ids = torch.rand(5, 9, generator=generator).argsort(1)[:, :number]
     levels, mask = torch.randn(5, number, generator=generator), torch.ones(5, number)
     pairing = torch.tensor([0, 1, 0, 1, 1])
-    _, mean, spread = response.condition(logits, residual, covariance, pairing, ids, levels, mask, None, *plain)
+    _, mean, spread, *_ = response.condition(logits, residual, covariance, pairing, ids, levels, mask, None, *plain)
     return response.gene_mean + mean @ response.loadings.T, torch.einsum(
         "vr,brs,vs->bv", response.loadings, spread, response.loadings
     )

@@ -9,7 +9,7 @@ from scipy.stats import multivariate_normal
 from tiny_model import GENES, SIZES, tiny_model
 
 from modeling_gppc.configuration_gppc import GppcConfig
-from modeling_gppc.linear_response_gppc import MAX_EVIDENCE
+from modeling_gppc.linear_response_gppc import ALWAYS, MAX_EVIDENCE
 from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
 from modeling_gppc.training.factor_model import FactorModel, PairCoupling, predict_factor_model
 
@@ -508,6 +508,7 @@ def test_cell_states_are_weighed_by_bayes_rule(seed, pairing):
     response.coupling.zero_()
     response.evidence_scale.fill_(1.0)
     response.plain_share.zero_()
+    response.familiarity_logit.fill_(ALWAYS)
     p = {name: buffer.double().numpy() for name, buffer in response.named_buffers()}
     covariance = p["loadings"] @ p["loadings"].T + np.diag(p["noise"])
     means = p["gene_mean"] + p["component_means"] @ p["loadings"].T

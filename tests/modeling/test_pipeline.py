@@ -28,7 +28,12 @@ def by_hand(counts, perturbation, pairing=0, library_size=None, reference="unper
     with torch.no_grad():
         after = model(**state, **change, pairing_ids=pairing_ids)
         held = {**change, "perturbation_values": torch.zeros_like(change["perturbation_values"])}
-        before = model(**state, **(held if reference == "held" else {}), pairing_ids=pairing_ids)
+        start = held if reference == "held" else {}
+        if model.origin is None:
+            encoded = model.encode(**state)
+            before = model.decode(encoded, **start, pairing_ids=pairing_ids, familiarity=after.familiarity)
+        else:
+            before = model(**state, **start, pairing_ids=pairing_ids)
     std = None
     if after.logvar is not None:
         std = torch.exp(after.logvar / 2)[0].numpy()

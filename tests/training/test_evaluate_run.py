@@ -16,7 +16,7 @@ from modeling_gppc.training.evaluate_run import evaluate_run, load_network_of
 from modeling_gppc.training.pair_dataset import PairDataset
 
 SIZES = {"num_factors": 3, "num_components": 2, "num_latents": 2, "hidden_size": 8, "intermediate_size": 16}
-SMALL = {**SIZES, "pool_size": 8, "readout_size": 8, "num_attention_heads": 2}
+SMALL = {**SIZES, "readout_size": 8, "num_attention_heads": 2}
 
 
 @pytest.fixture(scope="module")

@@ -61,7 +61,6 @@ def started(train: pa.Table, validation: pa.Table, components: int) -> GppcForPe
         hidden_size=8,
         num_attention_heads=2,
         num_latents=1,
-        pool_size=8,
         readout_size=8,
         intermediate_size=8,
     )

@@ -19,7 +19,7 @@ from modeling_gppc.training.throughput import Throughput, summarize
 from modeling_gppc.training.trainer import make_trainer
 
 SIZES = {"num_factors": 3, "num_components": 2, "num_latents": 2, "hidden_size": 8, "intermediate_size": 16}
-SMALL = {**SIZES, "pool_size": 8, "readout_size": 8, "num_attention_heads": 2}
+SMALL = {**SIZES, "readout_size": 8, "num_attention_heads": 2}
 
 
 @pytest.fixture(scope="module")
