@@ -1,10 +1,11 @@
 """A genome-wide screen of one cell: encoded once and decoded in chunks, against encoding it for every perturbation.
 
     python benchmarks/bench_screen_prediction.py --out screen.json     # 20,000 perturbations x 2,000 genes
+    python benchmarks/bench_screen_prediction.py --means               # expected values alone, no variances
     python benchmarks/bench_screen_prediction.py --smoke               # tiny, seconds
 
-Same model, same run. "One by one" calls the model once a perturbation, as a loop over a pipeline does; "in batches"
-encodes the cell again in every row of a batch.
+Same model, same run, the same asked of all ways. "One by one" encodes and decodes once a perturbation, as a loop over a
+pipeline does; "in batches" encodes the cell again in every row of a batch.
 """
 
 import argparse
@@ -34,6 +35,7 @@ class Screen:
 
     def __init__(self, arguments: argparse.Namespace):
         self.chunk, self.batch = arguments.chunk, arguments.batch
+        self.options = {"with_variance": not arguments.means}
         options = SHIPPED if arguments.size == "default" else {}
         build = GppcConfig if options else partial(GppcConfig.from_size, arguments.size)
         self.model = fitted_like_model(build(vocab_size=arguments.genes, **options)).eval()
@@ -57,7 +59,7 @@ class Screen:
         """Perturbations with an encoding for each of them."""
         state = {name: tensor if name == "measured_mask" else tensor[index] for name, tensor in self.state.items()}
         perturbed = {"perturbation_ids": self.ids[rows], "perturbation_values": self.changes[rows]}
-        return self.model(**state, **perturbed, query_ids=self.queries)
+        return self.model.decode(self.model.encode(**state), **perturbed, query_ids=self.queries, **self.options)
 
     def run(self, beside: int) -> float:
         """The whole screen, encoding included; after every chunk some of its perturbations are predicted in the other
@@ -74,12 +76,14 @@ class Screen:
             output = self.timed(
                 "encoded_once",
                 rows.stop - rows.start,
-                lambda rows=rows: self.model.decode(once, self.ids[rows], self.changes[rows], query_ids=asked),
+                lambda rows=rows: self.model.decode(
+                    once, self.ids[rows], self.changes[rows], query_ids=asked, **self.options
+                ),
             )
             for row in range(rows.start, min(rows.start + beside, rows.stop)):
                 one = slice(row, row + 1)
                 alone = self.timed("one_by_one", 1, lambda one=one: self.alone(one, [0]))
-                for name in OUTPUTS:
+                for name in OUTPUTS if self.options["with_variance"] else ("logits", "linear_response"):
                     largest = max(largest, float((alone[name][0] - output[name][row - rows.start]).abs().max()))
             if first % (8 * self.chunk) == 0:
                 few = slice(first, min(first + self.batch, len(self.ids)))
@@ -94,7 +98,8 @@ def compare(arguments: argparse.Namespace) -> dict:
     with torch.inference_mode():
         rows = slice(0, min(screen.chunk, len(screen.ids)))
         warm = screen.model.encode(**screen.state)
-        screen.model.decode(warm, screen.ids[rows], screen.changes[rows], query_ids=screen.model.query(screen.queries))
+        asked = screen.model.query(screen.queries)
+        screen.model.decode(warm, screen.ids[rows], screen.changes[rows], query_ids=asked, **screen.options)
         screen.alone(slice(0, 1), [0])
         before = peak_rss_gb()
         largest = screen.run(arguments.beside)
@@ -102,6 +107,7 @@ def compare(arguments: argparse.Namespace) -> dict:
     return {
         "machine": machine(),
         "size": arguments.size,
+        "variances": not arguments.means,
         "parameters": screen.model.num_parameters(),
         "genes": arguments.genes,
         "perturbations": len(screen.ids),
@@ -128,6 +134,7 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=256, help="perturbations decoded at once")
     parser.add_argument("--beside", type=int, default=4, help="perturbations of a chunk that are also run alone")
     parser.add_argument("--batch", type=int, default=64, help="rows of a batch that encodes every row")
+    parser.add_argument("--means", action="store_true", help="expected values alone, in all ways")
     parser.add_argument("--threads", type=int, default=2, help="1 where other work shares the machine")
     parser.add_argument("--smoke", action="store_true", help="a tiny screen, to see that the benchmark runs")
     parser.add_argument("--out", help="JSON file")

@@ -197,15 +197,22 @@ class GppcReadout(nn.Module):
         return {"vectors": vectors, "vectors_logvar": vectors_logvar, "gene_logvar": gene_logvar}
 
     def forward(
-        self, hidden_states: torch.Tensor, query_ids: torch.Tensor | None, query: GppcQuery | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Departure of the mean from the linear response, and the log variance's place between its bounds, from 0 to 1,
-        each `(B, Q)`."""
+        self,
+        hidden_states: torch.Tensor,
+        familiarity: torch.Tensor,
+        query_ids: torch.Tensor | None,
+        query: GppcQuery | None = None,
+        with_variance: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Departure of the mean from the linear response, as far as `familiarity` `(B,)` lets it, and the log variance's
+        place between its bounds, from 0 to 1, each `(B, Q)`."""
         state = self.dropout(self.activation(self.proj(hidden_states.flatten(1))))
         # Gathered in here, where sharded weights are whole, unless it was done before.
         found = self.gather(query_ids) if query is None else query
         vectors, vectors_logvar, gene_logvar = found["vectors"], found["vectors_logvar"], found["gene_logvar"]
-        departure = state @ vectors.T
+        departure = (familiarity[:, None].to(state.dtype) * state) @ vectors.T
+        if not with_variance:
+            return departure, None
         # The hyperbolic tangent of what is learned over the bound, as a sigmoid: a sixth of its time on a CPU.
         scale = 2.0 / MAX_LOG_VARIANCE_CHANGE
         logvar = (scale * state.detach() @ vectors_logvar.T).to(gene_logvar.dtype).add_(scale * gene_logvar)

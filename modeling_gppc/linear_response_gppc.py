@@ -314,14 +314,16 @@ class GppcLinearResponse(nn.Module):
     def read(
         self,
         mean: torch.Tensor,
-        covariance: torch.Tensor,
+        covariance: torch.Tensor | None,
         gene_mean: torch.Tensor,
         loadings: torch.Tensor,
         noise: torch.Tensor,
         pairs: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Expected log value and its variance, each `(B, Q)`, at the genes of `gather`."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Expected log value and, given a covariance, its variance, each `(B, Q)`, at the genes of `gather`."""
         expected = torch.addmm(gene_mean, mean, loadings.T)
+        if covariance is None:
+            return expected, None
         if pairs is None:
             spread = ((loadings @ covariance) * loadings).sum(-1)
         else:

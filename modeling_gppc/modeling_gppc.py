@@ -349,6 +349,7 @@ class GppcForPerturbationPrediction(GppcPreTrainedModel):
         query_ids: torch.LongTensor | GppcQuery | None = None,
         state_index: torch.LongTensor | None = None,
         familiarity: torch.Tensor | None = None,
+        with_variance: bool = True,
     ) -> GppcOutput:
         """
         Predicts expression after perturbations of encoded states.
@@ -362,6 +363,8 @@ class GppcForPerturbationPrediction(GppcPreTrainedModel):
             familiarity (`torch.FloatTensor` of shape `(B,)`, *optional*): Taken instead of what the imposed levels say.
                 What a prediction is compared with should be asked for with that prediction's `familiarity`: else the
                 difference holds what one Gaussian and the whole model say of the same cell.
+            with_variance (`bool`, *optional*, defaults to `True`): Whether to predict `logvar` too, half of the work of
+                a large screen.
 
         Returns:
             [`GppcOutput`] without a loss.
@@ -386,10 +389,11 @@ class GppcForPerturbationPrediction(GppcPreTrainedModel):
         response = self.model.linear_response
         with torch.autocast(device_type=device.type, enabled=False):
             # For a few rows the products of loadings cost more than they save.
-            pairs = rows > 2 * self.config.num_factors
+            pairs = with_variance and rows > 2 * self.config.num_factors
             gathered = response.gather(query_ids, pairs) if query is None else query
             read = {name: gathered[name] for name in RESPONSE_READ}
-            expected, variance = response.read(output.factor_mean, output.factor_covariance, **read)
+            covariance = output.factor_covariance if with_variance else None
+            expected, variance = response.read(output.factor_mean, covariance, **read)
         ids, _, mask, _ = perturbations
         place = None if query is None else query.place
 
@@ -399,14 +403,16 @@ class GppcForPerturbationPrediction(GppcPreTrainedModel):
         # Done in place as far as can be: every pass below is over a tensor as large as the answer.
         base = expected if self.config.use_linear_response else read["gene_mean"].expand_as(expected).clone()
         base = put(levels, base)
-        logits, logvar, size = base, variance.log_(), base.new_zeros(rows)
+        logits, logvar, size = base, None if variance is None else variance.log_(), base.new_zeros(rows)
         if self.config.use_departure:
-            departure, logvar_change = self.readout(output.last_hidden_state, query_ids, query)
+            departure, logvar_change = self.readout(
+                output.last_hidden_state, output.familiarity, query_ids, query, with_variance
+            )
             departure = put(torch.zeros_like(levels), departure.to(base.dtype))
-            departure = departure * output.familiarity[:, None]
             size = torch.linalg.vector_norm(departure.detach().float(), dim=1) / departure.shape[1] ** 0.5
             logits = departure.add_(base)
-            logvar = logvar.add_(logvar_change, alpha=2.0 * MAX_LOG_VARIANCE_CHANGE).sub_(MAX_LOG_VARIANCE_CHANGE)
+            if logvar is not None:
+                logvar = logvar.add_(logvar_change, alpha=2.0 * MAX_LOG_VARIANCE_CHANGE).sub_(MAX_LOG_VARIANCE_CHANGE)
         return GppcOutput(
             logits=logits,
             logvar=logvar,

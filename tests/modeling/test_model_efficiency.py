@@ -193,3 +193,17 @@ def test_a_run_can_name_a_size_and_change_it(tmp_path):
     assert (config.hidden_size, config.num_latents) == (NAMED_SIZES["tiny"]["hidden_size"], 3)
     with pytest.raises(ValueError, match="`size` is 'tinny'"):
         parse_options(str(own), ["--model.size", "tinny"])
+
+
+@torch.no_grad()
+def test_means_without_variances_are_the_same_means():
+    model = random_model(num_factors=4)
+    inputs = random_inputs(3, batch=5)
+    state = {name: inputs.pop(name) for name in ("input_ids", "expression_values", "attention_mask", "measured_mask")}
+    encoded = model.encode(**state)
+    for query_ids in (None, torch.tensor([3, 1]), model.query(torch.tensor([3, 1]))):
+        both = model.decode(encoded, **inputs, query_ids=query_ids)
+        means = model.decode(encoded, **inputs, query_ids=query_ids, with_variance=False)
+        assert means.logvar is None and both.logvar is not None
+        for name in ("logits", "linear_response", "departure", "familiarity"):
+            torch.testing.assert_close(means[name], both[name], atol=1e-6, rtol=1e-6)
