@@ -85,7 +85,9 @@ def test_the_closed_form_start_is_that_of_the_stored_rows(streamed, stored):
     # The sample holds every row of so small a store.
     linear = [logged(out, "eval_linear_mse") for out in (streamed, stored)]
     assert linear[0] == pytest.approx(linear[1], abs=1e-7)
-    assert logged(streamed, "eval_mse")[28] < logged(streamed, "eval_mse")[4]
+    # Cells without structure: there is nothing to learn, but every evaluation sees another network.
+    errors = list(logged(streamed, "eval_mse").values())
+    assert len(set(errors)) == len(errors) > 5
 
 
 def test_epochs_and_waiting_are_logged(streamed):
