@@ -16,10 +16,11 @@ class Late:
         print("interpreter ended", flush=True)
 
 late = Late()
-ThreadPoolExecutor(1).submit(print, "pool")
-threading.Thread(target=lambda: (time.sleep(0.2), print("thread"))).start()
-atexit.register(print, "logger")
-print("work", end=" ")
+# One write each: `print` ends a line with a second one, and another thread may write in between.
+ThreadPoolExecutor(1).submit(sys.stdout.write, "pool ")
+threading.Thread(target=lambda: (time.sleep(0.2), sys.stdout.write("thread "))).start()
+atexit.register(sys.stdout.write, "logger ")
+sys.stdout.write("work ")
 leave(3, int(sys.argv[1]))
 """
 
