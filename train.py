@@ -240,7 +240,9 @@ def main(argv: list[str] | None = None) -> int:
             print(f"train.py: error: {error}", file=sys.stderr)
         return 2
     finally:
-        if state is not None:
+        # Among several, `leave` ends the process: its group's end joins Gloo's threads and holds the interpreter's lock,
+        # which these may be waiting for.
+        if state is not None and state.num_processes == 1:
             state.destroy_process_group()
     return 0
 

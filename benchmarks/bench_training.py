@@ -74,9 +74,7 @@ def train(arguments: argparse.Namespace) -> None:
             medians = {key: statistics.median(entry[key] for entry in entries) for key in KEYS}
             Path(arguments.out).write_text(json.dumps({"processes": state.num_processes, **medians}))
     state.wait_for_everyone()
-    n_processes = state.num_processes
-    state.destroy_process_group()
-    leave(0, n_processes)
+    leave(0, state.num_processes)
 
 
 def source_flags(arguments: argparse.Namespace) -> dict[str, str]:

@@ -101,7 +101,7 @@ def leave(code: int, n_processes: int) -> NoReturn:
     Gloo's threads free the last message after the main thread has gone on. If the interpreter is ending by then, they
     cannot take its lock and abort the process (PyTorch 2.13, seen in one of 30 launches), and the launcher reports a
     finished run as failed. `destroy_process_group` does not end these threads while caches of sharded tensors hold the
-    group.
+    group, and joins them with the lock held where it does: it is left out before this, too.
 
     Args:
         code (`int`): Exit status.

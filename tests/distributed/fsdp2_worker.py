@@ -91,10 +91,8 @@ def main() -> None:
         whole.save_pretrained(out)
         facts = {"world": dist.get_world_size(), "local": local, "all": whole.num_parameters()}
         torch.save({"predicted": predicted, **facts}, out / "predicted.pt")
-    world = dist.get_world_size()
     dist.barrier()
-    dist.destroy_process_group()
-    leave(0, world)
+    leave(0, dist.get_world_size())
 
 
 if __name__ == "__main__":
