@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--genes", type=int, default=20_000, help="genes of the model")
     parser.add_argument("--perturbations", type=int, default=20_000, help="single-gene perturbations")
     parser.add_argument("--queries", type=int, default=2_000, help="genes that are predicted")
-    parser.add_argument("--chunk", type=int, default=512, help="perturbations decoded at once")
+    parser.add_argument("--chunk", type=int, default=1024, help="perturbations decoded at once")
     parser.add_argument("--beside", type=int, default=4, help="perturbations of a chunk that are also run alone")
     parser.add_argument("--batch", type=int, default=64, help="rows of a batch that encodes every row")
     parser.add_argument("--means", action="store_true", help="expected values alone, in all ways")

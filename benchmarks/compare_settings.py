@@ -74,7 +74,9 @@ class Setting:
 UNTOLD = (
     "all parts",
     "without the encoded state",
-    "without the encoder block",
+    "without encoder blocks",
+    "one encoder block",
+    "more latents",
     "one decoder block",
     "without decoder blocks",
     "without perturbation tokens",
