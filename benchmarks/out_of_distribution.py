@@ -49,8 +49,7 @@ ROUNDING = 1e-5
 SMALL = {
     "num_factors": 16,
     "num_components": 8,
-    "num_latents": 1,
-    "encoder_layers": 2,
+    "num_latents": 3,
     "hidden_size": 64,
     "intermediate_size": 128,
     "readout_size": 64,

@@ -62,10 +62,9 @@ class GppcConfig(PreTrainedConfig):
         architecture (`str`, *optional*, defaults to `"latents"`): `"latents"`, or `"origin"`: the form GPPC grew out
             of (gene embedding x value tokens, no gene identity where nothing is perturbed), kept for the record.
         hidden_size (`int`, *optional*, defaults to 128): Width of the latents and of the perturbation tokens.
-        num_latents (`int`, *optional*, defaults to 1): Latent vectors that hold the encoded state; more than one did not
-            pay where it was tried.
+        num_latents (`int`, *optional*, defaults to 8): Latent vectors that hold the encoded state.
         readout_size (`int`, *optional*, defaults to 256): Width of the bilinear read-out of the queried genes.
-        encoder_layers (`int`, *optional*, defaults to 2): Blocks over the latents, independent of the perturbation.
+        encoder_layers (`int`, *optional*, defaults to 1): Blocks over the latents, independent of the perturbation.
         decoder_layers (`int`, *optional*, defaults to 2): Blocks over latents and perturbation tokens.
         num_attention_heads (`int`, *optional*, defaults to 4): Heads of every attention.
         intermediate_size (`int`, *optional*, defaults to 256): Width of the feed-forward layers.
@@ -102,9 +101,9 @@ class GppcConfig(PreTrainedConfig):
     vocab_size: int = 1000
     architecture: str = "latents"
     hidden_size: int = 128
-    num_latents: int = 1
+    num_latents: int = 8
     readout_size: int = 256
-    encoder_layers: int = 2
+    encoder_layers: int = 1
     decoder_layers: int = 2
     num_attention_heads: int = 4
     intermediate_size: int = 256

@@ -218,8 +218,10 @@ class GppcLinearResponse(nn.Module):
             noise = self.noise[ids] * mask + (1 - mask)
             centred = (levels - self.gene_mean[ids]) * mask
             if judged:
-                state = torch.arange(len(ids), device=ids.device) if state_index is None else state_index
-                like = likeness.flatten(0, 1).index_select(0, state * likeness.shape[1] + pairing_ids)
+                like = likeness.flatten(0, 1)
+                if len(like) > 1:
+                    state = torch.arange(len(ids), device=ids.device) if state_index is None else state_index
+                    like = like.index_select(0, state * likeness.shape[1] + pairing_ids)
                 familiarity = self.familiarity(like, pairing_ids, design, noise, centred, plain or (means, covariance))
                 if changes is not None:
                     real = mask > 0
@@ -279,7 +281,7 @@ class GppcLinearResponse(nn.Module):
         how like their sources are to this one, and not from the one Gaussian, which is wide enough for anything.
 
         Args:
-            like (`torch.FloatTensor` of shape `(B, N)`): From `likeness`.
+            like (`torch.FloatTensor` of shape `(B, N)` or `(1, N)`): From `likeness`.
             pairing_ids (`torch.LongTensor` of shape `(B,)`): Shared context.
             design (`torch.FloatTensor` of shape `(B, K, r)`), noise, centred (`torch.FloatTensor` of shape `(B, K)`): As
                 in `update`.
@@ -287,13 +289,24 @@ class GppcLinearResponse(nn.Module):
         """
         own = design if len(self.component_means) == 1 else design @ self.plain_root
         pairings, references, factors = self.reference_target.shape
-        # Every pairing's references meet every row, which is less than copying those of its own for each.
-        expected = own.flatten(0, 1) @ self.reference_target.view(-1, factors).T
-        rows = torch.arange(own.shape[0] * own.shape[1], device=own.device) * pairings
-        rows = rows + pairing_ids.repeat_interleave(own.shape[1])
-        expected = expected.view(-1, references).index_select(0, rows).view(*own.shape[:2], references)
+        targets, levels = self.reference_target.view(-1, factors), centred
         spread = own @ self.reference_covariance @ own.transpose(1, 2) + torch.diag_embed(noise)
-        referred = torch.logsumexp(like + log_density(centred[:, :, None] - expected, spread), dim=1)
+        if own.shape[1] == 1:
+            # One gene a row, as in most screens: in units of its standard deviation before anything is as wide as the
+            # references, over which every pass costs as much as the product itself.
+            unit = spread.rsqrt()
+            own, levels = own * unit, centred * unit[:, 0]
+        # Every pairing's references meet every row, which is less than copying those of its own for each.
+        surprise = torch.addmm(levels.flatten()[:, None], own.flatten(0, 1), targets.T, alpha=-1)
+        if pairings > 1:
+            rows = torch.arange(len(surprise), device=own.device) * pairings
+            rows = rows + pairing_ids.repeat_interleave(own.shape[1])
+            surprise = surprise.view(-1, references).index_select(0, rows)
+        if own.shape[1] == 1:
+            referred = torch.logsumexp(torch.addcmul(like, surprise, surprise, value=-0.5), dim=1) + unit[:, 0, 0].log()
+        else:
+            surprise = surprise.view(*own.shape[:2], references)
+            referred = torch.logsumexp(like + log_density(surprise, spread), dim=1)
         mean, covariance = plain
         spread = design @ covariance @ design.transpose(1, 2) + torch.diag_embed(noise)
         one = log_density(centred[:, :, None] - design @ mean.transpose(1, 2), spread)[:, 0]
