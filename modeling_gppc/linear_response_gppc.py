@@ -303,7 +303,9 @@ class GppcLinearResponse(nn.Module):
             rows = rows + pairing_ids.repeat_interleave(own.shape[1])
             surprise = surprise.view(-1, references).index_select(0, rows)
         if own.shape[1] == 1:
-            referred = torch.logsumexp(torch.addcmul(like, surprise, surprise, value=-0.5), dim=1) + unit[:, 0, 0].log()
+            referred = (
+                torch.logsumexp(torch.addcmul(like, surprise, surprise, value=-0.5), dim=1) + unit[:, 0, 0].log()
+            )
         else:
             surprise = surprise.view(*own.shape[:2], references)
             referred = torch.logsumexp(like + log_density(surprise, spread), dim=1)
