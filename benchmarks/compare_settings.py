@@ -74,9 +74,8 @@ class Setting:
 UNTOLD = (
     "all parts",
     "without the encoded state",
-    "without encoder blocks",
-    "one encoder block",
-    "more latents",
+    "without the encoder block",
+    "one latent",
     "one decoder block",
     "without decoder blocks",
     "without perturbation tokens",

@@ -20,9 +20,9 @@ SIZES = {
     },
     "small": {
         "hidden_size": 128,
-        "num_latents": 1,
+        "num_latents": 4,
         "readout_size": 256,
-        "encoder_layers": 2,
+        "encoder_layers": 1,
         "decoder_layers": 2,
         "num_attention_heads": 4,
         "intermediate_size": 256,
