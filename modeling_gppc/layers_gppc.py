@@ -204,8 +204,9 @@ class GppcReadout(nn.Module):
         query: GppcQuery | None = None,
         with_variance: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Departure of the mean from the linear response, as far as `familiarity` `(B,)` lets it, and the log variance's
-        place between its bounds, from 0 to 1, each `(B, Q)`."""
+        """Departure of the mean from the linear response, as far as `familiarity` `(B,)` lets it, and, `with_variance`,
+        the log variance's place between its bounds, from 0 to 1, each `(B, Q)`; `hidden_states` are `(B, num_latents + 1,
+        hidden_size)`."""
         state = self.dropout(self.activation(self.proj(hidden_states.flatten(1))))
         # Gathered in here, where sharded weights are whole, unless it was done before.
         found = self.gather(query_ids) if query is None else query

@@ -289,29 +289,24 @@ class GppcLinearResponse(nn.Module):
         """
         own = design if len(self.component_means) == 1 else design @ self.plain_root
         pairings, references, factors = self.reference_target.shape
-        targets, levels = self.reference_target.view(-1, factors), centred
+        # In units of what is left open, before anything is as wide as the references: every pass over those costs as
+        # much as their product.
         spread = own @ self.reference_covariance @ own.transpose(1, 2) + torch.diag_embed(noise)
-        if own.shape[1] == 1:
-            # One gene a row, as in most screens: in units of its standard deviation before anything is as wide as the
-            # references, over which every pass costs as much as the product itself.
-            unit = spread.rsqrt()
-            own, levels = own * unit, centred * unit[:, 0]
+        white, log_unit = whitened(torch.cat([own, centred[:, :, None]], dim=2), spread)
         # Every pairing's references meet every row, which is less than copying those of its own for each.
-        surprise = torch.addmm(levels.flatten()[:, None], own.flatten(0, 1), targets.T, alpha=-1)
+        white, targets = white.flatten(0, 1), self.reference_target.view(-1, factors)
+        surprise = torch.addmm(white[:, -1:], white[:, :-1], targets.T, alpha=-1)
         if pairings > 1:
             rows = torch.arange(len(surprise), device=own.device) * pairings
             rows = rows + pairing_ids.repeat_interleave(own.shape[1])
             surprise = surprise.view(-1, references).index_select(0, rows)
-        if own.shape[1] == 1:
-            referred = (
-                torch.logsumexp(torch.addcmul(like, surprise, surprise, value=-0.5), dim=1) + unit[:, 0, 0].log()
-            )
-        else:
-            surprise = surprise.view(*own.shape[:2], references)
-            referred = torch.logsumexp(like + log_density(surprise, spread), dim=1)
+        for part in surprise.view(*own.shape[:2], references).unbind(1):
+            like = torch.addcmul(like, part, part, value=-0.5)
+        referred = torch.logsumexp(like, dim=1) - log_unit
         mean, covariance = plain
         spread = design @ covariance @ design.transpose(1, 2) + torch.diag_embed(noise)
-        one = log_density(centred[:, :, None] - design @ mean.transpose(1, 2), spread)[:, 0]
+        white, log_unit = whitened(centred[:, :, None] - design @ mean.transpose(1, 2), spread)
+        one = -0.5 * white.square().sum((1, 2)) - log_unit
         return torch.sigmoid(referred - one + self.familiarity_logit[pairing_ids])
 
     def gather(self, query_ids: torch.Tensor | None, pairs: bool = True) -> dict[str, torch.Tensor | None]:
@@ -350,13 +345,16 @@ class GppcLinearResponse(nn.Module):
         return expected, spread.clamp_(min=0).add_(noise)
 
 
-def log_density(surprise: torch.Tensor, covariance: torch.Tensor) -> torch.Tensor:
-    """Gaussian log density of surprises `(B, K, N)` with covariance `(B, K, K)`, up to a constant of K, `(B, N)`."""
-    if surprise.shape[1] == 1:
-        return -0.5 * (surprise.square() / covariance + covariance.log())[:, 0]
+def whitened(values: torch.Tensor, covariance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values `(B, K, N)` in units of their covariance `(B, K, K)`, and half the log determinant of that, `(B,)`."""
+    if values.shape[1] == 1:
+        unit = covariance.sqrt()
+        return values / unit, unit[:, 0, 0].log()
     factor = torch.linalg.cholesky(covariance)
-    scaled = torch.linalg.solve_triangular(factor, surprise, upper=False)
-    return -0.5 * scaled.square().sum(1) - factor.diagonal(dim1=1, dim2=2).log().sum(1, keepdim=True)
+    return (
+        torch.linalg.solve_triangular(factor, values, upper=False),
+        factor.diagonal(dim1=1, dim2=2).log().sum(1),
+    )
 
 
 def update(

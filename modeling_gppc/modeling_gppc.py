@@ -363,11 +363,14 @@ class GppcForPerturbationPrediction(GppcPreTrainedModel):
             familiarity (`torch.FloatTensor` of shape `(B,)`, *optional*): Taken instead of what the imposed levels say.
                 What a prediction is compared with should be asked for with that prediction's `familiarity`: else the
                 difference holds what one Gaussian and the whole model say of the same cell.
-            with_variance (`bool`, *optional*, defaults to `True`): Whether to predict `logvar` too, half of the work of
-                a large screen.
+            with_variance (`bool`, *optional*, defaults to `True`): Whether to predict `logvar` too, a quarter to a half
+                of the work of a large screen.
 
         Returns:
-            [`GppcOutput`] without a loss.
+            [`GppcOutput`] without a loss; without `logvar` if that was not wanted.
+
+        Raises:
+            ValueError: If rows do not fit the encoded states, or `perturbation_values` does not fit `perturbation_ids`.
         """
         device = encoded.state_values.device
         states = encoded.state_values.shape[0] if state_index is None else state_index.shape[0]

@@ -89,7 +89,7 @@ class GppcOutput(ModelOutput):
     Args:
         loss (`torch.FloatTensor` of shape `(1,)`, *optional*): Squared error per scored gene plus the variance term.
         logits (`torch.FloatTensor` of shape `(B, Q)`): Expected log value of every queried gene.
-        logvar (`torch.FloatTensor` of shape `(B, Q)`): Log of the predicted variance.
+        logvar (`torch.FloatTensor` of shape `(B, Q)`, *optional*): Log of the predicted variance.
         linear_response (`torch.FloatTensor` of shape `(B, Q)`): The closed-form part of `logits`.
         departure (`torch.FloatTensor` of shape `(B,)`): How far the prediction departed from linear: root mean square
             over the queried genes of `logits - linear_response`, in log value.
