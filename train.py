@@ -40,22 +40,22 @@ from accelerate import PartialState
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
-from data_scripts.pair_folder import PairFolder
+from data_scripts.batches.data_collator import PairCollator
+from data_scripts.batches.pair_dataset import PairDataset
+from data_scripts.pairs.pair_folder import PairFolder
 from hub_card.model_card import write_model_card
+from hub_card.push_during_training import HubPush
 from modeling_gppc import GppcFeatureExtractor, GppcForPerturbationPrediction
+from modeling_gppc.evaluation.pair_scores import write_results
 from modeling_gppc.evaluation.plots import plot_learning_curve, plot_scores
 from modeling_gppc.evaluation.report import render_results
-from modeling_gppc.evaluation.score_pairs import write_results
+from modeling_gppc.evaluation.score_run import evaluate_run, load_network_of
+from modeling_gppc.fitting.fit_linear_response import initialize_linear_response, keep_departure_if_it_pays
+from modeling_gppc.inference.first_prediction import first_prediction
 from modeling_gppc.pipeline_gppc import PerturbationPredictionPipeline
 from modeling_gppc.training.arguments import RunOptions, build_parser, parse_options
 from modeling_gppc.training.checkpoints import last_checkpoint
-from modeling_gppc.training.data_collator import PairCollator
-from modeling_gppc.training.evaluate_run import evaluate_run, load_network_of
-from modeling_gppc.training.first_prediction import first_prediction
-from modeling_gppc.training.hub_push import HubPush
 from modeling_gppc.training.launch import broadcast_buffers, leave, main_first, start_processes
-from modeling_gppc.training.linear_start import initialize_linear_response, keep_departure_if_it_pays
-from modeling_gppc.training.pair_dataset import PairDataset
 from modeling_gppc.training.prepare_data import prepare_pairs
 from modeling_gppc.training.run_folder import claim_folder, write_json
 from modeling_gppc.training.screen_data import keep_departure_if_it_responds, refit_on_all_controls, screen_entry

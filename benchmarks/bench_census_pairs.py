@@ -26,7 +26,7 @@ DRAIN_CONFIG = {"soma.init_buffer_bytes": 128 * 1024**2}
 
 def options_for(store: str, genes_file: str | None, out_format: str, shard_cells: int, pairs_per_cell: int):
     from data_scripts.options import from_mapping
-    from data_scripts.pair_options import PairOptions
+    from data_scripts.pairs.pair_options import PairOptions
 
     panel = {"rule": "all"} if genes_file is None else {"rule": "file", "file": genes_file}
     mapping = {"query": {"uri": store}, "panel": panel, "file_format": out_format, "shard_cells": shard_cells}
@@ -39,8 +39,8 @@ def drain(store: str, n_cells: int, as_built: bool = False, **_) -> dict:
     import cellxgene_census
     import tiledbsoma
 
-    from data_scripts.census_query import TILEDB_CONFIG
-    from data_scripts.freed_memory import keep_freed_memory
+    from data_scripts.store.census_query import TILEDB_CONFIG
+    from data_scripts.store.freed_memory import keep_freed_memory
 
     if as_built:
         keep_freed_memory()
@@ -70,7 +70,7 @@ def ours(
 
     import cellxgene_census  # noqa: F401  imported before the clock starts, as in the other ways
 
-    from data_scripts.census_pairs import build_pairs
+    from data_scripts.pairs.census_pairs import build_pairs
 
     options = options_for(store, genes_file, file_format, shard_cells, pairs_per_cell)
     query = dataclasses.replace(options.query, obs_filter=f"soma_joinid < {n_cells}")
@@ -224,8 +224,8 @@ def run_all(arguments: argparse.Namespace) -> None:
 
 
 def smoke() -> None:
-    from data_scripts.synthetic import SyntheticConfig
-    from data_scripts.synthetic_store import write_synthetic
+    from data_scripts.synthetic.network import SyntheticConfig
+    from data_scripts.synthetic.network_store import write_synthetic
 
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "store"

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from data_scripts.census_pairs import build_pairs, plan_pairs
+from data_scripts.batches.data_collator import PairCollator, draw_queries
+from data_scripts.batches.pair_dataset import PairDataset
+from data_scripts.batches.stream_pairs import PairStream, StreamOptions
 from data_scripts.options import from_mapping
-from data_scripts.pair_options import PairOptions, PerturbationOptions
-from data_scripts.stream_pairs import PairStream, StreamOptions
-from modeling_gppc.training.data_collator import PairCollator, draw_queries
-from modeling_gppc.training.pair_dataset import PairDataset
+from data_scripts.pairs.census_pairs import build_pairs, plan_pairs
+from data_scripts.pairs.pair_options import PairOptions, PerturbationOptions
 
 BATCH = 128
 
@@ -227,8 +227,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.smoke:
-        from data_scripts.synthetic import SyntheticConfig
-        from data_scripts.synthetic_store import write_synthetic
+        from data_scripts.synthetic.network import SyntheticConfig
+        from data_scripts.synthetic.network_store import write_synthetic
 
         with tempfile.TemporaryDirectory() as folder:
             store = Path(folder) / "store"

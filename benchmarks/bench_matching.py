@@ -15,12 +15,12 @@ import numpy as np
 import pyarrow as pa
 import scipy.sparse as sp
 
-from data_scripts.census_pairs import build_pairs
 from data_scripts.options import from_mapping
-from data_scripts.pair_folder import PairFolder
-from data_scripts.pair_options import PairOptions
-from data_scripts.pair_shard import CellTable, ShardRows, read_shard_values
-from data_scripts.schema import CONTEXT_COLUMNS
+from data_scripts.pairs.census_pairs import build_pairs
+from data_scripts.pairs.pair_folder import PairFolder
+from data_scripts.pairs.pair_options import PairOptions
+from data_scripts.pairs.pair_shard import CellTable, ShardRows, read_shard_values
+from data_scripts.pairs.schema import CONTEXT_COLUMNS
 
 POLICIES = ("random", "nearest", "farthest")
 PAIRINGS = {"same_type": ["dataset_id", "cell_type"], "same_dataset": ["dataset_id", "donor_id"]}
@@ -60,7 +60,7 @@ def quality(source, target, both) -> tuple[float, float, float]:
 def origin(store, n_genes) -> tuple[float, float, float]:
     """Consecutive cells of a shuffled pass, any two."""
     with tempfile.TemporaryDirectory() as folder:
-        import data_scripts.census_pairs as module
+        import data_scripts.pairs.census_pairs as module
 
         options = options_for(store, n_genes, "same_dataset", "random")
         plan = module.plan_pairs(
@@ -146,8 +146,8 @@ def main() -> None:
         cost()
     elif arguments.smoke:
         cost(2_048)
-        from data_scripts.synthetic import SyntheticConfig
-        from data_scripts.synthetic_store import write_synthetic
+        from data_scripts.synthetic.network import SyntheticConfig
+        from data_scripts.synthetic.network_store import write_synthetic
 
         with tempfile.TemporaryDirectory() as folder:
             store = Path(folder) / "store"

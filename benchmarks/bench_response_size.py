@@ -12,13 +12,13 @@ import numpy as np
 import scipy.stats
 from tqdm.auto import tqdm
 
+from data_scripts.synthetic.interventions import regulators_screen
 from modeling_gppc.evaluation.evaluate_options import EvaluateOptions
 from modeling_gppc.evaluation.in_context_model import InContextModel
 from modeling_gppc.evaluation.metrics import normalised_squared_error, pearson_delta
 from modeling_gppc.evaluation.report import text_table
 from modeling_gppc.evaluation.response_size import ResponseSize
 from modeling_gppc.evaluation.screen_baselines import covariance
-from modeling_gppc.evaluation.synthetic_screen import regulators_screen
 
 SHARES = (1.0, 0.5, 1 / 3, 0.2)
 DRIFTS = (0.03, 0.06, 0.12, 1e6)

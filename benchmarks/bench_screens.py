@@ -18,7 +18,7 @@ import anndata
 import numpy as np
 import pandas as pd
 
-from data_scripts.screens import read_screen
+from data_scripts.cells.screens import read_screen
 from modeling_gppc.evaluation.evaluate_options import EvaluateOptions
 from modeling_gppc.evaluation.metrics import pearson_delta
 from modeling_gppc.evaluation.report import text_table

@@ -25,12 +25,12 @@ KEYS = ("cells_per_second", "tokens_per_second", "data_wait_share", "tflop_per_s
 
 def train(arguments: argparse.Namespace) -> None:
     """One run without evaluation in the measured steps; the main process writes the medians to `--out`."""
-    from data_scripts.pair_folder import PairFolder
+    from data_scripts.batches.data_collator import PairCollator
+    from data_scripts.batches.pair_dataset import PairDataset
+    from data_scripts.pairs.pair_folder import PairFolder
     from modeling_gppc import GppcForPerturbationPrediction
     from modeling_gppc.training.arguments import parse_options
-    from modeling_gppc.training.data_collator import PairCollator
     from modeling_gppc.training.launch import leave, main_first, start_processes
-    from modeling_gppc.training.pair_dataset import PairDataset
     from modeling_gppc.training.prepare_data import prepare_pairs
     from modeling_gppc.training.stream_rows import open_stream
     from modeling_gppc.training.trainer import make_trainer

@@ -25,17 +25,17 @@ from architectures import VARIANTS, Batch, Variant, make_variant
 from pair_tables import PAIRINGS, Cells, draw_revealed, read_cells, training_pairs, variable_genes, write_folder
 from tqdm.auto import tqdm
 
-from data_scripts.pair_options import PerturbationOptions
-from data_scripts.synthetic import SyntheticConfig, make_network
-from data_scripts.synthetic_cells import make_anndata
+from data_scripts.batches.pair_dataset import PairDataset
+from data_scripts.pairs.pair_options import PerturbationOptions
+from data_scripts.synthetic.network import SyntheticConfig, make_network
+from data_scripts.synthetic.network_cells import make_anndata
 from modeling_gppc import GppcConfig, GppcForPerturbationPrediction
 from modeling_gppc.evaluation.metrics import gaussian_crps, interval_coverage
+from modeling_gppc.evaluation.pair_scores import write_results
 from modeling_gppc.evaluation.report import markdown_table
-from modeling_gppc.evaluation.score_pairs import write_results
 from modeling_gppc.feature_extraction_gppc import normalize_counts
+from modeling_gppc.fitting.fit_linear_response import initialize_linear_response
 from modeling_gppc.modeling_gppc import IGNORED_LABEL
-from modeling_gppc.training.linear_start import initialize_linear_response
-from modeling_gppc.training.pair_dataset import PairDataset
 
 REVEAL = PerturbationOptions(min_genes=1, max_genes=5)
 WARMUP = 0.1  # share of the budget

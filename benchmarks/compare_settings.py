@@ -23,14 +23,14 @@ from compare_architectures import PARTS, spread
 from tqdm.auto import tqdm
 from transformers.trainer_utils import SaveStrategy
 
-from data_scripts.pair_folder import PairFolder
+from data_scripts.batches.data_collator import PairCollator
+from data_scripts.batches.pair_dataset import PairDataset
+from data_scripts.pairs.pair_folder import PairFolder
 from modeling_gppc import GppcForPerturbationPrediction
+from modeling_gppc.evaluation.pair_scores import write_results
 from modeling_gppc.evaluation.report import markdown_table
-from modeling_gppc.evaluation.score_pairs import write_results
+from modeling_gppc.fitting.fit_linear_response import initialize_linear_response
 from modeling_gppc.training.arguments import RunOptions, merge, parse_options, read_flags
-from modeling_gppc.training.data_collator import PairCollator
-from modeling_gppc.training.linear_start import initialize_linear_response
-from modeling_gppc.training.pair_dataset import PairDataset
 from modeling_gppc.training.prepare_data import prepare_pairs
 from modeling_gppc.training.sweep import SweepTrainer
 from modeling_gppc.training.trainer import make_trainer

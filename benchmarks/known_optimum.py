@@ -17,16 +17,16 @@ import numpy as np
 from pair_tables import draw_revealed
 from tqdm.auto import tqdm
 
-from data_scripts.pair_folder import PairFolder
-from data_scripts.pair_options import PerturbationOptions
+from data_scripts.pairs.pair_folder import PairFolder
+from data_scripts.pairs.pair_options import PerturbationOptions
 from modeling_gppc import GppcForPerturbationPrediction
-from modeling_gppc.evaluation.baselines import fit_floors
 from modeling_gppc.evaluation.metrics import cluster_bootstrap, percentile_interval
 from modeling_gppc.evaluation.model_predictor import ModelPredictor
 from modeling_gppc.evaluation.pair_arrays import PairArrays, sample_rows
+from modeling_gppc.evaluation.pair_floors import fit_floors
+from modeling_gppc.evaluation.pair_scores import score_predictions, write_results
 from modeling_gppc.evaluation.report import text_table
-from modeling_gppc.evaluation.score_pairs import score_predictions, write_results
-from modeling_gppc.training.evaluate_run import count_optimum, linear_optimum, load_network_of, pairs_like
+from modeling_gppc.evaluation.score_run import count_optimum, linear_optimum, load_network_of, pairs_like
 
 LINEAR_FLOORS = ("linear_revealed", "linear_joint", "conditional_gaussian")
 LABELLED = "conditional_gaussian_labelled"
@@ -151,9 +151,9 @@ def report(results: list[dict]) -> str:
 
 def smoke(folder: Path) -> list[Path]:
     """Untrained models of tiny cells of both forms, laid out as a run leaves them."""
+    from data_scripts.batches.pair_dataset import PairDataset
+    from modeling_gppc.fitting.fit_linear_response import initialize_linear_response
     from modeling_gppc.training.arguments import parse_options
-    from modeling_gppc.training.linear_start import initialize_linear_response
-    from modeling_gppc.training.pair_dataset import PairDataset
     from modeling_gppc.training.prepare_data import prepare_pairs
 
     runs = []

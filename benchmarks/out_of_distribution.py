@@ -21,18 +21,18 @@ from pair_tables import PAIRINGS, Cells, pair_table, read_cells, training_pairs,
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
-from data_scripts.pair_folder import PairFolder
-from data_scripts.pair_options import PerturbationOptions
+from data_scripts.batches.data_collator import PairCollator
+from data_scripts.batches.pair_dataset import PairDataset
+from data_scripts.pairs.pair_folder import PairFolder
+from data_scripts.pairs.pair_options import PerturbationOptions
 from modeling_gppc import GppcConfig, GppcForPerturbationPrediction
 from modeling_gppc.evaluation.metrics import percentile_interval
 from modeling_gppc.evaluation.model_predictor import ModelPredictor
 from modeling_gppc.evaluation.pair_arrays import PairArrays
+from modeling_gppc.evaluation.pair_scores import write_results
 from modeling_gppc.evaluation.report import text_table
-from modeling_gppc.evaluation.score_pairs import write_results
+from modeling_gppc.fitting.fit_linear_response import initialize_linear_response, keep_departure_if_it_pays
 from modeling_gppc.training.arguments import TrainingOptions
-from modeling_gppc.training.data_collator import PairCollator
-from modeling_gppc.training.linear_start import initialize_linear_response, keep_departure_if_it_pays
-from modeling_gppc.training.pair_dataset import PairDataset
 from modeling_gppc.training.trainer import make_trainer
 
 REVEALED = (

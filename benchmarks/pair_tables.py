@@ -8,11 +8,11 @@ import numpy as np
 import pyarrow as pa
 import scipy.sparse
 
-from data_scripts.gene_selection import standardized_dispersion
-from data_scripts.pair_folder import PairFolder, write_pair_folder
-from data_scripts.pair_options import PerturbationOptions
-from data_scripts.perturbation_sampling import sample_from_changes
-from data_scripts.schema import GENE_SCHEMA, PAIR_SCHEMA
+from data_scripts.pairs.gene_selection import standardized_dispersion
+from data_scripts.pairs.pair_folder import PairFolder, write_pair_folder
+from data_scripts.pairs.pair_options import PerturbationOptions
+from data_scripts.pairs.perturbation_sampling import sample_from_changes
+from data_scripts.pairs.schema import GENE_SCHEMA, PAIR_SCHEMA
 from modeling_gppc.feature_extraction_gppc import normalize_counts
 
 PAIRINGS = ["same_type", "same_dataset"]

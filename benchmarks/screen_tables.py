@@ -22,8 +22,8 @@ import numpy as np
 import pandas as pd
 from bench_screens import smoke_screen
 
-from data_scripts.screen_options import options_from_flags
-from data_scripts.screens import Screen, read_screen
+from data_scripts.cells.screen_options import options_from_flags
+from data_scripts.cells.screens import Screen, read_screen
 from modeling_gppc.evaluation.evaluate_options import EvaluateOptions
 from modeling_gppc.evaluation.report import markdown_table
 from modeling_gppc.evaluation.screen_evaluation import evaluate_screen

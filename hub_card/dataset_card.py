@@ -12,8 +12,8 @@ from datasets.info import DatasetInfosDict
 from datasets.utils.metadata import MetadataConfigs
 from huggingface_hub import DatasetCard, DatasetCardData
 
-from data_scripts.pair_folder import MANIFEST, PairFolder, read_table, write_table_atomically
-from data_scripts.schema import CONTEXT_COLUMNS, GENE_SCHEMA, PAIR_SCHEMA, PANEL_SCHEMA, SPLITS, TARGET_COLUMNS
+from data_scripts.pairs.pair_folder import MANIFEST, PairFolder, read_table, write_table_atomically
+from data_scripts.pairs.schema import CONTEXT_COLUMNS, GENE_SCHEMA, PAIR_SCHEMA, PANEL_SCHEMA, SPLITS, TARGET_COLUMNS
 from hub_card.model_card import PLACEHOLDER, TEMPLATES, portable, shown
 
 TABLES = {"genes": GENE_SCHEMA, "panels": PANEL_SCHEMA}

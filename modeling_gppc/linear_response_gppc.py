@@ -24,7 +24,7 @@ class GppcLinearResponse(nn.Module):
     probabilities and within them by Cov(z_target, z_source) = coupling, one of each a pairing. With one component this
     is the conditional Gaussian; with more, each state responds linearly and the levels tell how probable it is.
 
-    The parameters are fitted from training cells without labels, see `training/linear_start.py`; any set of measured
+    The parameters are fitted from training cells without labels, see `fitting/fit_linear_response.py`; any set of measured
     genes and any number of imposed genes is exact. Cost a cell: O(V r) for the state, O(k r^2 + k^3 + C k r) for k
     imposed genes.
     """

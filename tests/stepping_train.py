@@ -10,7 +10,7 @@ import sys
 
 from tiny_runs import train_module
 
-from data_scripts.stream_pairs import PairStream
+from data_scripts.batches.stream_pairs import PairStream
 from modeling_gppc.training.stream_rows import TableCollator
 from modeling_gppc.training.trainer import GppcTrainer
 

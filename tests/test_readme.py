@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_model import SYMBOLS, tiny_model, tiny_pipeline
 
-from modeling_gppc import cli
+from gppc import cli
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from data_scripts.pair_folder import write_pair_folder
-from data_scripts.schema import GENE_SCHEMA, PAIR_SCHEMA
+from data_scripts.pairs.pair_folder import write_pair_folder
+from data_scripts.pairs.schema import GENE_SCHEMA, PAIR_SCHEMA
 
 
 def tiny_rows(n_rows: int, n_genes: int = 12, seed: int = 0) -> pa.Table:

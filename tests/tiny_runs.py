@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_pairs import tiny_genes, tiny_rows
 
-from data_scripts.pair_folder import write_pair_folder
+from data_scripts.pairs.pair_folder import write_pair_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 N_GENES = 12
@@ -90,8 +90,8 @@ def arguments(pairs: Path, out: Path, **flags) -> list[str]:
 
 def write_stream_store(folder: Path) -> Path:
     """A store of 300 cells x 30 genes in 3 cell types, to be streamed from."""
-    from data_scripts.synthetic import SyntheticConfig
-    from data_scripts.synthetic_store import write_synthetic
+    from data_scripts.synthetic.network import SyntheticConfig
+    from data_scripts.synthetic.network_store import write_synthetic
 
     config = SyntheticConfig(form="count", n_cells=300, n_genes=30, n_cell_types=3, library_mean=300.0)
     write_synthetic(folder / "cells", config, progress=False)

@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from data_scripts.screen_options import options_from_flags
-from data_scripts.screens import read_screen
+from data_scripts.cells.screen_options import options_from_flags
+from data_scripts.cells.screens import read_screen
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

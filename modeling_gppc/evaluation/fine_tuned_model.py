@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from data_scripts.screens import CONTROL
+from data_scripts.cells.screens import CONTROL
 from modeling_gppc.evaluation.group_variance import responses_by_group, variance_between
 from modeling_gppc.evaluation.in_context_model import InContextModel
 from modeling_gppc.evaluation.screen_baselines import ScreenContext

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data_scripts.screen_cells import technical_residuals
-from data_scripts.screen_pairs import SCREEN_PAIRING
-from data_scripts.screens import CONTROL
+from data_scripts.cells.screen_cells import technical_residuals
+from data_scripts.cells.screens import CONTROL
+from data_scripts.pairs.screen_pairs import SCREEN_PAIRING
 from modeling_gppc.evaluation.response_size import ResponseSize
 from modeling_gppc.evaluation.screen_baselines import ScreenContext, no_change
 from modeling_gppc.evaluation.screen_scores import ScreenPrediction, scored_genes

@@ -13,7 +13,7 @@ from modeling_gppc.evaluation.linear_floors import (
 )
 from modeling_gppc.evaluation.mean_floors import Floor, MeanFloor, context_keys, find_keys, group_sums
 from modeling_gppc.evaluation.pair_arrays import PairArrays
-from modeling_gppc.training.factor_model import (
+from modeling_gppc.fitting.factor_model import (
     PairCoupling,
     fit_factor_model,
     fit_pair_coupling,

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from data_scripts.screens import CONTROL
+from data_scripts.cells.screens import CONTROL
 from modeling_gppc.evaluation.screen_baselines import ScreenContext
 from modeling_gppc.evaluation.screen_scores import scored_genes, within_variance
 

@@ -4,14 +4,14 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from data_scripts.screen_cells import technical_residuals
-from data_scripts.screens import CONTROL, Screen
+from data_scripts.cells.screen_cells import technical_residuals
+from data_scripts.cells.screens import CONTROL, Screen
 from modeling_gppc.configuration_gppc import GppcConfig
 from modeling_gppc.evaluation.response_size import ResponseSize
 from modeling_gppc.evaluation.screen_baselines import ScreenContext, no_change
 from modeling_gppc.evaluation.screen_scores import ScreenPrediction, scored_genes
+from modeling_gppc.fitting.factor_model import FactorModel, choose_rank, fit_factor_model, fit_pair_coupling
 from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
-from modeling_gppc.training.factor_model import FactorModel, choose_rank, fit_factor_model, fit_pair_coupling
 from modeling_gppc.training.response_check import ResponseCheck, check_responses
 
 

@@ -9,8 +9,8 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from modeling_gppc.evaluation.pair_scores import MODEL_METHOD, OPTIMUM
 from modeling_gppc.evaluation.report import ordered
-from modeling_gppc.evaluation.score_pairs import MODEL_METHOD, OPTIMUM
 
 MODEL_COLOUR, CEILING_COLOUR, FLOOR_COLOUR = "#0b6e99", "#8a8a8a", "#c9b79c"
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from modeling_gppc.evaluation.score_pairs import MODEL_METHOD, OPTIMUM
+from modeling_gppc.evaluation.pair_scores import MODEL_METHOD, OPTIMUM
 
 # Order of rows: the model, its ceiling, then floors from simple to strong.
 METHOD_ORDER = (

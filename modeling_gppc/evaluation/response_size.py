@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from data_scripts.screens import CONTROL, Screen
+from data_scripts.cells.screens import CONTROL, Screen
 
 # Where a screen has one batch: the mean over three public screens of what their batches of controls drift.
 USUAL_DRIFT = 0.06

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from data_scripts.screens import CONTROL, Screen
+from data_scripts.cells.screens import CONTROL, Screen
 from modeling_gppc.evaluation.screen_scores import ScreenPrediction
 from modeling_gppc.feature_extraction_gppc import close_matches
 

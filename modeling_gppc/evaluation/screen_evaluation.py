@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from data_scripts.screen_cells import keep_genes
-from data_scripts.screens import Screen
+from data_scripts.cells.screen_cells import keep_genes
+from data_scripts.cells.screens import Screen
 from modeling_gppc.evaluation.evaluate_options import BUILT_IN_MODELS, EvaluateOptions
 from modeling_gppc.evaluation.metrics import interval_coverage, pearson_delta
 from modeling_gppc.evaluation.screen_baselines import CONTROL_ONLY

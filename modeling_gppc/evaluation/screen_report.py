@@ -13,9 +13,9 @@ import anndata
 import numpy as np
 import pandas as pd
 
-from data_scripts.screens import CONTROL
+from data_scripts.cells.screens import CONTROL
+from modeling_gppc.evaluation.pair_scores import write_results
 from modeling_gppc.evaluation.report import markdown_table, text_table
-from modeling_gppc.evaluation.score_pairs import write_results
 from modeling_gppc.evaluation.screen_evaluation import ScreenEvaluation
 from modeling_gppc.evaluation.screen_figures import plot_calibration, plot_responses, plot_screen_scores
 from modeling_gppc.evaluation.screen_scores import METRICS

@@ -6,23 +6,23 @@ from collections.abc import Callable
 import numpy as np
 from tqdm.auto import tqdm
 
-from data_scripts.screen_cells import cells_digest, some_cells
-from data_scripts.screens import CONTROL, Screen
-from modeling_gppc.evaluation.evaluate_options import EvaluateOptions
-from modeling_gppc.evaluation.fine_tuned_model import FineTunedModel, predict_elsewhere
-from modeling_gppc.evaluation.folder_model import FolderModel, read_run
-from modeling_gppc.evaluation.gene_features import read_gene_features
-from modeling_gppc.evaluation.in_context_model import InContextModel
-from modeling_gppc.evaluation.leak_guards import SplitPlan, guard_fold, guard_model, refuse_leaks
-from modeling_gppc.evaluation.screen_baselines import ScreenContext, run_baselines
-from modeling_gppc.evaluation.screen_scores import ScreenPrediction, ScreenTruth, join_truths, observe
-from modeling_gppc.evaluation.screen_splits import (
+from data_scripts.cells.screen_cells import cells_digest, some_cells
+from data_scripts.cells.screen_splits import (
     Fold,
     combination_folds,
     group_folds,
     perturbation_folds,
     stated_fold,
 )
+from data_scripts.cells.screens import CONTROL, Screen
+from data_scripts.pairs.leak_guards import SplitPlan, guard_fold, guard_model, refuse_leaks
+from modeling_gppc.evaluation.evaluate_options import EvaluateOptions
+from modeling_gppc.evaluation.fine_tuned_model import FineTunedModel, predict_elsewhere
+from modeling_gppc.evaluation.folder_model import FolderModel, read_run
+from modeling_gppc.evaluation.in_context_model import InContextModel
+from modeling_gppc.evaluation.screen_baselines import ScreenContext, run_baselines
+from modeling_gppc.evaluation.screen_scores import ScreenPrediction, ScreenTruth, join_truths, observe
+from modeling_gppc.fitting.gene_features import read_gene_features
 
 MODEL = "gppc"
 

@@ -7,7 +7,7 @@ import numpy as np
 import scipy.special
 import scipy.stats
 
-from data_scripts.screens import CONTROL, Screen
+from data_scripts.cells.screens import CONTROL, Screen
 from modeling_gppc.evaluation import metrics
 
 # Order of columns in tables and files.

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from data_scripts.gene_mapping import ENSEMBL_COLUMNS, SYMBOL_COLUMNS, find_column
+from data_scripts.cells.gene_mapping import ENSEMBL_COLUMNS, SYMBOL_COLUMNS, find_column
 from modeling_gppc.feature_extraction_gppc import GppcFeatureExtractor, check_raw_counts, close_matches
 
 # Columns of obs that usually hold the counts over all genes.

@@ -14,8 +14,8 @@ import yaml
 from transformers import SchedulerType
 
 from data_scripts.options import from_mapping, read_yaml
-from data_scripts.pair_options import PairOptions
-from data_scripts.synthetic import SyntheticConfig
+from data_scripts.pairs.pair_options import PairOptions
+from data_scripts.synthetic.network import SyntheticConfig
 from modeling_gppc.configuration_gppc import GppcConfig
 from modeling_gppc.feature_extraction_gppc import close_matches
 from modeling_gppc.training.screen_data import ScreenTrainingOptions

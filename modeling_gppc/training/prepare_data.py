@@ -3,8 +3,8 @@
 import dataclasses
 from pathlib import Path
 
-from data_scripts.pair_folder import PairFolder
-from data_scripts.splits import guard_splits
+from data_scripts.pairs.pair_folder import PairFolder
+from data_scripts.pairs.splits import guard_splits
 from modeling_gppc.training.arguments import RunOptions
 from modeling_gppc.training.screen_data import prepare_screen_pairs
 from modeling_gppc.training.stream_rows import sample_rows_of
@@ -32,7 +32,7 @@ def prepare_pairs(options: RunOptions, progress: bool = True) -> PairFolder:
             options.seed,
             options.model.get("num_factors"),
         )
-    from data_scripts.census_pairs import build_pairs
+    from data_scripts.pairs.census_pairs import build_pairs
 
     folder = Path(options.output_dir)
     pairs = options.pairs
@@ -72,16 +72,16 @@ def open_pairs(path: str | Path) -> PairFolder:
 
 def write_store(store: Path, options: RunOptions, progress: bool) -> None:
     """Writes the cells of `options.data` into a local store."""
-    from data_scripts.local_census import CensusSource, write_census
+    from data_scripts.store.local_census import CensusSource, write_census
 
     data = options.data
     if data.synthetic is not None:
-        from data_scripts.synthetic_store import write_synthetic
+        from data_scripts.synthetic.network_store import write_synthetic
 
         write_synthetic(store, data.synthetic, progress=progress)
         return
     if data.example is not None:
-        from data_scripts.example_cells import library_cells_pbmc68k
+        from data_scripts.cells.example_cells import library_cells_pbmc68k
 
         sources = [CensusSource(adata=library_cells_pbmc68k(), dataset_id=data.example)]
     else:

@@ -9,11 +9,11 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from data_scripts.pair_folder import MANIFEST, PairFolder
+from data_scripts.batches.pair_dataset import PairDataset
+from data_scripts.pairs.pair_folder import MANIFEST, PairFolder
+from modeling_gppc.fitting.factor_model import choose_rank
+from modeling_gppc.fitting.fit_linear_response import initialize_linear_response
 from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
-from modeling_gppc.training.factor_model import choose_rank
-from modeling_gppc.training.linear_start import initialize_linear_response
-from modeling_gppc.training.pair_dataset import PairDataset
 from modeling_gppc.training.response_check import check_responses
 
 # AnnData and what reads screens are imported where a screen is read: a run on finished pairs needs none of it.
@@ -71,7 +71,7 @@ class ScreenTrainingOptions:
 
     def read(self, path: str):
         """The screen with all its genes."""
-        from data_scripts.screens import ScreenOptions, read_screen
+        from data_scripts.cells.screens import ScreenOptions, read_screen
 
         names = ("perturbation_column", "batch_column", "cell_line_column", "library_size_column", "layer")
         options = {name: getattr(self, name) for name in (*names, "value_kind", "min_cells")}
@@ -97,11 +97,11 @@ def prepare_screen_pairs(
     Raises:
         ValueError: For a screen that cannot be used, or a folder with pairs of another one.
     """
-    from data_scripts.screen_cells import cells_digest, keep_genes, some_cells, technical_residuals
-    from data_scripts.screen_pairs import CONTROL_PAIRING, SCREEN_PAIRING, write_split_pairs
-    from data_scripts.screens import CONTROL
-    from modeling_gppc.evaluation.leak_guards import SplitPlan, refuse_leaks
-    from modeling_gppc.evaluation.screen_splits import perturbation_folds
+    from data_scripts.cells.screen_cells import cells_digest, keep_genes, some_cells, technical_residuals
+    from data_scripts.cells.screen_splits import perturbation_folds
+    from data_scripts.cells.screens import CONTROL
+    from data_scripts.pairs.leak_guards import SplitPlan, refuse_leaks
+    from data_scripts.pairs.screen_pairs import CONTROL_PAIRING, SCREEN_PAIRING, write_split_pairs
 
     screen = options.read(path)
     generator = np.random.default_rng(seed)

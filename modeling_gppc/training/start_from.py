@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow.compute as pc
 import torch
 
-from data_scripts.pair_folder import PairFolder
+from data_scripts.pairs.pair_folder import PairFolder
 from modeling_gppc.configuration_gppc import GppcConfig
 from modeling_gppc.feature_extraction_gppc import GppcFeatureExtractor
 from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction

@@ -4,10 +4,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from data_scripts.pair_folder import PairFolder
+from data_scripts.batches.data_collator import PairCollator
+from data_scripts.batches.pair_dataset import PairDataset
+from data_scripts.pairs.pair_folder import PairFolder
 from modeling_gppc.training.arguments import RunOptions
-from modeling_gppc.training.data_collator import PairCollator
-from modeling_gppc.training.pair_dataset import PairDataset
 
 
 class TableCollator:
@@ -48,13 +48,13 @@ def open_stream(options: RunOptions, folder: PairFolder, rank: int = 0, world_si
         rank, world_size (`int`, *optional*): This process among those that train.
 
     Returns:
-        [`~data_scripts.stream_pairs.PairStream`] of batches of model inputs.
+        [`~data_scripts.batches.stream_pairs.PairStream`] of batches of model inputs.
 
     Raises:
         ValueError: If the store makes fewer shards than there are readers.
     """
     # Reads cells, with the libraries that this takes.
-    from data_scripts.stream_pairs import PairStream, StreamOptions
+    from data_scripts.batches.stream_pairs import PairStream, StreamOptions
 
     settings = options.training
     collator = PairCollator(folder.panels, seed=options.seed, n_query_genes=settings.n_query_genes)

@@ -19,12 +19,12 @@ from transformers.trainer_callback import TrainerControl
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from data_scripts.stream_checkpoint import restore_stream, save_stream
+from data_scripts.batches.data_collator import PairCollator
+from data_scripts.batches.pair_dataset import PairDataset
+from data_scripts.batches.stream_checkpoint import restore_stream, save_stream
 from modeling_gppc.modeling_gppc import IGNORED_LABEL, GppcForPerturbationPrediction
 from modeling_gppc.training.arguments import TrainingOptions
 from modeling_gppc.training.checkpoints import clear_unfinished, publish, rotate, unfinished_folder
-from modeling_gppc.training.data_collator import PairCollator
-from modeling_gppc.training.pair_dataset import PairDataset
 from modeling_gppc.training.throughput import Throughput, summarize
 
 logger = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ class PlainProgress(ProgressCallback):
 
 class GppcTrainer(Trainer):
     """
-    Trains on pair rows, or on batches that a [`~data_scripts.stream_pairs.PairStream`] hands out.
+    Trains on pair rows, or on batches that a [`~data_scripts.batches.stream_pairs.PairStream`] hands out.
 
     The loss of an optimiser step is a mean over the scored genes of all its pairs, however they are spread over
     processes and accumulated batches. Checkpoints appear whole or not at all; the best and the last ones stay.

@@ -9,12 +9,12 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from data_scripts.pair_folder import PairFolder
+from data_scripts.batches.data_collator import PairCollator
+from data_scripts.batches.pair_dataset import PairDataset
+from data_scripts.pairs.pair_folder import PairFolder
 from modeling_gppc import GppcConfig, GppcForPerturbationPrediction
 from modeling_gppc.modeling_gppc import IGNORED_LABEL
-from modeling_gppc.training.data_collator import PairCollator
 from modeling_gppc.training.launch import leave
-from modeling_gppc.training.pair_dataset import PairDataset
 from modeling_gppc.training.trainer import EpochSampler
 
 STEPS, BATCH = 20, 16

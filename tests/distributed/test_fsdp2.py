@@ -20,7 +20,7 @@ from tiny_runs import (
     write_run_pairs,
 )
 
-from data_scripts.pair_folder import PairFolder
+from data_scripts.pairs.pair_folder import PairFolder
 from modeling_gppc import GppcForPerturbationPrediction
 from modeling_gppc.modeling_gppc import GppcPreTrainedModel
 from modeling_gppc.training.arguments import CONFIGS

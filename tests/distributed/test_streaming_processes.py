@@ -18,8 +18,8 @@ from tiny_runs import (
     write_stream_store,
 )
 
-from data_scripts.pair_folder import PairFolder
-from data_scripts.stream_checkpoint import stream_file
+from data_scripts.batches.stream_checkpoint import stream_file
+from data_scripts.pairs.pair_folder import PairFolder
 from modeling_gppc.training.arguments import CONFIGS
 
 TESTS = str(Path(__file__).parents[1])

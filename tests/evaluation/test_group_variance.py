@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from test_screen_evaluation import N_GENES, make_adata
 
-from data_scripts.screens import ScreenOptions, read_screen
+from data_scripts.cells.screens import ScreenOptions, read_screen
 from modeling_gppc.evaluation.evaluate_options import EvaluateOptions
 from modeling_gppc.evaluation.group_variance import (
     USUAL_RATIO,

@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from test_floors import GENES, make_pairs
+from test_pair_floors import GENES, make_pairs
 
 from modeling_gppc.configuration_gppc import GppcConfig
 from modeling_gppc.evaluation.gaussian_floors import ConditionalGaussianFloor

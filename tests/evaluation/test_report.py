@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from test_floors import make_pairs
+from test_pair_floors import make_pairs
 
-from modeling_gppc.evaluation.baselines import fit_floors
+from modeling_gppc.evaluation.pair_floors import fit_floors
+from modeling_gppc.evaluation.pair_scores import assemble_results, score_split
 from modeling_gppc.evaluation.plots import plot_learning_curve, plot_scores
 from modeling_gppc.evaluation.report import markdown_table, render_results, table_rows, text_table, verdict
-from modeling_gppc.evaluation.score_pairs import assemble_results, score_split
 
 
 def make_split(difference, interval, label_free=None):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_screen_evaluation import make_adata
 
-from modeling_gppc.cli import main
+from gppc.cli import main
 
 
 def evaluate(adata, tmp_path, *arguments):

@@ -9,9 +9,10 @@ import pytest
 import scipy.stats
 import torch
 
-from data_scripts.screen_cells import keep_genes, technical_residuals
-from data_scripts.screens import ScreenOptions, read_screen
-from modeling_gppc.cli import main
+from data_scripts.cells.screen_cells import keep_genes, technical_residuals
+from data_scripts.cells.screen_splits import combination_folds, held_out_group, perturbation_folds
+from data_scripts.cells.screens import ScreenOptions, read_screen
+from gppc.cli import main
 from modeling_gppc.configuration_gppc import GppcConfig
 from modeling_gppc.evaluation import metrics
 from modeling_gppc.evaluation.evaluate_options import EvaluateOptions
@@ -37,7 +38,6 @@ from modeling_gppc.evaluation.screen_scores import (
     score_prediction,
     swapped_pearson,
 )
-from modeling_gppc.evaluation.screen_splits import combination_folds, held_out_group, perturbation_folds
 from modeling_gppc.evaluation.transfer_scorecard import transfer_scorecard
 from modeling_gppc.feature_extraction_gppc import GppcFeatureExtractor
 from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction

@@ -9,21 +9,21 @@ import pytest
 from test_screen_evaluation import N_GENES, make_adata
 
 import train
-from data_scripts.pair_folder import PairFolder
-from data_scripts.screen_cells import cells_digest, some_cells, technical_residuals
-from data_scripts.screens import ScreenOptions, read_screen
-from modeling_gppc.cli import main
+from data_scripts.cells.screen_cells import cells_digest, some_cells, technical_residuals
+from data_scripts.cells.screen_splits import group_folds, stated_fold
+from data_scripts.cells.screens import ScreenOptions, read_screen
+from data_scripts.pairs.leak_guards import guard_model, model_leaks
+from data_scripts.pairs.pair_folder import PairFolder
+from gppc.cli import main
 from modeling_gppc.evaluation.evaluate_options import EvaluateOptions
 from modeling_gppc.evaluation.fine_tuned_model import FineTunedModel, relatives
 from modeling_gppc.evaluation.folder_model import FolderModel, read_run
-from modeling_gppc.evaluation.gene_features import read_gene_features
 from modeling_gppc.evaluation.in_context_model import InContextModel
-from modeling_gppc.evaluation.leak_guards import guard_model, model_leaks
 from modeling_gppc.evaluation.screen_baselines import ScreenContext
 from modeling_gppc.evaluation.screen_evaluation import evaluate_screen, score_prediction_pearson
 from modeling_gppc.evaluation.screen_runs import shuffled_null
 from modeling_gppc.evaluation.screen_scores import ScreenPrediction, observe, score_prediction
-from modeling_gppc.evaluation.screen_splits import group_folds, stated_fold
+from modeling_gppc.fitting.gene_features import read_gene_features
 from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
 from modeling_gppc.training.arguments import CONFIGS, parse_options
 

@@ -11,10 +11,10 @@ import torch
 from huggingface_hub import constants
 from tiny_model import tiny_model, tiny_pipeline, write_model_folder
 
-from data_scripts.pair_folder import PairFolder
+from data_scripts.pairs.pair_folder import PairFolder
+from gppc.cli import main
 from hub_card.push import push_model
 from hub_card.upload_scan import ABSOLUTE_PATH, SECRETS
-from modeling_gppc.cli import main
 from modeling_gppc.evaluation.transfer_scorecard import weights_digest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -125,7 +125,7 @@ def commands(client):
     def run(*commands):
         code = f"""
 import contextlib, io, json
-from modeling_gppc.cli import main
+from gppc.cli import main
 
 results = []
 for arguments in {[["push", *map(str, arguments)] for arguments in commands]!r}:

@@ -8,8 +8,8 @@ from datasets.info import DatasetInfosDict
 from huggingface_hub import DatasetCard
 from tiny_pairs import write_pairs_folder
 
-from data_scripts.pair_folder import PairFolder
-from data_scripts.schema import PAIR_SCHEMA
+from data_scripts.pairs.pair_folder import PairFolder
+from data_scripts.pairs.schema import PAIR_SCHEMA
 from hub_card.dataset_card import stage_dataset
 from hub_card.hub_upload import Retries
 from hub_card.push import push_dataset

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from scipy import sparse
 from tiny_model import GENES, SYMBOLS, tiny_extractor, tiny_model, tiny_pipeline
 
-from modeling_gppc import cli
+from gppc import cli
 from modeling_gppc.feature_extraction_gppc import GppcFeatureExtractor, normalize_counts
 from modeling_gppc.inference.loading import load_model
 from modeling_gppc.inference.predict import predict_anndata, predict_file

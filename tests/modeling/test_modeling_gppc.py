@@ -9,9 +9,9 @@ from scipy.stats import multivariate_normal
 from tiny_model import GENES, SIZES, tiny_model
 
 from modeling_gppc.configuration_gppc import GppcConfig
+from modeling_gppc.fitting.factor_model import FactorModel, PairCoupling, predict_factor_model
 from modeling_gppc.linear_response_gppc import ALWAYS, MAX_EVIDENCE
 from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
-from modeling_gppc.training.factor_model import FactorModel, PairCoupling, predict_factor_model
 
 V = len(GENES)
 seeds = st.integers(0, 2**31 - 1)
@@ -416,7 +416,7 @@ GAUSSIAN = random_model(num_components=1, use_departure=False)
 
 
 def numpy_response(model, pairing):
-    """The parameters of a single component in the words of `training/factor_model.py`."""
+    """The parameters of a single component in the words of `fitting/factor_model.py`."""
     response = {name: buffer.double().numpy() for name, buffer in model.model.linear_response.named_buffers()}
     centre = response["component_means"][0]
     factors = FactorModel(

@@ -13,10 +13,10 @@ import sys
 import time
 from pathlib import Path
 
-from data_scripts.census_pairs import build_pairs
 from data_scripts.options import from_mapping
-from data_scripts.pair_folder import PairFolder
-from data_scripts.pair_options import PairOptions
+from data_scripts.pairs.census_pairs import build_pairs
+from data_scripts.pairs.pair_folder import PairFolder
+from data_scripts.pairs.pair_options import PairOptions
 
 
 def fork_build(options: PairOptions, out: Path) -> int:

@@ -8,8 +8,8 @@ import json
 import sys
 from pathlib import Path
 
-from data_scripts.pair_folder import write_bytes_atomically
-from data_scripts.stream_pairs import PairStream, StreamOptions
+from data_scripts.batches.stream_pairs import PairStream, StreamOptions
+from data_scripts.pairs.pair_folder import write_bytes_atomically
 
 SAVE_EVERY = 5
 

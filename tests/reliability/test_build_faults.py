@@ -13,18 +13,18 @@ from pathlib import Path
 
 import pytest
 
-from data_scripts.census_pairs import build_pairs, exclusive
 from data_scripts.options import from_mapping
-from data_scripts.pair_folder import PairFolder
-from data_scripts.pair_options import PairOptions
+from data_scripts.pairs.census_pairs import build_pairs, exclusive
+from data_scripts.pairs.pair_folder import PairFolder
+from data_scripts.pairs.pair_options import PairOptions
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    from data_scripts.synthetic import SyntheticConfig
-    from data_scripts.synthetic_store import write_synthetic
+    from data_scripts.synthetic.network import SyntheticConfig
+    from data_scripts.synthetic.network_store import write_synthetic
 
     path = tmp_path_factory.mktemp("faults") / "store"
     write_synthetic(path, SyntheticConfig(form="count", n_cells=400, n_genes=60), progress=False)
@@ -75,7 +75,7 @@ def test_killed_builds_resume_to_the_same_bytes(store, reference, tmp_path, n_ki
 
 @pytest.mark.slow
 def test_workers_end_with_a_killed_build(store, reference, tmp_path):
-    command = "import sys; from modeling_gppc.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = "import sys; from gppc.cli import main; sys.exit(main(sys.argv[1:]))"
     config = tmp_path / "pairs.yaml"
     config.write_text(json.dumps(mapping_for(store)))
     out = tmp_path / "out"
@@ -105,7 +105,7 @@ def wait_for(condition, seconds: float = 120.0) -> None:
 @pytest.mark.parametrize("limit", [2_000, 12_000])
 def test_full_disk(store, reference, tmp_path, limit):
     # A limit on the size of a file fails a write where a full disk would.
-    command = "import sys; from modeling_gppc.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = "import sys; from gppc.cli import main; sys.exit(main(sys.argv[1:]))"
     config = tmp_path / "pairs.yaml"
     config.write_text(json.dumps(mapping_for(store)))
     out = tmp_path / "out"
@@ -135,7 +135,7 @@ def test_a_disk_that_is_really_full(store, reference, tmp_path, kilobytes):
     config, disk, kept = tmp_path / "pairs.yaml", tmp_path / "disk", tmp_path / "kept"
     config.write_text(json.dumps(mapping_for(store)))
     disk.mkdir()
-    build = "import sys; from modeling_gppc.cli import main; sys.exit(main(sys.argv[1:]))"
+    build = "import sys; from gppc.cli import main; sys.exit(main(sys.argv[1:]))"
     # The disk ends with its namespace: what the build left on it is copied out first.
     script = (
         f"mount -t tmpfs -o size={kilobytes}k tmpfs {disk} || exit 99; "
@@ -157,7 +157,7 @@ def test_a_disk_that_is_really_full(store, reference, tmp_path, kilobytes):
 def test_two_processes_into_one_folder(store, reference, tmp_path):
     config, out = tmp_path / "pairs.yaml", tmp_path / "out"
     config.write_text(json.dumps(mapping_for(store)))
-    command = "import sys; from modeling_gppc.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = "import sys; from gppc.cli import main; sys.exit(main(sys.argv[1:]))"
     arguments = [sys.executable, "-c", command, "build-pairs", str(out), "--config", str(config)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     builds = [

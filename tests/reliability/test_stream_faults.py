@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from data_scripts.census_pairs import plan_pairs
 from data_scripts.options import from_mapping
-from data_scripts.pair_options import PairOptions
-from data_scripts.synthetic import SyntheticConfig
-from data_scripts.synthetic_store import write_synthetic
+from data_scripts.pairs.census_pairs import plan_pairs
+from data_scripts.pairs.pair_options import PairOptions
+from data_scripts.synthetic.network import SyntheticConfig
+from data_scripts.synthetic.network_store import write_synthetic
 
 ROOT = Path(__file__).parents[2]
 N_BATCHES = 70  # of 400 cells in batches of 16: several epochs

@@ -9,7 +9,7 @@ import pytest
 import scipy.sparse as sp
 from tiny_runs import train_module, write_run_pairs
 
-from data_scripts.local_census import CensusSource, write_census
+from data_scripts.store.local_census import CensusSource, write_census
 from modeling_gppc.training import arguments as arguments_module
 from modeling_gppc.training.arguments import (
     CONFIGS,

@@ -7,9 +7,10 @@ import scipy.sparse as sp
 from tiny_pairs import tiny_genes, tiny_rows
 from tiny_runs import write_run_pairs
 
-from data_scripts import census_pairs, local_census
 from data_scripts.options import from_mapping
-from data_scripts.pair_folder import write_pair_folder
+from data_scripts.pairs import census_pairs
+from data_scripts.pairs.pair_folder import write_pair_folder
+from data_scripts.store import local_census
 from modeling_gppc.training.arguments import RunOptions
 from modeling_gppc.training.prepare_data import prepare_pairs
 

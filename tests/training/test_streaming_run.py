@@ -8,12 +8,12 @@ import pytest
 import torch
 from tiny_runs import arguments, distance, last_weights, logged, stream_arguments, train_module, write_stream_store
 
+from data_scripts.batches.data_collator import PairCollator
+from data_scripts.batches.pair_dataset import PairDataset
+from data_scripts.batches.stream_checkpoint import stream_file
 from data_scripts.options import from_mapping
-from data_scripts.pair_folder import PairFolder
-from data_scripts.stream_checkpoint import stream_file
+from data_scripts.pairs.pair_folder import PairFolder
 from modeling_gppc.training.arguments import RunOptions
-from modeling_gppc.training.data_collator import PairCollator
-from modeling_gppc.training.pair_dataset import PairDataset
 from modeling_gppc.training.stream_rows import TableCollator, open_stream, sample_rows_of
 from modeling_gppc.training.trainer import GppcTrainer
 
@@ -108,7 +108,7 @@ def test_a_large_store_leaves_a_sample(store, tmp_path):
         == json.loads((out / "model" / "run.json").read_text())["cells"]
     )
     with pytest.raises(ValueError, match="train_rows"):
-        from data_scripts.census_pairs import build_pairs
+        from data_scripts.pairs.census_pairs import build_pairs
 
         build_pairs(from_mapping(RunOptions, options_of(out)).pairs, folder.path, progress=False)
 

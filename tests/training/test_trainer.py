@@ -8,13 +8,13 @@ import pytest
 import torch
 from tiny_runs import N_GENES, arguments, distance, last_weights, logged, train_module, write_run_pairs
 
-from data_scripts.pair_folder import PairFolder
+from data_scripts.batches.data_collator import PairCollator
+from data_scripts.batches.pair_dataset import PairDataset
+from data_scripts.pairs.pair_folder import PairFolder
 from modeling_gppc import GppcConfig, GppcForPerturbationPrediction
 from modeling_gppc.modeling_gppc import IGNORED_LABEL
 from modeling_gppc.training import throughput as throughput_module
 from modeling_gppc.training.arguments import TrainingOptions
-from modeling_gppc.training.data_collator import PairCollator
-from modeling_gppc.training.pair_dataset import PairDataset
 from modeling_gppc.training.throughput import Throughput, summarize
 from modeling_gppc.training.trainer import make_trainer
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import train
-from data_scripts.pair_folder import PairFolder
+from data_scripts.batches.data_collator import PairCollator
+from data_scripts.batches.pair_dataset import PairDataset
+from data_scripts.pairs.pair_folder import PairFolder
 from modeling_gppc import GppcConfig, GppcForPerturbationPrediction
 from modeling_gppc.training.arguments import find_config, parse_options
-from modeling_gppc.training.data_collator import PairCollator
-from modeling_gppc.training.pair_dataset import PairDataset
 
 CELLS = "{form: linear, n_genes: 40, n_regulators: 5, n_cells: 2500, n_donors: 50, n_datasets: 2, n_cell_types: 8}"
 BUDGET = [

@@ -1,0 +1,1 @@
+"""From pair rows to batches of tensors."""

@@ -1,0 +1,294 @@
+"""Pairs straight from the store while training: read, matched and collated ahead in the background."""
+
+import collections
+import concurrent.futures
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from data_scripts.pairs.build_tasks import open_plan
+from data_scripts.pairs.pair_plan import PairPlan, digest_of
+from data_scripts.pairs.pair_shard import ShardRows, read_shard_values
+from data_scripts.pairs.schema import PAIR_SCHEMA, SPLITS
+
+REMEMBERED = 256  # batches back for which the state is still known
+PREFETCHED = 4  # batches that each worker keeps ready
+EPOCH_STRIDE = 1_000_003  # between the seeds of epochs; epoch 0 draws the rows that a build would write
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamOptions:
+    """
+    How a stream is cut up.
+
+    Args:
+        split (`str`, *optional*, defaults to `"train"`): Whose pairs.
+        batch_size (`int`, *optional*, defaults to 128): Pairs in a batch; the last one of a round may be smaller.
+        pool_shards (`int`, *optional*, defaults to 2): Shards, drawn from the whole store, that a batch draws its rows
+            from; the rows of about half of them are in memory.
+        seed (`int`, *optional*, defaults to 0): Of the orders of shards and rows.
+    """
+
+    split: str = "train"
+    batch_size: int = 128
+    pool_shards: int = 2
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.split not in SPLITS:
+            raise ValueError(f"`split` is {self.split!r}; wanted one of {', '.join(SPLITS)}.")
+        for name in ("batch_size", "pool_shards"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; wanted at least 1.")
+
+
+class _Reader(torch.utils.data.IterableDataset):
+    """Batches of the shards that belong to each reader of a process; a worker of a loader is one reader."""
+
+    def __init__(self, stream: "PairStream"):
+        self.out, self.identity, self.options = stream.out, stream.identity, stream.options
+        self.endless, self.transform = stream.endless, stream.transform
+        self.rotation, self.positions = stream.next_reader, list(stream.positions)
+        self.first_reader, self.n_readers = stream.rank * stream.n_readers, stream.world_size * stream.n_readers
+
+    def __iter__(self) -> Iterator[tuple[int, tuple[int, int, int], object]]:
+        worker = torch.utils.data.get_worker_info()
+        own = (self.rotation + (worker.id if worker else 0)) % len(self.positions)
+        plan = open_plan(self.out, self.identity)
+        rounds, size = self._rounds(own, streamed_shards(plan, self.options.split)), self.options.batch_size
+        first_batch = self.positions[own][2]
+        mixer = _Mixer(plan, self.options)
+        with concurrent.futures.ThreadPoolExecutor(1) as ahead:
+            place = next(rounds, None)
+            coming = ahead.submit(mixer.rows, *place) if place else None
+            while place is not None:
+                rows = coming.result()
+                following = next(rounds, None)
+                coming = ahead.submit(mixer.rows, *following) if following else None
+                epoch, number, _ = place
+                shuffled = np.random.default_rng([self.options.seed, epoch, own, number]).permutation(rows.num_rows)
+                n_batches = -(-rows.num_rows // size)
+                for batch in range(first_batch, n_batches):
+                    # Where this reader stands once the batch has been used.
+                    after = (epoch, number, batch + 1) if batch + 1 < n_batches else (epoch, number + 1, 0)
+                    table = rows.take(pa.array(shuffled[batch * size : (batch + 1) * size]))
+                    yield own, after, table if self.transform is None else self.transform(table)
+                first_batch, place = 0, following
+
+    def _rounds(self, own: int, shards: np.ndarray) -> Iterator[tuple[int, int, list[int]]]:
+        """Epoch, number and the reader's shards of that epoch, of every round that a reader still has to read."""
+        first_epoch, first_round, _ = self.positions[own]
+        for epoch in itertools.count(first_epoch) if self.endless else (first_epoch,):
+            order = np.random.default_rng([self.options.seed, epoch]).permutation(len(shards))
+            # One further each epoch: where the shards do not divide evenly, every reader has the longer share in turn.
+            mine = shards[order[(self.first_reader + own + epoch) % self.n_readers :: self.n_readers]].tolist()
+            for number in range(first_round, n_rounds(len(mine), self.options.pool_shards)):
+                yield epoch, number, mine
+            first_round = 0
+
+
+def n_rounds(n_shards: int, pool_shards: int) -> int:
+    """Rounds in which a reader hands out the rows of its shards."""
+    return max(1, n_shards - pool_shards + 1) if n_shards else 0
+
+
+def rounds_of(shard: int, n_shards: int, pool_shards: int) -> range:
+    """Rounds over which the rows of a reader's shard, by its place in the reader's order, are spread.
+
+    Round `r` mixes the shards `r` to `r + pool_shards - 1`.
+    """
+    last = n_rounds(n_shards, pool_shards) - 1
+    return range(max(0, min(shard - pool_shards + 1, last)), min(shard, last) + 1)
+
+
+class _Mixer:
+    """Rows of one round after the other; of each shard it holds what is left for later rounds, and nothing else."""
+
+    def __init__(self, plan: PairPlan, options: StreamOptions):
+        self.plan, self.options = plan, options
+        self.epoch, self.held = None, {}
+
+    def rows(self, epoch: int, number: int, mine: list[int]) -> pa.Table:
+        """Rows of a round; reads the shards that it is the first to need."""
+        if epoch != self.epoch:
+            self.epoch, self.held = epoch, {}
+        parts = []
+        for place, shard in enumerate(mine):
+            rounds = rounds_of(place, len(mine), self.options.pool_shards)
+            if number not in rounds:
+                continue
+            if place not in self.held:
+                self.held[place] = self._spread(epoch, shard, rounds, number)
+            parts.append(self.held[place].pop(number))
+        # Many chunks would have to be searched for every row: one is gathered from directly.
+        return pa.concat_tables(parts).combine_chunks()
+
+    def _spread(self, epoch: int, shard: int, rounds: range, number: int) -> dict[int, pa.Table]:
+        """The rows of a shard, drawn for its rounds, from round `number` on."""
+        options = dataclasses.replace(self.plan.options, seed=self.plan.options.seed + EPOCH_STRIDE * epoch)
+        cells = self.plan.shard_cells(shard)
+        values = read_shard_values(self.plan.matrix, cells, options, self.plan.vocabulary, self.plan.gene_lengths)
+        rows = ShardRows(cells, values, self.plan.panels, options, shard, self.plan.revealable)
+        table = pa.Table.from_batches(rows.batches(SPLITS.index(self.options.split)), PAIR_SCHEMA).combine_chunks()
+        drawn = np.random.default_rng([self.options.seed, epoch, shard]).permutation(table.num_rows)
+        drawn = dict(zip(rounds, np.array_split(drawn, len(rounds))))
+        # Copies, so that what was used can be forgotten.
+        return {later: table.take(pa.array(part)) for later, part in drawn.items() if later >= number}
+
+
+def streamed_shards(plan: PairPlan, split: str) -> np.ndarray:
+    """Shards that hold cells of a split, int64 of shape `(n_streamed,)`."""
+    cells = plan.cells.column("split").to_numpy()
+    bounds = plan.content["bounds"]
+    wanted = SPLITS.index(split)
+    held = [index for index in range(plan.n_shards) if (cells[bounds[index] : bounds[index + 1]] == wanted).any()]
+    return np.array(held, dtype=np.int64)
+
+
+def _unchanged(item):
+    return item
+
+
+class PairStream(torch.utils.data.IterableDataset):
+    """
+    Batches of pairs for one process of a training job, in an order that seed, epoch and numbers of readers fix.
+
+    1. Shards are put in random order and shared out to readers (a worker of a rank), so that readers have disjoint
+       cells, none twice, none missing. 2. A reader spreads the rows of each shard over the next `pool_shards` rounds,
+       so a round mixes that many shards; while one round is used, the shard that the next one needs is read.
+       3. Rows are shuffled within the round and cut into batches. 4. `transform` turns a batch into what the model
+       takes, still in the background. Partners are drawn anew in every epoch.
+
+    Args:
+        out (`str` or `Path`): Folder that [`plan_pairs`] prepared, or that `build_pairs(train_rows=...)` wrote.
+        options (`StreamOptions`, *optional*): How the stream is cut up.
+        num_workers (`int`, *optional*, defaults to 0): Background processes; 0 reads in a thread of this one.
+        rank, world_size (`int`, *optional*): This process among those that train.
+        transform (`Callable[[pa.Table], Any]`, *optional*): Applied to each batch where it is read; must be picklable
+            for `num_workers` above 0.
+        endless (`bool`, *optional*, defaults to `False`): Go on with the next epoch for ever. A reader that is
+            through with its share of an epoch does not wait for the others, so no rank ends before another.
+
+    Iterating yields one epoch from where the state stands, then goes on to the next epoch's beginning; endless, it
+    yields one epoch after the other.
+
+    Attributes:
+        epoch (`int`): Pass over the data that the slowest reader of this process is in.
+    """
+
+    def __init__(
+        self,
+        out: str | Path,
+        options: StreamOptions | None = None,
+        num_workers: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        transform: Callable[[pa.Table], object] | None = None,
+        endless: bool = False,
+    ):
+        if not 0 <= rank < world_size:
+            raise ValueError(f"`rank` is {rank} with `world_size` {world_size}; wanted 0 to world_size - 1.")
+        plan = PairPlan(out)
+        if not (plan.work / "genes.npy").is_file():
+            raise ValueError(f"`out` {out} has no gene panel yet; prepare it with `plan_pairs`.")
+        self.out, self.options = str(out), options or StreamOptions()
+        self.identity = digest_of(plan.content["identity"])
+        self.num_workers, self.rank, self.world_size, self.transform = num_workers, rank, world_size, transform
+        self.endless, self.n_readers = endless, max(1, num_workers)
+        if endless:
+            n_shards = len(streamed_shards(plan, self.options.split))
+            if n_shards < world_size * self.n_readers:
+                raise ValueError(
+                    f"the store makes {n_shards} shard(s) for {world_size * self.n_readers} readers ({world_size} "
+                    f"process(es) x {self.n_readers} worker(s)); wanted a shard each: fewer workers, or smaller "
+                    "`shard_cells`."
+                )
+        self._n_batches = 0
+        self._history: collections.deque = collections.deque(maxlen=REMEMBERED)
+        self._go_to(0)
+
+    @property
+    def epoch(self) -> int:
+        """Pass over the data that the slowest reader of this process is in."""
+        return min(epoch for epoch, _, _ in self.positions)
+
+    def go_to_epoch(self, epoch: int) -> None:
+        """Goes to the beginning of an epoch, unless the stream already stands in it."""
+        if epoch != self.epoch:
+            self._go_to(epoch)
+
+    def _go_to(self, epoch: int) -> None:
+        self.next_reader, self.positions = 0, [(epoch, 0, 0)] * self.n_readers
+        self._remember()
+
+    def __iter__(self) -> Iterator[object]:
+        source = _Reader(self)
+        if self.num_workers:
+            source = torch.utils.data.DataLoader(
+                source,
+                batch_size=None,
+                collate_fn=_unchanged,
+                num_workers=self.num_workers,
+                prefetch_factor=PREFETCHED,
+                multiprocessing_context="spawn",  # TileDB's threads do not survive a fork
+                generator=torch.Generator(),  # else its seed is drawn from the numbers that dropout goes on with
+            )
+        for own, position, content in source:
+            self.positions[own] = position
+            self.next_reader = (own + 1) % self.n_readers
+            self._n_batches += 1
+            self._remember()
+            yield content
+        self._go_to(self.epoch + 1)
+
+    def _remember(self) -> None:
+        state = {"next": self.next_reader, "positions": [list(position) for position in self.positions]}
+        self._history.append((self._n_batches, state))
+
+    def _shape(self) -> dict:
+        return {
+            "identity": self.identity,
+            "options": dataclasses.asdict(self.options),
+            "num_workers": self.num_workers,
+            "world_size": self.world_size,
+        }
+
+    def state_dict(self, n_batches: int | None = None) -> dict:
+        """Where the stream stands, in JSON.
+
+        Args:
+            n_batches (`int`, *optional*): After so many batches of this object's life, for callers that fetch ahead of
+                what they use; defaults to all that were handed out.
+
+        Raises:
+            ValueError: If that is further back than is remembered.
+        """
+        wanted = self._n_batches if n_batches is None else n_batches
+        states = [state for count, state in self._history if count == wanted]
+        if not states:
+            raise ValueError(
+                f"`n_batches` is {n_batches}; known are {self._history[0][0]} to {self._n_batches}, the last batches."
+            )
+        return {**self._shape(), **states[-1], "rank": self.rank}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Goes to where another stream stood.
+
+        Raises:
+            ValueError: If that stream had other rows or other numbers of readers.
+        """
+        for name, value in (*self._shape().items(), ("rank", self.rank)):
+            if state.get(name) != value:
+                raise ValueError(
+                    f"`state` was saved with {name} {state.get(name)!r}; this stream has {value!r}: the order of cells "
+                    "would be another."
+                )
+        self.next_reader, self.positions = state["next"], [tuple(position) for position in state["positions"]]
+        self._n_batches = 0
+        self._history.clear()
+        self._remember()

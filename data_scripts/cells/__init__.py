@@ -1,0 +1,1 @@
+"""Cells as they come: AnnData files, gene names, CRISPR screens."""

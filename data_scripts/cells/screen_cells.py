@@ -1,0 +1,86 @@
+"""Cells and genes of a screen that a run reads: a gene panel chosen on controls, covariates taken out, some cells."""
+
+import dataclasses
+import hashlib
+
+import numpy as np
+
+from data_scripts.cells.screens import CONTROL, Screen
+
+
+def keep_genes(screen: Screen, at_most: int, chosen_on: np.ndarray | None = None) -> Screen:
+    """The genes most variable among controls, and every measured target; chosen without any perturbed cell.
+
+    Args:
+        screen (`Screen`): The screen.
+        at_most (`int`): Genes that are kept.
+        chosen_on (`np.ndarray`, *optional*): Rows of the controls whose variance chooses; all controls when absent.
+    """
+    n_genes = len(screen.gene_ids)
+    if n_genes <= at_most:
+        return screen
+    spread = screen.values[screen.cells_of(CONTROL) if chosen_on is None else chosen_on].var(axis=0)
+    spread[screen.panel_targets] = np.inf
+    kept = np.sort(np.argsort(-spread, kind="stable")[:at_most])
+    position = np.full(n_genes, -1)
+    position[kept] = np.arange(len(kept))
+    perturbations = {
+        label: dataclasses.replace(p, gene_index=np.where(p.gene_index >= 0, position[p.gene_index], -1))
+        for label, p in screen.perturbations.items()
+    }
+    return dataclasses.replace(
+        screen,
+        values=screen.values[:, kept],
+        gene_ids=[screen.gene_ids[i] for i in kept],
+        gene_symbols=[screen.gene_symbols[i] for i in kept],
+        perturbations=perturbations,
+    )
+
+
+def technical_residuals(screen: Screen, cells: np.ndarray, fitted_on: np.ndarray | None = None) -> np.ndarray:
+    """Values of cells without what technical covariates of the whole transcriptome explain linearly; means are kept.
+
+    Library size, detected genes, mitochondrial share and batch move many genes at once; left in, they pass for
+    regulation. Covariates are held fixed when a gene is changed. On a targeted panel, whose depth is itself a
+    response, batches cannot be told from states by their depth, and nothing is taken out.
+
+    Args:
+        screen (`Screen`): The screen.
+        cells (`np.ndarray`): Rows.
+        fitted_on (`np.ndarray`, *optional*): Rows that slopes are fitted on; `cells` themselves when absent.
+
+    Returns:
+        `np.ndarray` of float64, shape `(len(cells), n_vars)`.
+    """
+    values = screen.values[cells].astype(np.float64)
+    if not screen.library_is_complete:
+        return values
+    fitted_on = cells if fitted_on is None else fitted_on
+    covariates = screen.covariates[fitted_on]
+    centre, scale = covariates.mean(axis=0), covariates.std(axis=0)
+    varied = scale > 1e-9
+    if not varied.any():
+        return values
+    reference = screen.values[fitted_on].astype(np.float64)
+    design = (covariates - centre)[:, varied] / scale[varied]
+    slopes = np.linalg.lstsq(design, reference - reference.mean(axis=0), rcond=None)[0]
+    return values - ((screen.covariates[cells] - centre)[:, varied] / scale[varied]) @ slopes
+
+
+def some_cells(screen: Screen, cells: np.ndarray) -> Screen:
+    """The screen with only the rows `cells`. Every perturbation stays, with as many cells as are left of it: its target
+    is a gene of the panel whether or not it has cells here."""
+    present, times = np.unique(screen.label[cells], return_counts=True)
+    counts = dict(zip(present.tolist(), times.tolist()))
+    perturbations = {
+        name: dataclasses.replace(p, n_cells=counts.get(name, 0)) for name, p in screen.perturbations.items()
+    }
+    rows = ("values", "label", "batch", "cell_line", "covariates", "library_size", "barcodes")
+    return dataclasses.replace(
+        screen, perturbations=perturbations, **{name: getattr(screen, name)[cells] for name in rows}
+    )
+
+
+def cells_digest(screen: Screen) -> str:
+    """Digest of the cells' names, whatever their order: tells whether two runs read the same screen."""
+    return hashlib.blake2b("\n".join(sorted(screen.barcodes.tolist())).encode(), digest_size=16).hexdigest()

@@ -1,0 +1,1 @@
+"""From a stream of cells to pair rows: matching, sampling, splits, folders."""

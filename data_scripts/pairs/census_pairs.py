@@ -1,0 +1,314 @@
+"""Census query -> folder of pair rows: resumable, the same bytes for any number of processes; and as a `datasets` builder."""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+
+from data_scripts.pairs.build_tasks import build_shard, count_part, load_part, run_tasks, shard_done
+from data_scripts.pairs.gene_selection import find_genes, read_gene_list, select_genes
+from data_scripts.pairs.pair_folder import MANIFEST, PairFolder, finish_pair_folder, read_table
+from data_scripts.pairs.pair_options import PairOptions
+from data_scripts.pairs.pair_plan import WORK, PairPlan, check_folder, digest_of, plan_identity, query_for, write_array
+from data_scripts.pairs.schema import GENE_SCHEMA, PAIR_SCHEMA, SPLITS
+from data_scripts.store.census_query import CellQuery
+from data_scripts.store.freed_memory import return_freed_memory
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Holds a folder for one build; the lock dies with the process, however that ends.
+
+    Raises:
+        ValueError: If another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"`out` {folder} is being written by another build; wait for it or choose another."
+            ) from error
+        yield
+
+
+# What a stream needs of the plan.
+STREAMED_FROM = ("plan.json", "cells.arrow", "measured.npy", "genes.npy")
+
+
+def build_pairs(
+    options: PairOptions,
+    out: str | Path,
+    num_proc: int = 1,
+    progress: bool = True,
+    dask: str | None = None,
+    train_rows: int | None = None,
+) -> PairFolder:
+    """Builds a pairs folder, or finishes or opens the one that the same options began.
+
+    Args:
+        options (`PairOptions`): What to build.
+        out (`str` or `Path`): The folder: new, or of the same run.
+        num_proc (`int`, *optional*, defaults to 1): Processes; the rows do not depend on it.
+        progress (`bool`, *optional*, defaults to `True`): Show progress bars.
+        dask (`str`, *optional*): Address of a `dask.distributed` scheduler to run the shards on; its workers must see
+            the store and `out` under the same paths.
+        train_rows (`int`, *optional*): Write only about so many training rows, a random sample of the whole store, and
+            keep the plan: for training from a [`~stream_pairs.PairStream`]. The other splits are written whole.
+
+    Raises:
+        ValueError: For bad options, a bad store or a folder of another run; before long work where it can be known.
+    """
+    out = Path(out) if dask is None else Path(out).resolve()
+    if num_proc < 1:
+        raise ValueError(f"`num_proc` is {num_proc}; wanted at least 1.")
+    query = query_for(options)
+    identity = plan_identity(options, query.source)
+    if train_rows is not None:
+        identity["train_rows"] = train_rows
+    if check_folder(out, identity) == "finished":
+        return PairFolder(out)
+    with exclusive(out):
+        state = check_folder(out, identity)  # another build may have ended since
+        if state == "finished":
+            return PairFolder(out)
+        plan = prepare(out, query, options, identity, state, num_proc, progress, dask)
+        todo = [index for index in range(plan.n_shards) if not shard_done(plan, index)]
+        run_tasks(build_shard, plan, todo, num_proc, progress, "pairs", dask)
+        finish(plan)
+        return_freed_memory()
+    return PairFolder(out)
+
+
+def prepare(
+    out: Path,
+    query: CellQuery,
+    options: PairOptions,
+    identity: dict,
+    state: str,
+    num_proc: int,
+    progress: bool,
+    dask: str | None = None,
+) -> PairPlan:
+    """Makes or opens the plan of a folder that is held exclusively, and chooses the genes."""
+    for leftover in out.rglob(".*.tmp"):
+        leftover.unlink()
+    plan = PairPlan(out) if state == "unfinished" else PairPlan.create(out, query, options, identity)
+    choose_genes(plan, num_proc, progress, dask)
+    return plan
+
+
+def plan_pairs(options: PairOptions, out: str | Path, num_proc: int = 1, progress: bool = True) -> PairPlan:
+    """The first part of [`build_pairs`]: plan and gene panel without rows, for streaming them while training.
+
+    Args and errors are those of [`build_pairs`]; a folder that is finished already is refused.
+    """
+    out = Path(out)
+    query = query_for(options)
+    identity = plan_identity(options, query.source)
+    with exclusive(out):
+        state = check_folder(out, identity)
+        if state == "finished":
+            raise ValueError(f"`out` {out} holds the finished rows; train from them, or stream into another folder.")
+        return prepare(out, query, options, identity, state, num_proc, progress)
+
+
+def choose_genes(plan: PairPlan, num_proc: int, progress: bool, dask: str | None = None) -> None:
+    """Writes the vocabulary (`genes.npy`), after a pass over the training cells where the rule needs one."""
+    if (plan.work / "genes.npy").is_file():
+        return
+    options, selected = plan.options.panel, np.load(plan.work / "selected.npy")
+    if options.rule in ("all", "file"):
+        genes, steps = np.flatnonzero(selected & plan.measured.any(0)), {}
+        if options.rule == "file":
+            names = read_gene_list(options.file)
+            genes = find_genes(names, plan.var["feature_id"].tolist(), plan.var["feature_name"].tolist(), "file")
+        if not len(genes):
+            raise ValueError("`panel` leaves no gene: the data sets measure none of those that `var_filter` keeps.")
+    else:
+        todo = [index for index in range(plan.n_shards) if not (plan.work / f"panel-{index:05d}.npz").is_file()]
+        run_tasks(count_part, plan, todo, num_proc, progress, "gene panel", dask)
+        cells_per_dataset = np.bincount(
+            plan.cells.column("dataset").to_numpy()[plan.cells.column("split").to_numpy() == 0],
+            minlength=len(plan.measured),
+        )
+        if not cells_per_dataset.sum():
+            raise ValueError("`splits` leave no cell for training, so no gene panel can be chosen; change the rules.")
+        parts = (load_part(plan, index) for index in range(plan.n_shards))
+        genes, steps = select_genes(parts, cells_per_dataset, plan.measured, selected, options)
+    (plan.work / "panel.json").write_text(json.dumps(steps))
+    write_array(plan.work / "genes.npy", genes.astype(np.int64))
+    if not any(mask.any() for mask in plan.revealable):
+        raise ValueError("`perturbation` allows none of the panel's genes; name genes of the panel.")
+
+
+def finish(plan: PairPlan) -> None:
+    """Writes gene statistics, report and manifest, and clears the work folder."""
+    reports = [json.loads((plan.work / f"shard-{index:05d}.json").read_text()) for index in range(plan.n_shards)]
+    splits = {}
+    for name in SPLITS:
+        shards = [report["files"][name] for report in reports if name in report["files"]]
+        splits[name] = {"n_pairs": sum(shard["n_rows"] for shard in shards), "shards": shards}
+    report = merge_reports([report["report"] for report in reports])
+    report["panel"] = json.loads((plan.work / "panel.json").read_text())
+    sampled = plan.content["identity"].get("train_rows") is not None
+    if sampled:
+        report["splits"] = {SPLITS[0]: {"cells": plan.n_training_cells}, **report["splits"]}
+    if not any(entry["n_pairs"] for entry in splits.values()):
+        raise ValueError(f"no cell found a partner ({report['splits']}); relax `pairings` or `min_shared_genes`.")
+    options = dataclasses.asdict(plan.options)
+    finish_pair_folder(
+        plan.out,
+        gene_table(plan),
+        plan.panels,
+        {
+            "organism": plan.options.query.organism,
+            "normalization": plan.options.query.normalization,
+            "target_sum": plan.options.query.target_sum,
+            "pairings": list(plan.options.matching.pairings),
+            "source": plan.content["source"],
+            "options": options,
+            "identity": plan.content["identity"],
+            "splits": splits,
+            "report": report,
+            **({"train_split": "a random sample of the pairs; training streams all of them"} if sampled else {}),
+        },
+    )
+    if sampled:
+        for path in plan.work.iterdir():
+            if path.name not in STREAMED_FROM:
+                path.unlink()
+    else:
+        shutil.rmtree(plan.work)
+
+
+def merge_reports(reports: list[dict]) -> dict:
+    """Adds the shards' counts up and turns sums into means a pair."""
+    merged: dict = {}
+    for report in reports:
+        for name, entry in report.items():
+            _add(merged.setdefault(name, {}), entry)
+    for entry in merged.values():
+        sums = entry.pop("sums")
+        compared = sums.pop("compared_pairs")
+        for name, total in sums.items():
+            n_pairs = compared if name == "differing_genes" else entry["pairs"]
+            entry[f"mean_{name}"] = total / n_pairs if n_pairs else None
+    return {"splits": {name: merged[name] for name in SPLITS if name in merged}}
+
+
+def _add(total: dict, part: dict) -> None:
+    for key, value in part.items():
+        if isinstance(value, dict):
+            _add(total.setdefault(key, {}), value)
+        else:
+            total[key] = total.get(key, 0) + value
+
+
+def gene_table(plan: PairPlan) -> pa.Table:
+    """The vocabulary with statistics over the training cells."""
+    n_genes = len(plan.genes)
+    totals = {"n_expressed": np.zeros(n_genes, np.int64), "sums": np.zeros(n_genes), "squares": np.zeros(n_genes)}
+    for index in range(plan.n_shards):
+        with np.load(plan.work / f"shard-{index:05d}.npz") as part:
+            for name, total in totals.items():
+                total += part[name]
+    training = plan.cells.column("split").to_numpy() == 0
+    cells = np.bincount(plan.cells.column("dataset").to_numpy()[training], minlength=len(plan.measured))
+    measured = plan.measured[:, plan.genes]
+    n_measured = cells @ measured
+    with np.errstate(divide="ignore", invalid="ignore"):
+        mean = np.where(n_measured > 0, totals["sums"] / n_measured, 0.0)
+        variance = np.where(n_measured > 0, totals["squares"] / n_measured - mean**2, 0.0)
+    var = plan.var.iloc[plan.genes]
+    lengths = var["feature_length"].to_numpy(dtype=np.float32) if "feature_length" in var else np.full(n_genes, np.nan)
+    return pa.table(
+        [
+            pa.array(var["feature_id"].astype(str).tolist()),
+            pa.array(var["feature_name"].astype(str).tolist()),
+            pa.array(lengths, pa.float32()),
+            pa.array(n_measured, pa.int64()),
+            pa.array(totals["n_expressed"], pa.int64()),
+            pa.array((cells > 0).astype(np.int64) @ measured),
+            pa.array(mean.astype(np.float32)),
+            pa.array(np.maximum(variance, 0).astype(np.float32)),
+        ],
+        schema=GENE_SCHEMA,
+    )
+
+
+@dataclass
+class CensusPairsConfig(datasets.BuilderConfig):
+    """
+    Configuration of [`CensusPairs`]; `digest` stands for everything the rows depend on in the cache key.
+
+    Args:
+        options (`PairOptions`): What to build.
+        folder (`str`, *optional*): Where the pairs folder is built; default inside the builder's cache folder.
+        num_proc (`int`, *optional*, defaults to 1): Processes of the build.
+    """
+
+    options: PairOptions = field(default_factory=PairOptions)
+    folder: str | None = None
+    num_proc: int = 1
+
+
+class CensusPairs(datasets.ArrowBasedBuilder):
+    """
+    Pair rows as a `datasets` builder: `CensusPairs.from_options(options).download_and_prepare()`, `.as_dataset()`.
+
+    It runs the same resumable build as `gppc build-pairs` and hands its shards on.
+    """
+
+    BUILDER_CONFIG_CLASS = CensusPairsConfig
+
+    @classmethod
+    def from_options(
+        cls, options: PairOptions, cache_dir: str | Path | None = None, folder: str | None = None, num_proc: int = 1
+    ) -> "CensusPairs":
+        """Builder whose cache key covers store, query, panel, matching, seeds and code version."""
+        digest = digest_of(plan_identity(options, query_for(options).source))
+        return cls(
+            cache_dir=None if cache_dir is None else str(cache_dir),
+            config_name=f"pairs-{digest}",
+            version=datasets.Version("1.0.0"),
+            options=options,
+            folder=folder,
+            num_proc=num_proc,
+        )
+
+    def _info(self) -> datasets.DatasetInfo:
+        return datasets.DatasetInfo(
+            description="Pairs of single cells that share a context, with a few revealed expression changes.",
+            features=datasets.Features.from_arrow_schema(PAIR_SCHEMA),
+        )
+
+    def _split_generators(self, dl_manager) -> list[datasets.SplitGenerator]:
+        folder = Path(self.config.folder or Path(self.cache_dir).parent / f"{self.config.name}-folder")
+        pairs = build_pairs(self.config.options, folder, self.config.num_proc)
+        return [
+            datasets.SplitGenerator(
+                name=name,
+                gen_kwargs={
+                    "shards": [str(folder / shard["file"]) for shard in pairs.manifest["splits"][name]["shards"]]
+                },
+            )
+            for name in pairs.splits
+        ]
+
+    def _generate_tables(self, shards: list[str]) -> Iterator[tuple[str, pa.Table]]:
+        for shard in shards:
+            for index, batch in enumerate(read_table(shard).to_batches()):
+                yield f"{Path(shard).name}-{index}", pa.Table.from_batches([batch])
+
+
+__all__ = ["MANIFEST", "WORK", "CensusPairs", "CensusPairsConfig", "build_pairs"]

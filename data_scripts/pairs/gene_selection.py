@@ -1,0 +1,214 @@
+"""The gene panel: which genes become the vocabulary, from one bounded pass over the training cells."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from data_scripts.pairs.pair_options import PanelOptions
+from data_scripts.store.cell_stream import CellStream, check_values, normalize_block
+from modeling_gppc.feature_extraction_gppc import close_matches
+
+DISPERSION_BINS = 20
+
+
+@dataclass
+class PanelPart:
+    """
+    Statistics of some cells, by data set.
+
+    Attributes:
+        datasets (`np.ndarray`): Codes of the data sets, int64 of shape `(n_datasets,)`.
+        n_cells (`np.ndarray`): Their cells in this part, int64 of shape `(n_datasets,)`.
+        n_expressed (`np.ndarray`): Cells that express each gene, int32 of shape `(n_datasets, n_vars)`.
+        sums, squares (`np.ndarray`): Of normalised values, float64 of shape `(n_datasets, n_vars)`; of shape
+            `(n_datasets, 0)` for rules that need none.
+    """
+
+    datasets: np.ndarray
+    n_cells: np.ndarray
+    n_expressed: np.ndarray
+    sums: np.ndarray
+    squares: np.ndarray
+
+
+def count_genes(
+    stream: CellStream,
+    dataset: np.ndarray,
+    counted: np.ndarray,
+    library_size: np.ndarray,
+    gene_lengths: np.ndarray | None,
+    n_vars: int,
+    moments: bool,
+) -> PanelPart:
+    """Statistics of the cells of a stream.
+
+    Args:
+        stream (`CellStream`): The cells, all genes.
+        dataset (`np.ndarray`): Data set code of each cell, shape `(n_cells,)`.
+        counted (`np.ndarray`): Cells that count (those for training), bool of shape `(n_cells,)`.
+        library_size (`np.ndarray`): Counts over all genes, shape `(n_cells,)`.
+        gene_lengths (`np.ndarray`, *optional*): For `log_tpm`.
+        n_vars (`int`): Genes of the store.
+        moments (`bool`): Also sum normalised values and their squares.
+    """
+    datasets, n_cells = np.unique(dataset[counted], return_counts=True)
+    expressed = np.zeros((len(datasets), n_vars), dtype=np.int32)
+    sums, squares = (np.zeros((len(datasets), n_vars if moments else 0)) for _ in range(2))
+    for block in stream if len(datasets) else ():
+        check_values(block.values, stream.options, block.joinids)
+        inside = slice(block.start, block.start + block.n_cells)
+        values = normalize_block(block, stream.options, library_size[inside], gene_lengths) if moments else None
+        for index, code in enumerate(datasets):
+            chosen = counted[inside] & (dataset[inside] == code)
+            if not chosen.any():
+                continue
+            entries = slice(None) if chosen.all() else np.flatnonzero(chosen[block.rows])
+            genes = block.genes[entries]
+            expressed[index] += np.bincount(genes, minlength=n_vars).astype(np.int32)
+            if moments:
+                part = values[entries].astype(np.float64)
+                sums[index] += np.bincount(genes, weights=part, minlength=n_vars)
+                squares[index] += np.bincount(genes, weights=part**2, minlength=n_vars)
+    return PanelPart(datasets, n_cells, expressed, sums, squares)
+
+
+def select_genes(
+    parts: Iterable[PanelPart],
+    cells_per_dataset: np.ndarray,
+    measured: np.ndarray,
+    selected: np.ndarray,
+    options: PanelOptions,
+) -> tuple[np.ndarray, dict[str, int]]:
+    """Applies the rule `common` or `variable`.
+
+    Data sets are folded into the scores as soon as all their cells have been seen, so memory is bounded by the data
+    sets that are open at a time, not by their number.
+
+    Args:
+        parts (`Iterable[PanelPart]`): Statistics of the training cells, in any partition.
+        cells_per_dataset (`np.ndarray`): Training cells of each data set, shape `(n_datasets,)`.
+        measured (`np.ndarray`): Genes each data set measured, bool of shape `(n_datasets, n_vars)`.
+        selected (`np.ndarray`): Genes that may be chosen, bool of shape `(n_vars,)`.
+        options (`PanelOptions`): The rule.
+
+    Returns:
+        Tuple of the chosen genes in ascending order and a `dict` of how many genes each step kept.
+
+    Raises:
+        ValueError: If no gene is left.
+    """
+    n_vars = measured.shape[1]
+    n_measured = cells_per_dataset @ measured
+    n_expressed = np.zeros(n_vars, dtype=np.int64)
+    score, weight_sum = np.zeros(n_vars), 0.0
+    open_sets: dict[int, list] = {}
+    for part in parts:
+        for index, code in enumerate(part.datasets.tolist()):
+            state = open_sets.setdefault(code, [0, 0, 0.0, 0.0])
+            state[0] += int(part.n_cells[index])
+            state[1] = state[1] + part.n_expressed[index].astype(np.int64)
+            state[2] = state[2] + part.sums[index]
+            state[3] = state[3] + part.squares[index]
+            if state[0] == cells_per_dataset[code]:
+                _, expressed, sums, squares = open_sets.pop(code)
+                n = state[0]
+                n_expressed += expressed
+                weight = float(n) if options.dataset_weighting == "cells" else 1.0
+                weight_sum += weight
+                if options.rule == "variable":
+                    score += weight * standardized_dispersion(n, expressed, sums, squares)
+                else:
+                    score += weight * expressed / n
+    score /= max(weight_sum, 1.0)
+    share_measured = n_measured / max(cells_per_dataset.sum(), 1)
+    share_expressed = n_expressed / np.maximum(n_measured, 1)
+    kept = selected & (n_expressed > 0)
+    steps = {"genes of the store": n_vars, "kept by `var_filter` and expressed in a training cell": int(kept.sum())}
+    kept &= share_measured >= options.min_measured
+    steps[f"measured in at least {options.min_measured:g} of the cells"] = int(kept.sum())
+    kept &= share_expressed >= options.min_expressed
+    steps[f"expressed in at least {options.min_expressed:g} of the cells that measure it"] = int(kept.sum())
+    genes = np.flatnonzero(kept)
+    if options.n_genes is not None and len(genes) > options.n_genes:
+        genes = np.sort(genes[np.argsort(-score[genes], kind="stable")[: options.n_genes]])
+    steps["chosen"] = len(genes)
+    if not len(genes):
+        told = "; ".join(f"{name}: {count}" for name, count in steps.items())
+        raise ValueError(f"`panel` leaves no gene ({told}); lower `min_measured` or `min_expressed`.")
+    return genes, steps
+
+
+def standardized_dispersion(n: int, n_expressed: np.ndarray, sums: np.ndarray, squares: np.ndarray) -> np.ndarray:
+    """Log variance-to-mean ratio of each gene, standardised among genes of similar mean; 0 where not expressed.
+
+    Args:
+        n (`int`): Cells of the data set.
+        n_expressed, sums, squares (`np.ndarray`): Per gene, shape `(n_vars,)`.
+    """
+    result = np.zeros(len(sums))
+    mean = sums / n
+    variance = np.maximum(squares / n - mean**2, 0)
+    genes = np.flatnonzero((n_expressed > 0) & (mean > 0) & (variance > 0))
+    if len(genes) < 2:
+        return result
+    dispersion = np.log(variance[genes] / mean[genes])
+    rank = np.argsort(np.argsort(mean[genes], kind="stable"), kind="stable")
+    bins = rank * min(DISPERSION_BINS, max(1, len(genes) // 5)) // len(genes)
+    size = np.bincount(bins)
+    center = np.bincount(bins, weights=dispersion) / size
+    spread = np.sqrt(np.bincount(bins, weights=(dispersion - center[bins]) ** 2) / size)
+    result[genes] = (dispersion - center[bins]) / np.maximum(spread[bins], 1e-12)
+    return result
+
+
+def read_gene_list(path: str | Path) -> list[str]:
+    """Genes from a text file: the first column of each line, without empty lines and `#` comments.
+
+    Raises:
+        ValueError: If the file does not exist or names no gene.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"`file` {path} does not exist; wanted a text file with a gene id or symbol a line.")
+    lines = [line.split("#")[0].strip() for line in path.read_text().splitlines()]
+    genes = [line.split()[0].split(",")[0] for line in lines if line]
+    if not genes:
+        raise ValueError(f"`file` {path} names no gene; wanted a gene id or symbol a line.")
+    return genes
+
+
+def find_genes(names: Sequence[str], gene_ids: Sequence[str], gene_symbols: Sequence[str], option: str) -> np.ndarray:
+    """Positions of genes given by id or symbol, ascending and distinct.
+
+    Raises:
+        ValueError: If a gene is not known, naming the option and close matches.
+    """
+    by_name = {symbol: index for index, symbol in reversed(list(enumerate(gene_symbols)))}
+    by_name.update({gene: index for index, gene in enumerate(gene_ids)})
+    unknown = [name for name in names if name not in by_name]
+    if unknown:
+        raise ValueError(
+            f"`{option}` names {len(unknown)} unknown genes, first {unknown[0]!r}{close_matches(unknown[0], by_name)}"
+        )
+    return np.unique([by_name[name] for name in names])
+
+
+def gene_lengths_of(var: pd.DataFrame) -> np.ndarray:
+    """Gene lengths in bases, float64 of shape `(n_vars,)`.
+
+    Raises:
+        ValueError: If the store does not hold a positive length for every gene.
+    """
+    if "feature_length" not in var:
+        raise ValueError("`normalization` is 'log_tpm'; the store's var has no column feature_length: use 'log1p'.")
+    lengths = var["feature_length"].to_numpy(dtype=np.float64)
+    bad = np.flatnonzero(~(lengths > 0))
+    if len(bad):
+        raise ValueError(
+            f"`normalization` is 'log_tpm'; {len(bad)} genes have no feature_length, first "
+            f"{var['feature_id'].iloc[bad[0]]}: use 'log1p'."
+        )
+    return lengths

@@ -1,0 +1,225 @@
+"""A folder of pair rows on disk: written atomically, opened memory-mapped."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm.auto import tqdm
+
+from data_scripts.pairs.schema import GENE_SCHEMA, PAIR_SCHEMA, PANEL_SCHEMA, SCHEMA_VERSION, SPLITS
+from data_scripts.pairs.shard_files import (
+    file_digest,
+    read_decoded,
+    read_table,
+    write_bytes_atomically,
+    write_table_atomically,
+)
+from modeling_gppc.feature_extraction_gppc import close_matches
+
+MANIFEST = "manifest.json"
+FILE_FORMATS = ("arrow", "parquet")
+DECODED_IN_MEMORY = 64 * 1024**2  # bytes of parquet in a split up to which it is simply decoded into memory
+
+
+def write_pair_folder(
+    path: str | Path,
+    splits: Mapping[str, pa.Table],
+    genes: pa.Table,
+    panels: np.ndarray,
+    *,
+    pairings: Iterable[str],
+    organism: str = "homo_sapiens",
+    normalization: str = "log1p",
+    target_sum: float = 10_000.0,
+    file_format: str = "arrow",
+    **manifest,
+) -> "PairFolder":
+    """Writes whole tables as a pairs folder of one shard a split; `gppc build-pairs` writes larger ones shard by shard.
+
+    Args:
+        path (`str` or `Path`): The folder; created when absent, must not hold a pairs folder yet.
+        splits (`Mapping[str, pa.Table]`): Split name -> rows in `PAIR_SCHEMA`.
+        genes (`pa.Table`): The vocabulary in id order, in `GENE_SCHEMA`.
+        panels (`np.ndarray`): Measured genes, bool of shape `(n_panels, n_genes)`.
+        pairings (`Iterable[str]`): Names that the column `pairing` may hold, in the order of the model's ids.
+        file_format (`str`, *optional*, defaults to `"arrow"`): `"arrow"` or `"parquet"`.
+        **manifest: Further entries of `manifest.json`.
+
+    Raises:
+        ValueError: If the folder holds pairs already, a split name is unknown or panels do not fit the genes.
+    """
+    path = Path(path)
+    if (path / MANIFEST).exists():
+        raise ValueError(f"`path` {path} holds a pairs folder already; choose another folder or delete it.")
+    for name in splits:
+        if name not in SPLITS:
+            raise ValueError(f"`splits` names `{name}`; wanted {', '.join(SPLITS)}{close_matches(name, SPLITS)}.")
+    entries = {}
+    for name, table in splits.items():
+        file = f"{name}/shard-00000.{file_format}"
+        table = table.cast(PAIR_SCHEMA)
+        summary = write_table_atomically(table.to_batches(max_chunksize=4096), PAIR_SCHEMA, path / file)
+        entries[name] = {"n_pairs": table.num_rows, "shards": [{"file": file, **summary}]}
+    finish_pair_folder(
+        path,
+        genes,
+        panels,
+        {
+            "organism": organism,
+            "normalization": normalization,
+            "target_sum": float(target_sum),
+            "pairings": list(pairings),
+            "splits": entries,
+            **manifest,
+        },
+    )
+    return PairFolder(path)
+
+
+def write_gene_tables(path: str | Path, genes: pa.Table, panels: np.ndarray) -> None:
+    """Writes `genes.parquet` and `panels.parquet`; `panels` is bool of shape `(n_panels, n_genes)`."""
+    path = Path(path)
+    panels = np.asarray(panels, dtype=bool)
+    if panels.ndim != 2 or panels.shape[1] != genes.num_rows:
+        raise ValueError(f"`panels` has shape {panels.shape}; wanted (n_panels, {genes.num_rows}), a column a gene.")
+    panel_lists = pa.array([np.flatnonzero(row).astype(np.int32) for row in panels], type=PANEL_SCHEMA[0].type)
+    genes = genes.cast(GENE_SCHEMA)
+    write_table_atomically(genes.to_batches(), GENE_SCHEMA, path / "genes.parquet")
+    panel_table = pa.table([panel_lists], schema=PANEL_SCHEMA)
+    write_table_atomically(panel_table.to_batches(), PANEL_SCHEMA, path / "panels.parquet")
+
+
+def finish_pair_folder(path: str | Path, genes: pa.Table, panels: np.ndarray, manifest: Mapping) -> None:
+    """Writes the gene and panel tables and, last of all, the manifest that makes the folder a pairs folder."""
+    path = Path(path)
+    write_gene_tables(path, genes, panels)
+    digests = [shard["digest"] for name in sorted(manifest["splits"]) for shard in manifest["splits"][name]["shards"]]
+    digests += [file_digest(path / name) for name in ("genes.parquet", "panels.parquet")]
+    content = {
+        "schema_version": SCHEMA_VERSION,
+        **manifest,
+        "digest": hashlib.blake2b("|".join(digests).encode(), digest_size=16).hexdigest(),
+    }
+    write_bytes_atomically((json.dumps(content, indent=2) + "\n").encode(), path / MANIFEST)
+
+
+class PairFolder:
+    """
+    Pairs that `gppc build-pairs` wrote, opened without reading them.
+
+    Args:
+        path (`str` or `Path`): The folder.
+
+    Raises:
+        ValueError: If the folder is not a finished pairs folder, was written with another major version of the schema,
+            or lacks a shard.
+
+    Attributes:
+        manifest (`dict`): `schema_version`, `organism`, `normalization`, `target_sum`, `pairings`, `splits`,
+            `report`, `digest`, ...
+        genes (`pa.Table`): The vocabulary in id order (`GENE_SCHEMA`).
+        panels (`np.ndarray`): Measured genes, bool of shape `(n_panels, n_genes)`.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if not (self.path / MANIFEST).is_file():
+            unfinished = (self.path / "work" / "plan.json").is_file()
+            why = "holds an unfinished build: run the same command again" if unfinished else f"has no {MANIFEST}"
+            raise ValueError(f"`{self.path}` is not a pairs folder ({why}); `gppc build-pairs` writes one.")
+        try:
+            self.manifest = json.loads((self.path / MANIFEST).read_text())
+            version = str(self.manifest["schema_version"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"`{self.path / MANIFEST}` is not the manifest of a pairs folder: {error!r}.") from error
+        if version.split(".")[0] != SCHEMA_VERSION.split(".")[0]:
+            raise ValueError(
+                f"`{self.path}` was written with pair schema {version}; this version reads {SCHEMA_VERSION}: "
+                "build the pairs again."
+            )
+        for shard in (shard for entry in self.manifest["splits"].values() for shard in entry["shards"]):
+            file = self.path / shard["file"]
+            if not file.is_file() or file.stat().st_size != shard["n_bytes"]:
+                found = f"{file.stat().st_size} bytes" if file.is_file() else "no file"
+                raise ValueError(
+                    f"`{file}` is damaged: {found}, wanted {shard['n_bytes']} bytes; run `gppc build-pairs` again."
+                )
+
+    @cached_property
+    def genes(self) -> pa.Table:
+        """The vocabulary in id order."""
+        return pq.read_table(self.path / "genes.parquet")
+
+    @property
+    def gene_ids(self) -> list[str]:
+        """Ensembl ids (symbols where unknown) in id order."""
+        return self.genes.column("gene_id").to_pylist()
+
+    @property
+    def gene_symbols(self) -> list[str]:
+        """Names for people, in id order."""
+        return self.genes.column("gene_symbol").to_pylist()
+
+    @cached_property
+    def panels(self) -> np.ndarray:
+        """Measured genes: bool of shape `(n_panels, n_genes)`."""
+        lists = pq.read_table(self.path / "panels.parquet").column("gene_ids").combine_chunks()
+        panels = np.zeros((len(lists), self.genes.num_rows), dtype=bool)
+        lengths = lists.value_lengths().to_numpy(zero_copy_only=False)
+        panels[np.repeat(np.arange(len(lists)), lengths), lists.flatten().to_numpy()] = True
+        return panels
+
+    @property
+    def pairings(self) -> list[str]:
+        """Names of the contexts that pairs share, in the order of the model's ids."""
+        return list(self.manifest["pairings"])
+
+    @property
+    def splits(self) -> list[str]:
+        """Names of the splits that hold pairs."""
+        return [name for name in SPLITS if self.manifest["splits"].get(name, {}).get("n_pairs", 0) > 0]
+
+    def split(self, name: str) -> pa.Table:
+        """Rows of a split in `PAIR_SCHEMA`: memory-mapped shards, one after the other, nothing copied.
+
+        Shards in parquet are decoded once into the cache of decoded shards (see [`read_decoded`]) and mapped from
+        there, or into memory where they are few.
+
+        Raises:
+            ValueError: If the folder holds no such split.
+        """
+        if name not in self.splits:
+            raise ValueError(f"`split` {name!r} is not in {self.path}{close_matches(str(name), self.splits)}.")
+        shards = self.manifest["splits"][name]["shards"]
+        packed = sum(shard["n_bytes"] for shard in shards if shard["file"].endswith(".parquet"))
+        if packed <= DECODED_IN_MEMORY:
+            return pa.concat_tables([read_table(self.path / shard["file"]) for shard in shards])
+        # The bar appears only where decoding takes its time.
+        bar = tqdm(shards, desc=f"decoding {name}", unit="shard", delay=2)
+        return pa.concat_tables([read_decoded(self.path / shard["file"], shard["digest"]) for shard in bar])
+
+    def dataset(self, name: str):
+        """The same rows as a `datasets.Dataset` over the same memory.
+
+        Raises:
+            ValueError: If the folder holds no such split.
+        """
+        import datasets  # slow to import, and only wanted here
+        from datasets.table import InMemoryTable
+
+        return datasets.Dataset(InMemoryTable(self.split(name)), split=datasets.NamedSplit(name))
+
+    def verify(self) -> None:
+        """Reads every shard and compares its digest with the manifest's.
+
+        Raises:
+            ValueError: If a shard's bytes are not those that were written.
+        """
+        for shard in (shard for entry in self.manifest["splits"].values() for shard in entry["shards"]):
+            if file_digest(self.path / shard["file"]) != shard["digest"]:
+                raise ValueError(f"`{self.path / shard['file']}` is damaged: another digest; build the pairs again.")

@@ -1,0 +1,331 @@
+"""The plan of a build: every cell's shard, split and context, decided before any expression value is read."""
+
+import dataclasses
+import hashlib
+import json
+import threading
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from data_scripts.options import from_mapping
+from data_scripts.pairs.gene_selection import find_genes, gene_lengths_of, read_gene_list
+from data_scripts.pairs.pair_folder import MANIFEST, write_bytes_atomically, write_table_atomically
+from data_scripts.pairs.pair_options import PairOptions
+from data_scripts.pairs.pair_shard import CellTable
+from data_scripts.pairs.schema import CONTEXT_COLUMNS, SCHEMA_VERSION, SPLITS
+from data_scripts.pairs.splits import assign_splits, columns_of, held_out_gene_split
+from data_scripts.store.cell_stream import tile_boundary
+from data_scripts.store.census_query import CellQuery, open_experiment, open_query
+
+BUILD_VERSION = 2  # raised whenever the same options would give other rows
+# Panels up to this size are written as they are mapped; rows of larger ones are packed to a quarter.
+MAPPED_GENES = 4_096
+WORK = "work"
+PLAN = "plan.json"
+
+
+def auto_format(n_genes: int) -> str:
+    """File format of a panel of so many genes where none is asked for."""
+    return "parquet" if n_genes > MAPPED_GENES else "arrow"
+
+
+def digest_of(content) -> str:
+    """Digest of anything JSON can hold, independent of the order of its keys."""
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def plan_identity(options: PairOptions, source: dict) -> dict:
+    """Everything the rows depend on: code, schema, store, options and the lists they name."""
+    content = dataclasses.asdict(options)
+    content["query"].pop("uri")  # the store is known by its content, wherever it lies
+    content["query"].pop("census_version")
+    lists = {
+        name: hashlib.blake2b("\n".join(read_gene_list(path)).encode(), digest_size=16).hexdigest()
+        for name, path in (
+            ("panel.file", options.panel.file),
+            ("perturbation.genes_file", options.perturbation.genes_file),
+        )
+        if path is not None
+    }
+    # Order matters among rules and pairings; as lists they keep it in the sorted JSON.
+    content["matching"]["pairings"] = list(content["matching"]["pairings"].items())
+    return {
+        "build_version": BUILD_VERSION,
+        "schema_version": SCHEMA_VERSION,
+        "store": source["digest"],
+        "lists": lists,
+        "options": content,
+    }
+
+
+def differences(old: dict, new: dict, where: str = "") -> list[str]:
+    """Dotted names of the entries in which two nested mappings differ, with both values."""
+    found = []
+    for key in sorted(set(old) | set(new)):
+        name = f"{where}.{key}" if where else key
+        if isinstance(old.get(key), dict) and isinstance(new.get(key), dict):
+            found += differences(old[key], new[key], name)
+        elif json.dumps(old.get(key)) != json.dumps(new.get(key)):
+            found.append(f"{name.removeprefix('options.')} was {old.get(key)!r}, is {new.get(key)!r}")
+    return found
+
+
+def check_folder(path: Path, identity: dict) -> str:
+    """Says what an output folder holds: `"new"`, `"unfinished"` or `"finished"`.
+
+    Raises:
+        ValueError: If it holds anything else, or pairs of another run.
+    """
+    for file, state in ((path / MANIFEST, "finished"), (path / WORK / PLAN, "unfinished")):
+        if not file.is_file():
+            continue
+        try:
+            old = json.loads(file.read_text())["identity"]
+        except (ValueError, KeyError) as error:
+            raise ValueError(
+                f"`out` {path} holds something else ({file.name} is not a build's); choose another."
+            ) from error
+        if digest_of(old) == digest_of(identity):
+            return state
+        told = "; ".join(differences(old, identity)[:3])
+        raise ValueError(f"`out` {path} holds another run ({told}); choose another folder or delete it.")
+    if path.exists() and (not path.is_dir() or any(entry.name not in (".lock", WORK) for entry in path.iterdir())):
+        raise ValueError(f"`out` {path} is not empty and holds no pairs; choose another folder.")
+    return "new"
+
+
+def needed_columns(options: PairOptions) -> dict[str, str]:
+    """Columns of obs that a build reads -> the option that asks for them."""
+    columns = dict.fromkeys(CONTEXT_COLUMNS, "obs")
+    if options.query.layer == "raw":
+        columns |= {"raw_sum": "layer", "nnz": "layer"}
+    for name, pairing in options.matching.pairings.items():
+        columns |= {column: f"pairings.{name}.keys" for column in pairing.keys if column not in columns}
+        columns |= {column: f"pairings.{name}.different" for column in pairing.different if column not in columns}
+    columns |= {name: "splits.rules" for name in columns_of(options.splits) if name != "cell" and name not in columns}
+    return columns
+
+
+def query_for(options: PairOptions) -> CellQuery:
+    """Opens the query with every column that the plan needs."""
+    return open_query(options.query, needed_columns(options), ["observation_joinid", "raw_sum", "nnz"])
+
+
+def context_codes(obs: pd.DataFrame, columns: list[str]) -> np.ndarray:
+    """One code for each combination of values, -1 where any is missing, int64 of shape `(n_obs,)`."""
+    codes = np.zeros(len(obs), dtype=np.int64)
+    missing = np.zeros(len(obs), dtype=bool)
+    for column in columns:
+        values, uniques = pd.factorize(obs[column])
+        missing |= values < 0
+        codes = pd.factorize(codes * (len(uniques) + 1) + values)[0]
+    return np.where(missing, -1, codes)
+
+
+def cell_table(query: CellQuery, options: PairOptions) -> pa.Table:
+    """Labels of every selected cell, in ascending `soma_joinid`.
+
+    Raises:
+        ValueError: If no context holds two cells, or library sizes are missing.
+    """
+    obs = query.obs
+    n = len(obs)
+    split = assign_splits(obs, options.splits)
+    zeros = np.zeros(n)
+    library = obs["raw_sum"].to_numpy(dtype=np.float64) if "raw_sum" in obs else zeros
+    n_expressed = obs["nnz"].to_numpy(dtype=np.int64) if "nnz" in obs else zeros - 1
+    if options.query.layer == "raw":
+        bad = np.flatnonzero(~(library > 0) & (n_expressed > 0))
+        if len(bad):
+            raise ValueError(
+                f"obs.raw_sum of cell {obs['soma_joinid'].iloc[bad[0]]} is {library[bad[0]]:g} though it expresses "
+                f"{n_expressed[bad[0]]} genes ({len(bad)} such cells); counts cannot be scaled: repair the store."
+            )
+    columns = {
+        "soma_joinid": pa.array(obs["soma_joinid"].to_numpy(dtype=np.int64)),
+        "split": pa.array(split),
+        "dataset": pa.array(pd.factorize(obs["dataset_id"])[0].astype(np.int32)),
+        "library": pa.array(library),
+        "nnz": pa.array(n_expressed.astype(np.int32)),
+    }
+    largest = 0
+    for index, pairing in enumerate(options.matching.pairings.values()):
+        codes = context_codes(obs, pairing.keys)
+        together = codes[codes >= 0] * len(SPLITS) + split[codes >= 0]
+        largest = max(largest, int(np.bincount(together).max(initial=0)))
+        columns[f"group_{index}"] = pa.array(codes)
+        if pairing.different:
+            columns[f"different_{index}"] = pa.array(context_codes(obs, pairing.different))
+    if largest < 2:
+        keys = "; ".join(f"{name}: {', '.join(entry.keys)}" for name, entry in options.matching.pairings.items())
+        raise ValueError(f"`pairings` ({keys}) leave fewer than two cells in every context; use fewer keys.")
+    for name in CONTEXT_COLUMNS:
+        labels = obs[name].astype("category").astype(str).astype("category")
+        columns[name] = pa.array(labels).cast(pa.dictionary(pa.int32(), pa.string()))
+    return pa.table(columns)
+
+
+def shard_bounds(joinids: np.ndarray, shard_cells: int) -> np.ndarray:
+    """First cell of every shard and the end, int64 of shape `(n_shards + 1,)`.
+
+    Shards are equally large, but begin with a tile of the store where one begins near.
+    """
+    n_cells = len(joinids)
+    n_shards = max(1, round(n_cells / shard_cells))
+    even = np.arange(n_shards + 1, dtype=np.int64) * n_cells // n_shards
+    inner = [tile_boundary(joinids, int(wanted), int(wanted) - shard_cells // 4) for wanted in even[1:-1]]
+    return np.array([0, *inner, n_cells], dtype=np.int64)
+
+
+class PairPlan:
+    """
+    A plan on disk, which every process that works on the build opens for itself.
+
+    Args:
+        out (`str` or `Path`): The output folder, prepared by [`PairPlan.create`].
+    """
+
+    def __init__(self, out: str | Path):
+        self.out = Path(out)
+        self.work = self.out / WORK
+        self.content = json.loads((self.work / PLAN).read_text())
+        self.options = from_mapping(PairOptions, self.content["options"], "options")
+        self.n_shards = len(self.content["bounds"]) - 1
+        self._opening = threading.Lock()
+        self.reading = threading.Lock()  # held while a shard is read: threads take turns, so memory is bounded
+
+    @classmethod
+    def create(cls, out: str | Path, query: CellQuery, options: PairOptions, identity: dict) -> "PairPlan":
+        """Writes the plan of a query to `out`/work; the plan file last."""
+        work = Path(out) / WORK
+        if options.query.normalization == "log_tpm":
+            gene_lengths_of(query.var)
+        cells = cell_table(query, options)
+        dataset_ids = list(dict.fromkeys(query.obs["dataset_id"].astype(str)))
+        # One record batch: a shard is then a slice of it.
+        write_table_atomically(cells.combine_chunks().to_batches(), cells.schema, work / "cells.arrow")
+        write_array(work / "measured.npy", query.presence(dataset_ids))
+        write_array(work / "selected.npy", query.var_selected)
+        written = dataclasses.asdict(options)
+        if options.query.uri is not None and "://" not in options.query.uri:
+            # Workers on other machines may have another working directory.
+            written["query"]["uri"] = str(Path(options.query.uri).resolve())
+        if "census_version" in query.source:
+            written["query"]["census_version"] = query.source["census_version"]  # the alias may move meanwhile
+        content = {
+            "identity": identity,
+            "options": written,
+            "source": query.source,
+            "dataset_ids": dataset_ids,
+            "n_cells": len(query.obs),
+            "bounds": shard_bounds(query.obs["soma_joinid"].to_numpy(), options.shard_cells).tolist(),
+        }
+        write_bytes_atomically((json.dumps(content) + "\n").encode(), work / PLAN)
+        return cls(out)
+
+    @cached_property
+    def cells(self) -> pa.Table:
+        """Labels of all cells, memory-mapped."""
+        return pa.ipc.open_stream(pa.memory_map(str(self.work / "cells.arrow"), "r")).read_all()
+
+    @cached_property
+    def measured(self) -> np.ndarray:
+        """Genes each data set measured, bool of shape `(n_datasets, n_vars)`."""
+        return np.load(self.work / "measured.npy")
+
+    @cached_property
+    def experiment(self):
+        """The organism's experiment, opened for this process."""
+        with self._opening:  # threads share one open store
+            if "_census" not in self.__dict__:
+                self._census, self._experiment, _ = open_experiment(self.options.query)
+        return self._experiment
+
+    @cached_property
+    def var(self) -> pd.DataFrame:
+        """Every gene of the store in ascending `soma_joinid`."""
+        frame = self.experiment.ms["RNA"].var.read().concat().to_pandas()
+        return frame.sort_values("soma_joinid", ignore_index=True)
+
+    @property
+    def matrix(self):
+        """The layer that is read."""
+        return self.experiment.ms["RNA"].X[self.options.query.layer]
+
+    @cached_property
+    def gene_lengths(self) -> np.ndarray | None:
+        """Lengths for `log_tpm`, else `None`."""
+        return gene_lengths_of(self.var) if self.options.query.normalization == "log_tpm" else None
+
+    @cached_property
+    def genes(self) -> np.ndarray:
+        """Chosen genes (`soma_joinid`, ascending); their order is the vocabulary's."""
+        return np.load(self.work / "genes.npy")
+
+    @cached_property
+    def n_training_cells(self) -> int:
+        """Cells of the training split, counted once for all shards."""
+        return int(np.count_nonzero(self.cells.column("split").to_numpy() == SPLITS.index("train")))
+
+    @property
+    def file_format(self) -> str:
+        """`arrow` or `parquet`; `auto` depends on the size of the panel."""
+        if self.options.file_format != "auto":
+            return self.options.file_format
+        return auto_format(len(self.genes))
+
+    @cached_property
+    def vocabulary(self) -> np.ndarray:
+        """Vocabulary id of every gene of the store, -1 where left out; int32 of shape `(n_vars,)`."""
+        ids = np.full(self.measured.shape[1], -1, dtype=np.int32)
+        ids[self.genes] = np.arange(len(self.genes), dtype=np.int32)
+        return ids
+
+    @cached_property
+    def _panels(self) -> tuple[np.ndarray, np.ndarray]:
+        panels, index = np.unique(self.measured[:, self.genes], axis=0, return_inverse=True)
+        return panels, index.reshape(-1).astype(np.int32)
+
+    @property
+    def panels(self) -> np.ndarray:
+        """Distinct sets of measured genes, bool of shape `(n_panels, n_genes)`."""
+        return self._panels[0]
+
+    @cached_property
+    def revealable(self) -> list[np.ndarray]:
+        """For every split the genes that may be revealed, bool of shape `(n_genes,)`."""
+        options = self.options.perturbation
+        ids = self.var["feature_id"].to_numpy()[self.genes]
+        symbols = self.var["feature_name"].to_numpy()[self.genes]
+        names = options.genes if options.genes_file is None else read_gene_list(options.genes_file)
+        allowed = np.ones(len(self.genes), dtype=bool)
+        if names is not None:
+            allowed[:] = False
+            option = "perturbation.genes" if options.genes_file is None else "perturbation.genes_file"
+            allowed[find_genes(names, ids, symbols, option)] = True
+        owner = held_out_gene_split(ids.tolist(), self.options.splits)
+        return [allowed & ((owner == 0) | (owner == split)) for split in range(len(SPLITS))]
+
+    def shard_cells(self, index: int) -> CellTable:
+        """Labels of the cells of a shard."""
+        first, last = self.content["bounds"][index : index + 2]
+        table = self.cells.slice(first, last - first)
+        panel = self._panels[1][table.column("dataset").to_numpy()] if (self.work / "genes.npy").is_file() else None
+        zeros = np.zeros(last - first, dtype=np.int32)
+        return CellTable(
+            table.append_column("panel", pa.array(zeros if panel is None else panel)),
+            len(self.options.matching.pairings),
+        )
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    """Writes a `.npy` file atomically."""
+    import io
+
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    write_bytes_atomically(buffer.getvalue(), path)

@@ -1,0 +1,196 @@
+"""Partners for cells: another cell of the same context, found by whole groups at once."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import scipy.sparse as sp
+
+from data_scripts.pairs.pair_options import MatchingOptions
+
+# Why a cell found no partner.
+NO_CONTEXT = "context_column_is_empty"
+ALONE = "alone_in_context"
+FEW_SHARED = "too_few_shared_genes"
+REDRAWS = 8  # of a random partner with too few shared genes, before the fitting ones are listed
+PROJECTION = 128  # dimensions in which `nearest` and `farthest` compare cells of larger panels
+
+
+@dataclass
+class Pairs:
+    """
+    Matched cells of one waiting room.
+
+    Attributes:
+        source, target (`np.ndarray`): Positions of the cells, int64 of shape `(n_pairs,)`.
+        pairing (`np.ndarray`): Index of the pairing that both share, int64 of shape `(n_pairs,)`.
+        unpaired (`dict[str, int]`): Reason -> cells that found no partner at all.
+    """
+
+    source: np.ndarray
+    target: np.ndarray
+    pairing: np.ndarray
+    unpaired: dict[str, int] = field(default_factory=dict)
+
+
+class _Context:
+    """Cells of one pairing sorted by context, so that a group is a range."""
+
+    def __init__(self, groups: np.ndarray, different: np.ndarray | None):
+        n = len(groups)
+        # Cells that may not be partners of each other form a block: those equal in `different`, else a cell alone.
+        block = np.arange(n) if different is None else different
+        self.order = np.lexsort((np.arange(n), block, groups))
+        sorted_groups, sorted_blocks = groups[self.order], block[self.order]
+        new_group = np.concatenate([[True], sorted_groups[1:] != sorted_groups[:-1]]) if n else np.zeros(0, bool)
+        new_block = new_group | np.concatenate([[True], sorted_blocks[1:] != sorted_blocks[:-1]]) if n else new_group
+        group_start, group_size = _ranges(new_group)
+        block_start, block_size = _ranges(new_block)
+        rank = np.empty(n, dtype=np.int64)
+        rank[self.order] = np.arange(n)
+        self.start, self.size = group_start[rank], group_size[rank]
+        self.block_start, self.block_size = block_start[rank], block_size[rank]
+        self.others = np.where(groups >= 0, self.size - self.block_size, 0)
+
+    def draw(self, cells: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """A uniformly random other cell of the group for each of `cells`, all of which have one."""
+        step = self.block_size[cells] + (rng.random(len(cells)) * self.others[cells]).astype(np.int64)
+        offset = (self.block_start[cells] - self.start[cells] + step) % self.size[cells]
+        return self.order[self.start[cells] + offset]
+
+    def members(self, cell: int) -> np.ndarray:
+        """All cells that may be partners of `cell`, in ascending order."""
+        start, size = self.start[cell], self.size[cell]
+        own = self.block_start[cell]
+        kept = np.concatenate([np.arange(start, own), np.arange(own + self.block_size[cell], start + size)])
+        return np.sort(self.order[kept])
+
+
+def _ranges(new: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Start and length of the run that each sorted position belongs to."""
+    starts = np.flatnonzero(new)
+    lengths = np.diff(np.append(starts, len(new)))
+    return np.repeat(starts, lengths), np.repeat(lengths, lengths)
+
+
+def match_partners(
+    groups: list[np.ndarray],
+    different: list[np.ndarray | None],
+    panel: np.ndarray,
+    shared_genes: np.ndarray,
+    options: MatchingOptions,
+    rng: np.random.Generator,
+    values: sp.csr_matrix | None = None,
+) -> Pairs:
+    """Finds `pairs_per_cell` partners for every cell.
+
+    Each draw of a cell is given to a pairing, by weight; where that pairing has no partner for the cell the next one
+    is tried, so that a cell is lost only when no context has room for it.
+
+    Args:
+        groups (`list[np.ndarray]`): For every pairing the context of each cell, int of shape `(n_cells,)`; negative
+            where the context is not known.
+        different (`list[np.ndarray | None]`): For every pairing a code that must differ between partners, or `None`.
+        panel (`np.ndarray`): Panel of each cell, int of shape `(n_cells,)`.
+        shared_genes (`np.ndarray`): Number of genes measured in both, int of shape `(n_panels, n_panels)`.
+        options (`MatchingOptions`): Policy and numbers.
+        rng (`np.random.Generator`): The only source of randomness.
+        values (`sp.csr_matrix`, *optional*): Normalised values `(n_cells, n_genes)`; for `nearest` and `farthest`.
+
+    Returns:
+        [`Pairs`], ordered by draw and source.
+    """
+    n_cells, n_draws = len(panel), options.pairs_per_cell
+    contexts = [_Context(group, code) for group, code in zip(groups, different)]
+    weights = np.array([pairing.weight for pairing in options.pairings.values()])
+    bounds = np.cumsum(weights) / weights.sum()
+    # Systematic draws: over a cell's partners each pairing gets its share to within one.
+    position = (np.arange(n_draws)[:, None] + rng.random(n_cells)[None, :]) / n_draws
+    first = np.minimum(np.searchsorted(bounds, position, side="right"), len(bounds) - 1)
+    points = None
+    if options.policy != "random":
+        points = _points(values)
+    compatible = shared_genes >= options.min_shared_genes
+    found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    has_partner = np.zeros(n_cells, dtype=bool)
+    reason = np.zeros(n_cells, dtype=np.int8)  # the furthest that any draw of the cell got
+    used = np.zeros((len(contexts), n_cells), dtype=np.int64)
+    for draw in range(n_draws):
+        target = np.full(n_cells, -1, dtype=np.int64)
+        pairing = first[draw].copy()
+        for attempt in range(len(contexts)):
+            if attempt:
+                pairing = np.where(target < 0, (pairing + 1) % len(contexts), pairing)
+            for index, context in enumerate(contexts):
+                cells = np.flatnonzero((target < 0) & (pairing == index))
+                reason[cells] = np.maximum(reason[cells], (groups[index][cells] >= 0).astype(np.int8))
+                cells = cells[context.others[cells] > 0]
+                reason[cells] = 2
+                if options.policy == "random":
+                    target[cells] = _random(context, cells, panel, compatible, rng)
+                else:
+                    target[cells] = _ranked(context, cells, used[index], points, panel, compatible, options.policy)
+                    used[index][cells] += 1
+        cells = np.flatnonzero(target >= 0)
+        has_partner[cells] = True
+        found.append((cells, target[cells], pairing[cells]))
+    counts = np.bincount(reason[~has_partner], minlength=3)
+    unpaired = {name: int(count) for name, count in zip((NO_CONTEXT, ALONE, FEW_SHARED), counts) if count}
+    source, target, pairing = (np.concatenate(parts) for parts in zip(*found))
+    return Pairs(source, target, pairing, unpaired)
+
+
+def _random(context, cells, panel, compatible, rng) -> np.ndarray:
+    target = context.draw(cells, rng)
+    if compatible.all():
+        return target
+    for _ in range(REDRAWS):
+        bad = np.flatnonzero(~compatible[panel[cells], panel[target]])
+        if not len(bad):
+            return target
+        target[bad] = context.draw(cells[bad], rng)
+    bad = np.flatnonzero(~compatible[panel[cells], panel[target]])
+    # The same cells are partners for a whole block of one panel: list them once.
+    keys = np.stack([context.block_start[cells[bad]], panel[cells[bad]]])
+    _, inverse = np.unique(keys, axis=1, return_inverse=True)
+    by_key = np.argsort(inverse, kind="stable")
+    for same in np.split(bad[by_key], np.flatnonzero(np.diff(inverse[by_key])) + 1) if len(bad) else []:
+        members = context.members(cells[same[0]])
+        members = members[compatible[panel[cells[same[0]]], panel[members]]]
+        picks = rng.random(len(same))
+        target[same] = members[(picks * len(members)).astype(np.int64)] if len(members) else -1
+    return target
+
+
+def _points(values: sp.csr_matrix) -> np.ndarray:
+    """Cells as points whose distances are those of their values: exact for small panels, else randomly projected."""
+    if values.shape[1] <= PROJECTION:
+        return values.toarray().astype(np.float64)
+    projection = np.random.default_rng(0).standard_normal((values.shape[1], PROJECTION)).astype(np.float32)
+    return (values @ (projection / np.sqrt(PROJECTION))).astype(np.float64)
+
+
+def _ranked(context, cells, used, points, panel, compatible, policy, chunk: int = 512) -> np.ndarray:
+    """The nearest (farthest) fitting cell of the group that earlier draws did not take; ties go to the first cell."""
+    target = np.full(len(cells), -1, dtype=np.int64)
+    order = np.argsort(context.start[cells], kind="stable")
+    bounds = np.flatnonzero(np.diff(context.start[cells][order])) + 1
+    for same in np.split(order, bounds) if len(order) else []:
+        start, size = context.start[cells[same[0]]], context.size[cells[same[0]]]
+        members = np.sort(context.order[start : start + size])
+        norms = (points[members] ** 2).sum(1)
+        for part in np.split(same, range(chunk, len(same), chunk)):
+            own = cells[part]
+            distance = norms[None, :] - 2.0 * points[own] @ points[members].T + (points[own] ** 2).sum(1)[:, None]
+            distance = np.round(distance, 9)  # so that equal cells tie whatever the order of the sums
+            if policy == "farthest":
+                distance = -distance
+            blocked = context.block_start[own][:, None] == context.block_start[members][None, :]
+            blocked |= ~compatible[panel[own][:, None], panel[members][None, :]]
+            distance[blocked] = np.inf
+            rank = np.minimum(used[own], size - 1)
+            deepest = int(rank.max())
+            nearest = np.argsort(distance, axis=1, kind="stable")[:, : deepest + 1] if deepest else None
+            pick = nearest[np.arange(len(own)), rank] if deepest else distance.argmin(1)
+            good = np.isfinite(distance[np.arange(len(own)), pick])
+            target[part[good]] = members[pick[good]]
+    return target

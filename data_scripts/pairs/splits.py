@@ -1,0 +1,187 @@
+"""Splits by stable hash: a cell's split depends on its own labels only, never on the other cells."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from data_scripts.pairs.pair_options import SplitOptions
+from data_scripts.pairs.schema import SPLITS
+from modeling_gppc.feature_extraction_gppc import close_matches
+
+
+def stable_uniform(seed: int, column: str, values: Sequence) -> np.ndarray:
+    """Number in [0, 1) for each value, from the blake2b hash of `seed|column|value`.
+
+    Returns:
+        `np.ndarray` of float64, shape `(len(values),)`.
+    """
+    prefix = f"{seed}|{column}|"
+    draws = [
+        int.from_bytes(hashlib.blake2b(f"{prefix}{value}".encode(), digest_size=8).digest(), "big") for value in values
+    ]
+    return (np.array(draws, dtype=np.uint64) >> np.uint64(11)).astype(np.float64) / 2.0**53
+
+
+def columns_of(options: SplitOptions) -> list[str]:
+    """Columns of obs that the rules read; `cell` stands for the cell's own identifier."""
+    names = [name for rule in options.rules for name in [*rule.where, rule.by] if name is not None]
+    return list(dict.fromkeys(names))
+
+
+def assign_splits(obs: pd.DataFrame, options: SplitOptions) -> np.ndarray:
+    """Split of every cell.
+
+    Args:
+        obs (`pd.DataFrame`): Cells, with the columns the rules name; `cell` is `observation_joinid` within its data
+            set where obs has it (it survives new releases of a store), else `soma_joinid`.
+        options (`SplitOptions`): The rules.
+
+    Returns:
+        `np.ndarray` of int8, shape `(n_obs,)`: index into `SPLITS`.
+
+    Raises:
+        ValueError: If a rule names a column or value that obs does not hold.
+    """
+    split = np.full(len(obs), -1, dtype=np.int8)
+    held_out: list[tuple[str, np.ndarray, np.ndarray]] = []
+    # Share of each column's hash range that earlier rules tried and passed on; the rest is spread over [0, 1) again,
+    # so that a second rule by the same column takes its share of what the first one left.
+    passed: dict[str, np.ndarray] = {}
+    for rule in options.rules:
+        chosen = (split < 0) & _matches(obs, rule.where)
+        if rule.split is not None:
+            split[chosen] = SPLITS.index(rule.split)
+            continue
+        draws = _draws(obs, rule.by, options.seed)
+        tried = passed.setdefault(rule.by, np.zeros(len(obs)))
+        position = (draws - tried) / np.maximum(1.0 - tried, 1e-300)
+        lower = 0.0
+        for name in SPLITS:  # in a fixed order, so that the order in the file does not matter
+            share = rule.fractions.get(name, 0.0)
+            given = chosen & (position >= lower) & (position < lower + share)
+            split[given] = SPLITS.index(name)
+            lower += share
+            if rule.by != "cell" and name != "train" and given.any():
+                held_out.append((rule.by, _matches(obs, rule.where), given))
+        tried[chosen] += (1.0 - tried[chosen]) * lower
+    split[split < 0] = SPLITS.index("train")
+    for column, scope, given in held_out:
+        check_held_out(obs[column].to_numpy()[scope], split[scope], given[scope], column)
+    return split
+
+
+def check_held_out(values: np.ndarray, split: np.ndarray, given: np.ndarray, column: str) -> None:
+    """Refuses splits in which a held-out value turns up elsewhere.
+
+    Args:
+        values (`np.ndarray`): Value of the column for each cell, shape `(n_obs,)`.
+        split (`np.ndarray`): Split of each cell, shape `(n_obs,)`.
+        given (`np.ndarray`): Cells that were held out because of their value, bool of shape `(n_obs,)`.
+        column (`str`): Name of the column.
+
+    Raises:
+        ValueError: If such a value is also found in another split.
+    """
+    home = SPLITS[split[given][0]]
+    shared = pd.unique(values[np.isin(values, pd.unique(values[given])) & (split != split[given][0])])
+    if len(shared):
+        other = SPLITS[split[(values == shared[0]) & (split != split[given][0])][0]]
+        raise ValueError(
+            f"`splits.rules` hold out {column} {shared[0]!r} for {home}, but an earlier rule puts some of its cells in "
+            f"{other}; put the rule by {column!r} first, or limit it with `where`."
+        )
+
+
+def guard_splits(tables: Mapping[str, pa.Table], columns: Sequence[str], gene_split: np.ndarray | None = None) -> None:
+    """Refuses pair tables whose splits share a cell, a held-out value or a held-out perturbed gene.
+
+    Args:
+        tables (`Mapping[str, pa.Table]`): Split name -> rows in `PAIR_SCHEMA`.
+        columns (`Sequence[str]`): Columns whose values must not be in two splits, e.g. `donor_id`; a value is told
+            apart by all columns together.
+        gene_split (`np.ndarray`, *optional*): From [`held_out_gene_split`]: genes of a split other than `train` must
+            not be revealed in another one.
+
+    Raises:
+        ValueError: Naming the value and the two splits.
+    """
+    sides = ("source_soma_joinid", "target_soma_joinid")
+    seen: dict[str, tuple[np.ndarray, set]] = {}
+    for name, table in tables.items():
+        cells = np.unique(np.concatenate([table.column(side).to_numpy() for side in sides]))
+        keys = set()
+        for prefix in ("", "target_") if columns else ():
+            # The target lies in the data set of the source wherever the row does not name its own.
+            names = [prefix + column if prefix + column in table.column_names else column for column in columns]
+            rows = table.select(list(dict.fromkeys(names))).group_by(list(dict.fromkeys(names))).aggregate([])
+            keys |= {tuple(row[column] for column in names) for row in rows.to_pylist()}
+        for other, (known_cells, known_keys) in seen.items():
+            shared = np.intersect1d(cells, known_cells, assume_unique=True)
+            if len(shared):
+                raise ValueError(f"splits {other} and {name} share soma_joinid {shared[0]} ({len(shared)} in all).")
+            both = sorted(keys & known_keys, key=str)
+            if both:
+                what, value = ", ".join(columns), ", ".join(map(str, both[0]))
+                raise ValueError(f"splits {other} and {name} share {what} {value} ({len(both)} in all).")
+        seen[name] = cells, keys
+        if gene_split is not None:
+            revealed = np.unique(table.column("perturbation_gene_ids").combine_chunks().flatten().to_numpy())
+            owner = gene_split[revealed]
+            leaked = revealed[(owner != SPLITS.index("train")) & (owner != SPLITS.index(name))]
+            if len(leaked):
+                home = SPLITS[gene_split[leaked[0]]]
+                raise ValueError(
+                    f"splits {home} and {name} share perturbed gene {leaked[0]}, held out for {home} "
+                    f"({len(leaked)} in all)."
+                )
+
+
+def held_out_gene_split(gene_ids: Sequence[str], options: SplitOptions) -> np.ndarray:
+    """Split in which each gene may be revealed: index into `SPLITS`, `train` (0) meaning in all.
+
+    Returns:
+        `np.ndarray` of int8, shape `(n_genes,)`.
+    """
+    split = np.zeros(len(gene_ids), dtype=np.int8)
+    draws = stable_uniform(options.seed, "perturbed gene", gene_ids)
+    lower = 0.0
+    for name in SPLITS:
+        share = options.held_out_genes.get(name, 0.0)
+        split[(draws >= lower) & (draws < lower + share)] = SPLITS.index(name)
+        lower += share
+    return split
+
+
+def _matches(obs: pd.DataFrame, where: dict) -> np.ndarray:
+    chosen = np.ones(len(obs), dtype=bool)
+    for column, value in where.items():
+        _check_column(obs, column)
+        values = value if isinstance(value, (list, tuple)) else [value]
+        known = obs[column].unique()
+        for wanted in values:
+            if wanted not in known:
+                raise ValueError(
+                    f"`where` asks for {column} {wanted!r}, which no cell has{close_matches(str(wanted), known)}"
+                )
+        chosen &= obs[column].isin(values).to_numpy()
+    return chosen
+
+
+def _draws(obs: pd.DataFrame, by: str, seed: int) -> np.ndarray:
+    if by == "cell":
+        if "observation_joinid" in obs:
+            names = obs["dataset_id"].astype(str).str.cat(obs["observation_joinid"].astype(str), sep="|")
+        else:
+            names = obs["soma_joinid"]
+        return stable_uniform(seed, by, names.tolist())
+    _check_column(obs, by)
+    codes, values = pd.factorize(obs[by])
+    return stable_uniform(seed, by, list(values))[codes]
+
+
+def _check_column(obs: pd.DataFrame, column: str) -> None:
+    if column not in obs:
+        raise ValueError(f"`rules` names {column!r}, which is not a column of obs{close_matches(column, obs.columns)}")

@@ -1,0 +1,1 @@
+"""A local store in the Census layout, queries on it and the stream of its cells."""

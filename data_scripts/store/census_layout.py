@@ -1,0 +1,329 @@
+"""The layout of a Census-like SOMA store: columns, types, TileDB settings, and the calls that create and fill it.
+
+Follows schema 2.4.0 as published by the Census builder (chanzuckerberg/cellxgene-census).
+"""
+
+import datetime
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import tiledbsoma
+from scipy import sparse
+
+from data_scripts.cells.gene_mapping import ORGANISMS
+
+CENSUS_SCHEMA_VERSION = "2.4.0"
+DATASET_SCHEMA_VERSION = "7.0.0"
+
+# Columns of obs that describe a cell, as label and ontology term; both are dictionaries in Census.
+TERM_COLUMNS = (
+    "assay",
+    "cell_type",
+    "development_stage",
+    "disease",
+    "self_reported_ethnicity",
+    "sex",
+    "tissue",
+    "tissue_general",
+)
+_TERMS = [name for label in TERM_COLUMNS for name in (label, f"{label}_ontology_term_id")]
+OBS_DICTIONARIES = ("dataset_id", *_TERMS, "donor_id", "suspension_type", "tissue_type")
+OBS_STATISTICS = {
+    "raw_sum": pa.float64(),
+    "nnz": pa.int64(),
+    "raw_mean_nnz": pa.float64(),
+    "raw_variance_nnz": pa.float64(),
+    "n_measured_vars": pa.int64(),
+}
+OBS_TYPES = {
+    "soma_joinid": pa.int64(),
+    **{name: pa.large_string() for name in OBS_DICTIONARIES},
+    "is_primary_data": pa.bool_(),
+    "observation_joinid": pa.large_string(),
+    **OBS_STATISTICS,
+}
+VAR_TYPES = {
+    "soma_joinid": pa.int64(),
+    "feature_id": pa.large_string(),
+    "feature_name": pa.large_string(),
+    "feature_type": pa.large_string(),
+    "feature_length": pa.int64(),
+    "nnz": pa.int64(),
+    "n_measured_obs": pa.int64(),
+}
+DATASET_TEXTS = (
+    "citation",
+    "collection_id",
+    "collection_name",
+    "collection_doi",
+    "collection_doi_label",
+    "dataset_id",
+    "dataset_version_id",
+    "dataset_title",
+    "dataset_h5ad_path",
+)
+COUNTED_TERMS = (
+    "cell_type",
+    "assay",
+    "tissue",
+    "disease",
+    "self_reported_ethnicity",
+    "sex",
+    "tissue_general",
+)
+
+X_TILE = 2048
+
+# Per-write memory is a few times this many values; more values a write mean fewer fragments to read later.
+VALUES_PER_WRITE = 4_000_000
+
+
+def _zstd(level: int) -> dict:
+    return {"_type": "ZstdFilter", "level": level}
+
+
+def _x_settings(values: list) -> dict:
+    return {
+        "tiledb": {
+            "create": {
+                "capacity": 2**16,
+                "dims": {
+                    "soma_dim_0": {"tile": X_TILE, "filters": [_zstd(9)]},
+                    "soma_dim_1": {"tile": X_TILE, "filters": ["ByteShuffleFilter", _zstd(9)]},
+                },
+                "attrs": {"soma_data": {"filters": values}},
+                "cell_order": "row-major",
+                "tile_order": "row-major",
+                "allows_duplicates": True,
+            }
+        }
+    }
+
+
+X_SETTINGS = {
+    "raw": _x_settings(["ByteShuffleFilter", _zstd(9)]),
+    "normalized": _x_settings([_zstd(13)]),
+    "log_values": _x_settings(["ByteShuffleFilter", _zstd(9)]),
+}
+
+
+def _frame_settings(schema: pa.Schema) -> dict:
+    attributes = {}
+    for column in schema:
+        if column.name == "soma_joinid":
+            continue
+        if pa.types.is_dictionary(column.type):
+            filters = [_zstd(9)]
+        elif pa.types.is_large_string(column.type) or pa.types.is_boolean(column.type):
+            filters = [_zstd(19)]
+        else:
+            filters = ["ByteShuffleFilter", _zstd(9)]
+        attributes[column.name] = {"filters": filters}
+    return {
+        "tiledb": {
+            "create": {
+                "capacity": 2**16,
+                "dims": {"soma_joinid": {"filters": ["DoubleDeltaFilter", _zstd(19)]}},
+                "attrs": attributes,
+                "offsets_filters": ["DoubleDeltaFilter", _zstd(19)],
+                "allows_duplicates": True,
+            }
+        }
+    }
+
+
+def frame_to_arrow(
+    frame: pd.DataFrame, types: Mapping[str, pa.DataType], dictionaries: Sequence[str] = ()
+) -> pa.Table:
+    """Arrow form of a frame with the given column types; `dictionaries` get the narrowest index type."""
+    arrays, fields = [], []
+    for name, value_type in types.items():
+        if name in dictionaries:
+            column = (
+                frame[name] if isinstance(frame[name].dtype, pd.CategoricalDtype) else frame[name].astype("category")
+            )
+            column = column.cat.remove_unused_categories()
+            codes = column.cat.codes.to_numpy()
+            array = pa.DictionaryArray.from_arrays(
+                pa.array(codes), pa.array(column.cat.categories.astype(str).tolist(), type=value_type)
+            )
+        else:
+            array = pa.array(frame[name].to_numpy(), type=value_type)
+        arrays.append(array)
+        fields.append(pa.field(name, array.type))
+    return pa.Table.from_arrays(arrays, schema=pa.schema(fields))
+
+
+def create_store(path: str | Path, organism: str) -> None:
+    """Creates the empty collections of a store with one organism."""
+    with tiledbsoma.Collection.create(str(path)) as root:
+        root.metadata["created_on"] = datetime.datetime.now(tz=datetime.UTC).isoformat(timespec="seconds")
+        root.add_new_collection("census_info")
+        experiment = root.add_new_collection("census_data").add_new_collection(organism, tiledbsoma.Experiment)
+        experiment.add_new_collection("ms").add_new_collection("RNA", tiledbsoma.Measurement).add_new_collection("X")
+
+
+def measurement_uri(path: str | Path, organism: str) -> str:
+    """Where the RNA measurement of an organism lies."""
+    return f"{path}/census_data/{organism}/ms/RNA"
+
+
+def write_frame(collection_uri: str, name: str, table: pa.Table) -> None:
+    """Creates a SOMA data frame in a collection and fills it.
+
+    Written through a handle opened anew: what the handle from `add_new_dataframe` writes leaves the enumerations of
+    dictionary columns empty (tiledbsoma 2.3.0), and filters on them would match no cell.
+    """
+    ids = table["soma_joinid"].to_numpy()
+    with tiledbsoma.open(collection_uri, "w") as collection:
+        collection.add_new_dataframe(
+            name,
+            schema=table.schema,
+            index_column_names=["soma_joinid"],
+            domain=[(int(ids.min()), int(ids.max()))],
+            platform_config=_frame_settings(table.schema),
+        )
+    with tiledbsoma.open(f"{collection_uri}/{name}", "w") as frame:
+        frame.write(table)
+
+
+def create_x_layers(path: str | Path, organism: str, layers: Sequence[str], shape: tuple[int, int]) -> None:
+    """Creates empty float32 layers of X, `(n_obs, n_vars)`."""
+    with tiledbsoma.open(f"{measurement_uri(path, organism)}/X", "w") as collection:
+        for name in layers:
+            collection.add_new_sparse_ndarray(
+                name, type=pa.float32(), shape=shape, platform_config=X_SETTINGS[name]
+            ).close()
+
+
+def write_x(
+    path: str | Path, organism: str, layer: str, block: sparse.csr_matrix, first: int, order=None
+) -> np.ndarray:
+    """Adds rows to a layer of X, starting at row `first`.
+
+    Values are handed over in the order of the array's tiles, which TileDB writes five times as fast as any other.
+
+    Args:
+        block (`csr_matrix`): Rows in columns of the store.
+        order (`np.ndarray`, *optional*): What an earlier call returned for another layer of the same block.
+
+    Returns:
+        `np.ndarray` of int64, shape `(nnz,)`: the order.
+    """
+    rows = np.repeat(np.arange(first, first + block.shape[0], dtype=np.int64), np.diff(block.indptr))
+    columns = block.indices.astype(np.int64)
+    if order is None:
+        tile = rows // X_TILE * (2**31 // X_TILE) + columns // X_TILE
+        inside = rows % X_TILE * X_TILE + columns % X_TILE
+        order = np.argsort(tile * X_TILE**2 + inside)
+    with tiledbsoma.open(f"{measurement_uri(path, organism)}/X/{layer}", "w") as array:
+        array.write(
+            pa.table({"soma_dim_0": rows[order], "soma_dim_1": columns[order], "soma_data": block.data[order]}),
+            platform_config=tiledbsoma.options.TileDBWriteOptions(sort_coords=False),
+        )
+    return order
+
+
+def write_presence(path: str | Path, organism: str, measured: Sequence[np.ndarray], n_vars: int) -> None:
+    """Writes which genes each data set measured.
+
+    Args:
+        measured (`Sequence[np.ndarray]`): For each data set, `soma_joinid` of the genes it measured.
+    """
+    rows = np.repeat(np.arange(len(measured)), [len(columns) for columns in measured])
+    columns = np.concatenate(measured)
+    with tiledbsoma.open(measurement_uri(path, organism), "w") as measurement:
+        measurement.add_new_sparse_ndarray(
+            "feature_dataset_presence_matrix", type=pa.bool_(), shape=(len(measured), n_vars)
+        ).close()
+    with tiledbsoma.open(f"{measurement_uri(path, organism)}/feature_dataset_presence_matrix", "w") as matrix:
+        matrix.write(
+            pa.table(
+                {
+                    "soma_dim_0": rows.astype(np.int64),
+                    "soma_dim_1": columns.astype(np.int64),
+                    "soma_data": np.ones(len(rows), dtype=bool),
+                }
+            )
+        )
+
+
+def write_obs(path: str | Path, organism: str, obs: pd.DataFrame, extra: Mapping[str, pa.DataType]) -> None:
+    """Writes obs; `extra` are types of columns beyond those of Census (texts become dictionaries)."""
+    dictionaries = [*OBS_DICTIONARIES, *(name for name, kind in extra.items() if pa.types.is_large_string(kind))]
+    types = {**OBS_TYPES, **extra}
+    write_frame(f"{path}/census_data/{organism}", "obs", frame_to_arrow(obs, types, dictionaries))
+
+
+def write_var(path: str | Path, organism: str, var: pd.DataFrame) -> None:
+    """Writes var of the RNA measurement."""
+    write_frame(measurement_uri(path, organism), "var", frame_to_arrow(var, VAR_TYPES))
+
+
+def write_info(path: str | Path, organism: str, obs: pd.DataFrame, datasets: pd.DataFrame) -> None:
+    """Writes census_info: summary, datasets, summary_cell_counts and organisms.
+
+    Args:
+        obs (`pd.DataFrame`): All of obs.
+        datasets (`pd.DataFrame`): `dataset_id`, `dataset_title`, `dataset_h5ad_path` and `dataset_total_cell_count`
+            in the order of their `soma_joinid`.
+    """
+    uri = f"{path}/census_info"
+    label, taxon, _ = ORGANISMS[organism]
+    today = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
+    summary = {
+        "census_schema_version": CENSUS_SCHEMA_VERSION,
+        "census_build_date": today,
+        "dataset_schema_version": DATASET_SCHEMA_VERSION,
+        "total_cell_count": str(len(obs)),
+        "unique_cell_count": str(int(obs["is_primary_data"].sum())),
+    }
+    text = pa.large_string()
+    frame = pd.DataFrame({"label": list(summary), "value": list(summary.values())})
+    _write_numbered(uri, "summary", frame, {"label": text, "value": text})
+    frame = datasets.reindex(columns=[*DATASET_TEXTS, "dataset_total_cell_count"], fill_value="")
+    types = {**dict.fromkeys(DATASET_TEXTS, text), "dataset_total_cell_count": pa.int64()}
+    _write_numbered(uri, "datasets", frame, types)
+    frame = pd.DataFrame({"organism_ontology_term_id": [taxon], "organism_label": [label], "organism": [organism]})
+    _write_numbered(uri, "organisms", frame, dict.fromkeys(frame, text))
+    types = {
+        **dict.fromkeys(("organism", "category", "label", "ontology_term_id"), text),
+        **{name: pa.int64() for name in ("total_cell_count", "unique_cell_count")},
+    }
+    _write_numbered(uri, "summary_cell_counts", _count_cells(obs, label), types, ("organism", "category"))
+
+
+def _write_numbered(
+    uri: str, name: str, frame: pd.DataFrame, types: Mapping, dictionaries: Sequence[str] = ()
+) -> None:
+    frame = frame.assign(soma_joinid=np.arange(len(frame)))
+    write_frame(uri, name, frame_to_arrow(frame, {"soma_joinid": pa.int64(), **types}, dictionaries))
+
+
+def _count_cells(obs: pd.DataFrame, organism_label: str) -> pd.DataFrame:
+    parts = [
+        pd.DataFrame(
+            {
+                "category": ["all"],
+                "label": ["na"],
+                "ontology_term_id": ["na"],
+                "total_cell_count": [len(obs)],
+                "unique_cell_count": [int(obs["is_primary_data"].sum())],
+            }
+        )
+    ]
+    for category in (*COUNTED_TERMS, "suspension_type"):
+        keys = {"label": obs[category].astype(str)}
+        keys["ontology_term_id"] = (
+            "na" if category == "suspension_type" else obs[f"{category}_ontology_term_id"].astype(str)
+        )
+        cells = pd.DataFrame({**keys, "primary": obs["is_primary_data"].to_numpy()})
+        counted = cells.groupby(["ontology_term_id", "label"], as_index=False)["primary"].agg(["size", "sum"])
+        parts.append(
+            counted.rename(columns={"size": "total_cell_count", "sum": "unique_cell_count"}).assign(category=category)
+        )
+    frame = pd.concat(parts, ignore_index=True).assign(organism=organism_label)
+    return frame.astype({"total_cell_count": np.int64, "unique_cell_count": np.int64})

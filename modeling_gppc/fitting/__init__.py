@@ -1,0 +1,1 @@
+"""Closed forms: what is fitted without a gradient."""

@@ -1,0 +1,79 @@
+"""Which training pairs are kept to tell familiar levels from others, and how near they have to be."""
+
+import math
+
+import numpy as np
+import torch
+
+from data_scripts.batches.data_collator import PairCollator
+from data_scripts.batches.pair_dataset import PairDataset
+from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
+
+# Log weight of a place that no reference fills.
+EMPTY = -1e4
+# Widths offered, in units of the spread of two posteriors, and how many references (effectively) are company enough.
+REFERENCE_WIDTHS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
+COMPANY = 20.0
+# Levels are taken for familiar four times in five before they are looked at.
+FAMILIAR_LOG_ODDS = math.log(4.0)
+SOURCE = ("input_ids", "expression_values", "attention_mask", "measured_mask", "panel_index")
+
+
+@torch.no_grad()
+def put_references(
+    model: GppcForPerturbationPrediction,
+    dataset: PairDataset,
+    panels: np.ndarray,
+    pairs: list[np.ndarray],
+    rng: np.random.Generator,
+) -> None:
+    """Keeps some training pairs of every pairing as the plain Gaussian's factors of both cells.
+
+    Args:
+        model ([`GppcForPerturbationPrediction`]): Changed in place.
+        dataset ([`PairDataset`]): Training pairs.
+        panels (`np.ndarray` of bool): Measured-gene sets, shape `(P, V)`.
+        pairs (`list[np.ndarray]`): Rows of each pairing that may be kept.
+        rng (`np.random.Generator`): Chooses among them.
+    """
+    response, n_genes = model.model.linear_response, panels.shape[1]
+    response.reference_logits.fill_(EMPTY)
+    covariances = []
+    for pairing, rows in enumerate(pairs):
+        if len(rows) > model.config.num_references:
+            rows = np.sort(rng.choice(rows, model.config.num_references, replace=False))
+        if not len(rows):
+            continue
+        for side, factors in (("source", response.reference_source), ("target", response.reference_target)):
+            which = dataset.table.column(f"{side}_panel").to_numpy()[rows]
+            present, index = np.unique(which, return_inverse=True)
+            measured = torch.from_numpy(panels[present])
+            values = torch.from_numpy(dataset.dense_cells(side, rows, n_genes)).to(response.gene_mean)
+            centred = torch.where(measured[index], values - response.gene_mean, 0.0)
+            _, mean, _, covariance, plain_mean, plain_covariance, _ = response.encode(
+                centred, measured, torch.from_numpy(index)
+            )
+            factors[pairing, : len(rows)] = mean if plain_mean is None else plain_mean
+        covariances.append((covariance if plain_mean is None else plain_covariance).mean(0))
+        response.reference_logits[pairing, : len(rows)] = 0.0
+    if covariances:
+        response.reference_covariance.copy_(torch.stack(covariances).mean(0))
+
+
+@torch.inference_mode()
+def choose_width(
+    model: GppcForPerturbationPrediction, validation: PairDataset, panels: np.ndarray, rows: np.ndarray
+) -> None:
+    """Chooses how near a reference has to be: the least width at which half of the validation sources find company."""
+    response, collate = model.model.linear_response, PairCollator(panels)
+    response.familiarity_logit.fill_(FAMILIAR_LOG_ODDS)
+    found = np.full(len(model.config.pairings), False)
+    for width in REFERENCE_WIDTHS:
+        response.reference_width[torch.from_numpy(~found)] = width
+        company = []
+        for start in range(0, len(rows), 256):
+            batch = collate(validation[rows[start : start + 256]])
+            company.append(
+                model.encode(**{name: batch[name] for name in SOURCE}).likeness.mul(2).logsumexp(2).neg().exp()
+            )
+        found |= torch.cat(company).median(0).values.numpy() >= COMPANY

@@ -1,0 +1,111 @@
+"""The first thing a run says about biology: what happens to test cells when one gene is changed."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from data_scripts.batches.pair_dataset import PairDataset
+from data_scripts.pairs.pair_folder import PairFolder
+from modeling_gppc.evaluation.plots import MODEL_COLOUR, save_figure
+from modeling_gppc.evaluation.report import text_table
+from modeling_gppc.feature_extraction_gppc import GppcFeatureExtractor
+
+N_CELLS = 256
+
+
+@dataclasses.dataclass
+class FirstPrediction:
+    """
+    Mean response of some cells to a perturbation.
+
+    Args:
+        perturbation (`str`): What was imposed.
+        symbols (`list[str]`): Responding genes, strongest first; the imposed genes are left out.
+        delta (`np.ndarray`): Mean change of their log value, shape `(n,)`.
+        standard_error (`np.ndarray`): Of that mean over the cells, shape `(n,)`: it says how alike the cells respond,
+            not how sure the model is.
+        n_cells (`int`): Cells.
+    """
+
+    perturbation: str
+    symbols: list[str]
+    delta: np.ndarray
+    standard_error: np.ndarray
+    n_cells: int
+
+    def text(self, n_genes: int = 10) -> str:
+        """A small table of the strongest responses."""
+        rows = [
+            [symbol, f"{change:+.4f}", f"{error:.4f}"]
+            for symbol, change, error in zip(self.symbols[:n_genes], self.delta, self.standard_error)
+        ]
+        title = f"First prediction: {self.perturbation} in {self.n_cells} test cells, strongest responses"
+        return f"{title}\n{text_table(('gene', 'change of log value', 'standard error'), rows)}"
+
+    def plot(self, path: str | Path, n_genes: int = 20) -> Path:
+        """Bars of the strongest responses."""
+        figure = Figure(figsize=(4.5, 0.24 * min(n_genes, len(self.symbols)) + 1), layout="constrained")
+        axis = figure.subplots()
+        position = np.arange(min(n_genes, len(self.symbols)))
+        error = self.standard_error[: len(position)]
+        axis.barh(position, self.delta[: len(position)], xerr=error, color=MODEL_COLOUR)
+        axis.set_yticks(position, self.symbols[: len(position)], fontsize=7)
+        axis.invert_yaxis()
+        axis.axvline(0, color="#333333", linewidth=0.8)
+        axis.set_xlabel("predicted change of log value", fontsize=9)
+        axis.set_title(f"{self.perturbation}, {self.n_cells} test cells", fontsize=9)
+        return save_figure(figure, path)
+
+
+def choose_perturbation(folder: PairFolder) -> str:
+    """Knock-out of the gene that varies most among those expressed in at least a quarter of the cells."""
+    genes = folder.genes.to_pydict()
+    share = np.array(genes["n_cells_expressed"]) / np.maximum(genes["n_cells_measured"], 1)
+    variance = np.nan_to_num(np.array(genes["variance"], dtype=float))
+    candidates = share >= min(0.25, np.quantile(share, 0.9))
+    return f"{genes['gene_symbol'][int(np.argmax(np.where(candidates, variance, -1)))]}=ko"
+
+
+@torch.inference_mode()
+def first_prediction(
+    model, extractor: GppcFeatureExtractor, folder: PairFolder, perturbation: str | None = None
+) -> FirstPrediction:
+    """Predicts test cells with and without a perturbation.
+
+    Args:
+        model ([`GppcForPerturbationPrediction`]): The trained model.
+        extractor ([`GppcFeatureExtractor`]): Its feature extractor.
+        folder ([`PairFolder`]): Source cells of test pairs that measure the perturbed gene are taken.
+        perturbation (`str`, *optional*): See [`GppcFeatureExtractor.parse_perturbation`].
+
+    Raises:
+        ValueError: For an unknown gene or a malformed perturbation.
+    """
+    if perturbation is None:
+        linear = folder.manifest["normalization"] == "none"
+        chosen = choose_perturbation(folder)
+        perturbation = chosen.replace("=ko", "=delta:-1") if linear else chosen
+    imposed = [gene for gene, _, _ in extractor.parse_perturbation(perturbation)]
+    table = folder.split("test")
+    panel = table.column("source_panel").to_numpy()
+    _, rows = np.unique(table.column("source_soma_joinid").to_numpy(), return_index=True)
+    rows = rows[folder.panels[panel[rows]][:, imposed].all(axis=1)]
+    if not len(rows):
+        raise ValueError(f"`evaluation.perturbation` {perturbation!r}: no test cell measures the gene; name another.")
+    rows = np.sort(np.random.default_rng(0).permutation(rows)[:N_CELLS])
+    values = PairDataset(table, folder.pairings).dense_cells("source", rows, extractor.vocab_size)
+    device = next(model.parameters()).device
+    inputs = extractor.from_values(values, folder.panels[panel[rows]])
+    encoded = model.eval().encode(**{name: tensor.to(device) for name, tensor in inputs.items()})
+    change = extractor.perturbation_features(perturbation, values)
+    changed = model.decode(encoded, **{name: tensor.to(device) for name, tensor in change.items()})
+    before = model.decode(encoded, familiarity=changed.familiarity)
+    delta = (changed.logits - before.logits).float().cpu().numpy()
+    mean, error = delta.mean(axis=0), delta.std(axis=0) / np.sqrt(len(delta))
+    others = np.setdiff1d(np.arange(len(mean)), imposed)
+    order = others[np.argsort(-np.abs(mean[others]))]
+    symbols = [extractor.gene_symbols[gene] for gene in order]
+    return FirstPrediction(perturbation, symbols, mean[order], error[order], len(rows))

@@ -1,0 +1,179 @@
+"""Symbols to Ensembl ids: what wins, what is refused, what stays unmapped."""
+
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_scripts.cells.gene_mapping import (
+    GeneTable,
+    gene_table_from_frame,
+    map_genes,
+    read_file_genes,
+    read_gene_table,
+    shared_symbols,
+    strip_version,
+)
+
+STAT1, IRF1, CD4, MOUSE = "ENSG00000115415", "ENSG00000125347", "ENSG00000010610", "ENSMUSG00000026104"
+
+
+def var(index, **columns):
+    return pd.DataFrame(columns, index=index)
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        (STAT1, STAT1),
+        (f"{STAT1}.12", STAT1),
+        (f"{MOUSE}.3", MOUSE),
+        ("STAT1", None),
+        ("AL627309.1", None),
+        (f"{STAT1}.12_PAR_Y", None),
+        ("ENSP00000354394", None),
+        ("", None),
+    ],
+)
+def test_strip_version(name, wanted):
+    assert strip_version(name) == wanted
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        var([f"{STAT1}.4", IRF1], feature_name=["STAT1", "IRF1"]),
+        var(["STAT1", "IRF1"], gene_ids=[STAT1, f"{IRF1}.2"]),
+        var(["STAT1", "IRF1"], Ensembl_ID=[STAT1, IRF1], Symbol=["STAT1", "IRF1"]),
+        var(["a", "b"], feature_id=[STAT1, IRF1], symbol=["STAT1", "IRF1"]),
+    ],
+    ids=["index", "column", "any case", "neither in the index"],
+)
+def test_ids_and_symbols_are_found_wherever_they_stand(frame):
+    genes = read_file_genes(frame)
+    assert genes.ids == [STAT1, IRF1]
+    assert genes.symbols == ["STAT1", "IRF1"]
+
+
+def test_named_columns_win_and_must_exist():
+    frame = var(["a"], symbol=["WRONG"], alias=["STAT1"], ensembl_id=[IRF1], mine=[STAT1])
+    genes = read_file_genes(frame, symbol_key="alias", ensembl_key="mine")
+    assert (genes.ids, genes.symbols) == ([STAT1], ["STAT1"])
+    with pytest.raises(
+        ValueError, match=r"`symbol_key` is 'alis', which is not a column of var.*did you mean `alias`"
+    ):
+        read_file_genes(frame, symbol_key="alis")
+    with pytest.raises(ValueError, match="`ensembl_key` is 'ensembl', which is not a column"):
+        read_file_genes(frame, ensembl_key="ensembl")
+
+
+@pytest.mark.parametrize(
+    ("frame", "message"),
+    [
+        (var(["STAT1", "IRF1", "STAT1"]), "duplicated genes: `STAT1` stands 2 times, 1 genes in all"),
+        (var([f"{STAT1}.1", f"{STAT1}.2"]), rf"duplicated genes: `{STAT1}` stands 2 times \(columns `{STAT1}.1`, `"),
+        (var(["A", "B"], ensembl_id=[CD4, CD4]), rf"duplicated genes: `{CD4}` .*`A`, `B`"),
+        (var([]), "has no genes"),
+        (var([MOUSE, STAT1]), rf"1 of 2 Ensembl ids of the file belong to mus_musculus \(e.g. `{MOUSE}`\)"),
+    ],
+)
+def test_refused(frame, message):
+    with pytest.raises(ValueError, match=message):
+        read_file_genes(frame)
+
+
+def test_species():
+    assert read_file_genes(var([MOUSE]), organism="mus_musculus").ids == [MOUSE]
+    with pytest.raises(ValueError, match=r"`organism` is 'mus_musculus'.*belong to homo_sapiens"):
+        read_file_genes(var([STAT1]), organism="mus_musculus")
+    with pytest.raises(ValueError, match="'homo_sapien', which is not a known species; did you mean `homo_sapiens`"):
+        read_file_genes(var([STAT1]), organism="homo_sapien")
+
+
+def test_missing_ids_in_a_column_are_not_ids():
+    genes = read_file_genes(var(["STAT1", "X1", "X2"], ensembl_id=[STAT1, "", None], symbol=["STAT1", "", None]))
+    assert genes.ids == [STAT1, None, None]
+    assert genes.symbols == ["STAT1", "X1", "X2"]
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "parquet"])
+def test_gene_table_files(tmp_path, kind):
+    frame = pd.DataFrame(
+        {
+            "symbol": ["OLD", "STAT1", "OLD", "ISGF3"],
+            "ensembl_id": [IRF1, f"{STAT1}.5", CD4, STAT1],
+            "priority": [5, 0, 1, 4],
+            "length": [10, 4000, 300, 4000],
+            "biotype": ["x", "protein_coding", "y", "protein_coding"],
+        }
+    )
+    path = tmp_path / f"table.{kind}"
+    if kind == "parquet":
+        frame.to_parquet(path)
+    else:
+        frame.to_csv(path, index=False, sep="," if kind == "csv" else "\t")
+    table = read_gene_table(path)
+    assert table.ids == {"STAT1": STAT1, "OLD": CD4, "ISGF3": STAT1}
+    assert table.names[STAT1] == "STAT1"
+    assert table.lengths[STAT1] == 4000
+    assert table.types[CD4] == "y"
+
+
+def test_gene_table_errors(tmp_path):
+    with pytest.raises(ValueError, match="does not exist"):
+        read_gene_table(tmp_path / "no.csv")
+    (tmp_path / "table.xlsx").write_text("")
+    with pytest.raises(ValueError, match=r"ends in '.xlsx'; wanted .csv"):
+        read_gene_table(tmp_path / "table.xlsx")
+    with pytest.raises(ValueError, match=r"no column named `ensembl_id`.*it has `symbol`, `x`"):
+        gene_table_from_frame(pd.DataFrame({"symbol": ["A"], "x": ["B"]}))
+
+
+def test_order_of_sources():
+    """The file's own id, then the table, then the other files; approved symbols before aliases."""
+    table = GeneTable(ids={"IRF1": IRF1, "ISGF3": STAT1, "STAT1": STAT1}, names={STAT1: "STAT1", IRF1: "IRF1"})
+    genes = read_file_genes(var(["ISGF3", "STAT1", "IRF1", CD4, "CLONE", "NOVEL"]))
+    mapping = map_genes(genes, table, {"CLONE": MOUSE, "IRF1": MOUSE})
+    assert mapping["feature_id"].tolist() == ["ISGF3", STAT1, IRF1, CD4, MOUSE, "NOVEL"]
+    assert mapping["mapped_by"].tolist() == [
+        "unmapped",
+        "gene_table",
+        "gene_table",
+        "file",
+        "other_file",
+        "unmapped",
+    ]
+    assert mapping["note"].tolist() == [f"{STAT1} is held by STAT1", "", "", "", "", ""]
+
+
+def test_unmapped_keep_drop_error():
+    genes = read_file_genes(var(["STAT1", "NOVEL"], ensembl_id=[STAT1, ""]))
+    assert map_genes(genes)["feature_id"].tolist() == [STAT1, "NOVEL"]
+    assert map_genes(genes, unmapped="drop")["feature_id"].tolist() == [STAT1, ""]
+    with pytest.raises(ValueError, match=r"1 of 2 genes without an Ensembl id \(e.g. `NOVEL`\)"):
+        map_genes(genes, unmapped="error")
+    with pytest.raises(ValueError, match="none of the 1 genes"):
+        map_genes(read_file_genes(var(["NOVEL"])), unmapped="drop")
+    with pytest.raises(ValueError, match="`unmapped` is 'skip'"):
+        map_genes(genes, unmapped="skip")
+
+
+def test_shared_symbols_keep_the_first():
+    files = [read_file_genes(var([STAT1], symbol=["S"])), read_file_genes(var([IRF1, "X"], symbol=["S", "Y"]))]
+    assert shared_symbols(files) == {"S": STAT1}
+
+
+@given(
+    st.lists(st.sampled_from("ABCDEFGH"), unique=True, min_size=1),
+    st.dictionaries(st.sampled_from("ABCDEFGH"), st.integers(0, 3)),
+)
+def test_ids_stay_unique_and_nothing_is_lost(names, aliases):
+    """Whatever the aliases say, no two columns of a file share an id and every column keeps one."""
+    table = GeneTable(ids={symbol: f"ENSG{number:011d}" for symbol, number in aliases.items()})
+    mapping = map_genes(read_file_genes(var(names)), table)
+    assert mapping["name"].tolist() == names
+    assert mapping["feature_id"].is_unique
+    assert (mapping["feature_id"] != "").all()
+    assert set(mapping.loc[mapping["mapped_by"] == "gene_table", "feature_id"]) == {
+        f"ENSG{aliases[name]:011d}" for name in names if name in aliases
+    }

@@ -1,0 +1,208 @@
+"""Screens of every convention in, and what is refused or set aside."""
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse
+
+from data_scripts.cells.screen_labels import is_control_word, read_modality, split_label
+from data_scripts.cells.screen_options import ScreenOptions, find_column, options_from_flags
+from data_scripts.cells.screens import read_screen
+from data_scripts.pairs.pair_folder import PairFolder
+from data_scripts.pairs.screen_pairs import match_controls, screen_pair_table, write_screen_pairs
+
+GENES = ["STAT1", "IRF1", "MYC", "HLA-A", "ACTB"]
+
+
+def make_screen(labels=None, column="perturbation", n=20, **obs):
+    labels = ["control", "STAT1", "IRF1"] if labels is None else labels
+    generator = np.random.default_rng(0)
+    counts = generator.poisson(3.0, size=(n * len(labels), len(GENES))).astype(np.float32)
+    frame = pd.DataFrame({column: np.repeat(labels, n)}, index=[f"cell{i}" for i in range(len(counts))])
+    for name, values in obs.items():
+        frame[name] = values
+    return anndata.AnnData(
+        scipy.sparse.csr_matrix(counts),
+        obs=frame,
+        var=pd.DataFrame({"symbol": GENES}, index=[f"ENSG{i}" for i in range(len(GENES))]),
+    )
+
+
+@pytest.mark.parametrize(
+    ("column", "labels", "expected"),
+    [
+        ("perturbation", ["control", "STAT1"], {"STAT1"}),  # scPerturb
+        ("target_gene", ["non-targeting", "STAT1"], {"STAT1"}),  # cell-eval
+        ("condition", ["ctrl", "STAT1+ctrl", "ctrl+IRF1", "STAT1+IRF1"], {"STAT1", "IRF1", "IRF1+STAT1"}),  # GEARS
+        ("gene", ["NT", "STAT1;IRF1"], {"IRF1+STAT1"}),
+        ("Perturbation", ["Non_Targeting", "stat1", "STAT1 ", "Stat1"], {"STAT1"}),
+        ("guide_target", ["NTC_1", "ntc2", "ENSG1", "STAT1_IRF1"], {"IRF1", "IRF1+STAT1"}),
+        ("gene_target", ["negative control", "HLA-A", "MARCH8"], {"HLA-A", "MARCH8"}),
+    ],
+)
+def test_conventions(column, labels, expected):
+    screen = read_screen(make_screen(labels, column))
+    assert set(screen.perturbations) == expected
+    assert screen.is_control.sum() % 20 == 0 and screen.is_control.any()
+    assert all(p.n_cells % 20 == 0 and p.n_cells for p in screen.perturbations.values())
+
+
+def test_words_and_parts():
+    assert [is_control_word(word) for word in ("NT", "Non-Targeting", "ctrl_3", "NTC", "NTN1", "CTRL1B", "safe")] == [
+        True,
+        True,
+        True,
+        True,
+        False,
+        False,
+        True,
+    ]
+    assert split_label("A+ctrl") == ["A"] and split_label("A , B|C") == ["A", "B", "C"]
+    modalities = ["CRISPRko", "CRISPRi", "dCas9-KRAB", "CRISPRa", "ORF", "cas9", "cytokine"]
+    assert [read_modality(text) for text in modalities] == [
+        "knock-out",
+        "CRISPRi",
+        "CRISPRi",
+        "CRISPRa",
+        "overexpression",
+        "knock-out",
+        "unknown",
+    ]
+    assert find_column(["x", "Batch"], "batch", None) == "Batch" and find_column(["x"], "batch", None) is None
+
+
+def test_values_are_normalised_over_all_genes():
+    adata = make_screen()
+    adata.obs["n_counts_full"] = 1_000.0
+    screen = read_screen(adata)
+    assert np.allclose(screen.values, np.log1p(adata.X.toarray() * 10), atol=1e-5)
+    assert screen.covariate_names == ["log library size"] and screen.library_is_complete
+    partial = read_screen(make_screen())
+    # A sum over a targeted panel is itself a response: no covariate.
+    assert partial.covariate_names == [] and not partial.library_is_complete
+    logged = make_screen()
+    logged.X = scipy.sparse.csr_matrix(np.log1p(logged.X.toarray()))
+    assert np.array_equal(read_screen(logged, ScreenOptions(value_kind="log")).values, logged.X.toarray())
+
+
+def test_target_changes_measured_and_stated_stay_apart():
+    adata = make_screen()
+    screen = read_screen(adata)
+    ((column, change, form),) = screen.target_changes("STAT1")
+    cells, controls = screen.cells_of("STAT1"), screen.cells_of("control")
+    assert column == 0 and form == "measured"
+    assert change == pytest.approx(screen.values[cells, 0].mean() - screen.values[controls, 0].mean(), abs=1e-6)
+    stated = read_screen(adata, options_from_flags(guide_efficiency=["STAT1=0.8"]))
+    ((_, change, form),) = stated.target_changes("STAT1")
+    level = screen.values[controls, 0].mean()
+    assert form == "stated" and change == pytest.approx(np.log1p(0.2 * np.expm1(level)) - level, abs=1e-5)
+    unmeasured = read_screen(make_screen(["control", "STAT1+GHOST"]))
+    assert not unmeasured.perturbations["GHOST+STAT1"].measured
+    assert [entry[0] for entry in unmeasured.target_changes("GHOST+STAT1")] == [0]
+    assert unmeasured.panel_targets.tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda a: a.obs.rename(columns={"perturbation": "what"}, inplace=True), "`perturbation_column` is not given"),
+        (lambda a: a.obs.replace({"perturbation": {"control": "MYC"}}, inplace=True), "no control cells"),
+        (lambda a: setattr(a, "obs_names", ["same"] * a.n_obs), "duplicate barcodes"),
+        (lambda a: setattr(a, "var_names", ["g"] * a.n_vars), "more than once in var"),
+        (lambda a: setattr(a, "X", a.X * 0.5), "non-integer|mixes raw and log"),
+        (lambda a: setattr(a, "X", -a.X), "negative"),
+        (lambda a: a.obs.__setitem__("n_counts_full", 1.0), "less than its"),
+        (lambda a: a.obs.__setitem__("perturbation", "control"), "no perturbation left"),
+    ],
+)
+def test_bad_input_is_one_clear_line(spoil, words):
+    adata = make_screen()
+    spoil(adata)
+    with pytest.raises(ValueError, match=words) as error:
+        read_screen(adata)
+    assert "\n" not in str(error.value)
+
+
+def test_mixed_log_and_raw_cells_are_refused():
+    adata = make_screen()
+    dense = adata.X.toarray()
+    dense[:20] = np.log1p(dense[:20])
+    adata.X = scipy.sparse.csr_matrix(dense)
+    with pytest.raises(ValueError, match="mixes raw and log values: 20 cells"):
+        read_screen(adata)
+    with pytest.raises(ValueError, match="look like counts"):
+        counts = make_screen()
+        counts.X = counts.X * 100
+        read_screen(counts, ScreenOptions(value_kind="log"))
+
+
+def test_what_is_set_aside_is_counted():
+    labels = ["control", "STAT1", "stat1", "enh:chr1.5", "IRF1"]
+    adata = make_screen(labels, perturbation_type="CRISPRi")
+    adata.obs.iloc[-19:, 0] = "control"  # one cell of IRF1 is left
+    screen = read_screen(adata)
+    said = {reason: (count, example) for reason, count, example in screen.exclusions}
+    assert said["not a gene (map it with `label_genes` if it stands for one)"] == (20, "enh:chr1.5")
+    assert said["fewer than 10 cells of a perturbation"] == (1, "IRF1")
+    assert said["labels spelt differently were merged, nothing was lost"][1] == "STAT1 = stat1"
+    assert list(screen.perturbations) == ["STAT1"] and screen.perturbations["STAT1"].modality == "CRISPRi"
+    assert "set aside: 20 cells" in screen.summary()
+    mapped = read_screen(adata, options_from_flags(label_genes=["enh:chr1.5=MYC"]))
+    assert set(mapped.perturbations) == {"STAT1", "MYC"}
+    cytokines = make_screen(["control", "IFNB1"], perturbation_type="cytokine")
+    with pytest.raises(ValueError, match="no perturbation left: not a gene"):
+        read_screen(cytokines)
+    assert read_screen(cytokines, ScreenOptions(label_genes={"IFNB1": "IFNB1"})).perturbations
+
+
+def test_bad_options_are_named():
+    for flags, words in (
+        ({"guide_efficiency": ["STAT1=2"]}, "between 0 and 1"),
+        ({"guide_efficiency": ["STAT1"]}, "is not LABEL=SHARE"),
+        ({"value_kind": "raw"}, "'counts' or 'log'"),
+        ({"min_cells": 1}, "wanted >= 2"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            options_from_flags(**flags)
+    with pytest.raises(ValueError, match="is not a column of obs"):
+        read_screen(make_screen(), ScreenOptions(perturbation_column="pertubation"))
+    with pytest.raises(ValueError, match="is not a file"):
+        read_screen("nowhere.h5ad")
+
+
+def test_controls_are_matched_within_batch(tmp_path):
+    adata = make_screen(batch=np.tile(["a", "b"], 30))
+    screen = read_screen(adata)
+    cells = np.flatnonzero(screen.label != "control")
+    partner = match_controls(screen, cells, seed=0)
+    assert screen.is_control[partner].all() and np.array_equal(screen.batch[partner], screen.batch[cells])
+    controls = screen.cells_of("control")
+    assert (match_controls(screen, controls, seed=0) != controls).all()
+    table = screen_pair_table(screen, ["STAT1"])
+    row = table.slice(3, 1).to_pylist()[0]
+    source, target = row["source_soma_joinid"], row["target_soma_joinid"]
+    assert row["perturbation_gene_ids"] == [0] and row["pairing"] == "screen"
+    assert row["perturbation_values"][0] == pytest.approx(screen.values[target, 0] - screen.values[source, 0])
+    assert row["target_gene_ids"] == np.flatnonzero(screen.values[target]).tolist()
+    folder = write_screen_pairs(tmp_path / "pairs", screen, {"train": ["control"], "test": ["STAT1", "IRF1"]})
+    assert isinstance(folder, PairFolder) and folder.pairings == ["same_type", "screen"]
+    assert folder.split("train").num_rows == 20 and folder.split("test").num_rows == 40
+    assert all(1 <= len(genes) <= 5 for genes in folder.split("train").column("perturbation_gene_ids").to_pylist())
+    with pytest.raises(ValueError, match="which is not in the screen"):
+        screen_pair_table(screen, ["STAT2"])
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize(
+    ("file", "controls", "measured"),
+    [
+        ("papalexi2021_thp1_ko_303genes", 2205, 9),
+        ("schraivogel2020_k562_tapseq_crispri_72genes", 7793, 10),
+        ("norman2019_k562_crispra_500hvg", 100, 1),
+    ],
+)
+def test_real_screens(real_data, file, controls, measured):
+    screen = read_screen(real_data / "perturbation" / f"{file}.h5ad")
+    assert screen.is_control.sum() == controls
+    assert sum(p.measured for p in screen.perturbations.values()) == measured

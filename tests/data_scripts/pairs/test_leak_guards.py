@@ -1,0 +1,102 @@
+"""Every leak is refused with its reason; clean plans pass."""
+
+import pytest
+
+from data_scripts.pairs.leak_guards import SplitPlan, find_leaks, guard_fold, refuse_leaks
+
+CLEAN = {
+    "train_cells": ["a", "b"],
+    "validation_cells": ["v"],
+    "test_cells": ["c", "d"],
+    "train_perturbations": ["STAT1", "IRF1"],
+    "validation_perturbations": ["MYC"],
+    "test_perturbations": ["JAK2"],
+    "reference_perturbations": ["STAT1", "IRF1"],
+    "selection_cells": ["v"],
+    "panel_cells": ["a", "b"],
+    "normalisation_cells": ["a"],
+    "scored_genes": ["g1", "g2"],
+    "target_genes": ["STAT1", "JAK2"],
+    "pretraining_datasets": ["atlas"],
+    "test_datasets": ["screen"],
+    "pretraining_cells": ["p"],
+}
+
+LEAKS = [
+    ("cell on both sides", {"train_cells": ["a", "c"]}, "a cell is in training and in test: 1 shared (c)"),
+    ("cell in validation and test", {"validation_cells": ["c"]}, "a cell is in validation and in test"),
+    ("cell in training and validation", {"validation_cells": ["a"]}, "a cell is in training and in validation"),
+    ("perturbation on both sides", {"train_perturbations": ["JAK2"]}, "a perturbation is in training and in test"),
+    ("the same in other letters", {"train_perturbations": ["jak2"]}, "a perturbation is in training and in test"),
+    (
+        "the same combination in another order",
+        {
+            "held_out": "combinations",
+            "seen_members": 0,
+            "train_perturbations": ["B+A"],
+            "test_perturbations": ["A+B"],
+        },
+        "a perturbation is in training and in test",
+    ),
+    ("perturbation in validation", {"validation_perturbations": ["JAK2"]}, "is in validation and in test"),
+    ("test gene in a combination", {"train_perturbations": ["JAK2+MYC"]}, "is perturbed in a training combination"),
+    (
+        "member of an unseen combination",
+        {"test_perturbations": ["STAT1+MYC"]},
+        "a member of a test combination was seen alone",
+    ),
+    (
+        "more members seen than stated",
+        {"held_out": "combinations", "test_perturbations": ["STAT1+MYC"], "seen_members": 0},
+        "more members seen alone than the stated 0",
+    ),
+    (
+        "members seen without saying so",
+        {"held_out": "combinations", "test_perturbations": ["STAT1+MYC"]},
+        "without saying how many of their members were seen",
+    ),
+    (
+        "donor on both sides",
+        {"held_out": "donors", "train_groups": ["d1", "d2"], "test_groups": ["d2"]},
+        "one of the donors is in training and in test",
+    ),
+    (
+        "batch on both sides",
+        {"held_out": "batches", "train_groups": ["b"], "test_groups": ["b"]},
+        "one of the batches is in training and in test",
+    ),
+    (
+        "cell line on both sides",
+        {"held_out": "cell_lines", "train_groups": ["K562"], "test_groups": ["K562"]},
+        "one of the cell_lines is in training and in test",
+    ),
+    ("data set pre-trained on", {"pretraining_datasets": ["screen"]}, "a data set was pre-trained on and is scored"),
+    ("cell pre-trained on", {"pretraining_cells": ["d"]}, "a cell of the pre-training atlas is in test"),
+    ("test controls in selection", {"selection_cells": ["c"]}, "controls included, were used for selection"),
+    ("panel chosen with test cells", {"panel_cells": ["a", "d"]}, "the gene panel was chosen with test cells"),
+    ("normalisation of test cells", {"normalisation_cells": ["c"]}, "normalisation was fitted on test cells"),
+    ("test perturbation in the mean", {"reference_perturbations": ["JAK2"]}, "is part of the reference mean"),
+    ("target gene scored", {"scored_genes": ["g1", "JAK2"]}, "a target gene of the panel is scored"),
+    ("perturbed cells in context", {"mode": "in-context", "perturbed_cells_read": ["c"]}, "reads no perturbed cells"),
+]
+
+
+def test_a_clean_plan_passes():
+    assert find_leaks(SplitPlan(**CLEAN)) == []
+    refuse_leaks(SplitPlan(**CLEAN))
+
+
+@pytest.mark.parametrize(("name", "change", "reason"), LEAKS, ids=[name for name, _, _ in LEAKS])
+def test_each_leak_is_refused_with_its_reason(name, change, reason):
+    leaks = find_leaks(SplitPlan(**CLEAN | change))
+    assert len(leaks) == 1 and reason in leaks[0], leaks
+    with pytest.raises(ValueError, match="`split` leaks") as error:
+        refuse_leaks(SplitPlan(**CLEAN | change))
+    assert reason in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_fold_is_guarded_by_rows():
+    barcodes = ["a", "b", "c"]
+    guard_fold(barcodes, [0, 1], [2], ["A"], ["B"], ["g"], ["B"])
+    with pytest.raises(ValueError, match="a cell is in training and in test"):
+        guard_fold(barcodes, [0, 1], [1], ["A"], ["B"], ["g"], ["B"])

@@ -1,0 +1,107 @@
+"""Splits of a build by every key: held out wholly, guarded, and where it was when cells are added."""
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+from pair_store import GENES, make_cells
+
+from data_scripts.options import from_mapping
+from data_scripts.pairs.census_pairs import build_pairs
+from data_scripts.pairs.pair_options import PairOptions, SplitOptions
+from data_scripts.pairs.schema import SPLITS
+from data_scripts.pairs.splits import guard_splits, held_out_gene_split
+from data_scripts.store.local_census import CensusSource, write_census
+
+KEYS = ["donor_id", "dataset_id", "cell_type", "tissue"]
+TISSUES = {"A": ["blood", "lung", "liver"], "B": ["blood", "spleen"], "C": ["lung"]}
+
+
+def source(name: str) -> CensusSource:
+    cells = make_cells("A" if name == "C" else name)
+    rng = np.random.default_rng(ord(name))
+    cells.obs["tissue"] = rng.choice(TISSUES[name], cells.n_obs)
+    cells.obs["cell_type"] = rng.choice(["B cell", "T cell", "monocyte"], cells.n_obs)
+    if name == "C":
+        cells.obs["donor_id"] = rng.choice(["d1", "d9"], cells.n_obs)
+    return CensusSource(cells, name)
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory):
+    """A store, and the same store with another data set behind it."""
+    root = tmp_path_factory.mktemp("splits")
+    write_census(root / "two", [source(name) for name in "AB"])
+    write_census(root / "three", [source(name) for name in "ABC"])
+    return root
+
+
+def build(store, out, **splits):
+    mapping = {"query": {"uri": str(store)}, "matching": {"pairs_per_cell": 2}, "splits": splits}
+    # Cells of any kind are partners here, so that only the split keeps them apart.
+    mapping["matching"]["pairings"] = {"any": {"keys": ["is_primary_data"]}}
+    return build_pairs(from_mapping(PairOptions, mapping), out, progress=False)
+
+
+def labels(folder) -> dict[str, pd.DataFrame]:
+    return {name: folder.split(name).to_pandas() for name in folder.splits}
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_held_out_key_is_in_one_split(stores, tmp_path, key):
+    rules = [{"by": key, "fractions": {"test": 0.4}}]
+    seed = next(seed for seed in range(50) if splits_well(stores / "two", key, rules, seed))
+    folder = build(stores / "two", tmp_path / "out", rules=rules, seed=seed)
+    assert folder.splits == ["train", "test"]
+    tables = {name: folder.split(name) for name in folder.splits}
+    values = {name: set(table.column(key).to_pylist()) for name, table in tables.items()}
+    assert values["train"] and values["test"] and not values["train"] & values["test"]
+    guard_splits(tables, [key])
+    leaking = {"train": tables["train"], "test": swapped(tables["test"], key, next(iter(values["train"])))}
+    with pytest.raises(ValueError, match=f"splits train and test share {key} "):
+        guard_splits(leaking, [key])
+    # Another data set: whatever was held out stays so, and no cell changes sides.
+    more = build(stores / "three", tmp_path / "more", rules=rules, seed=seed)
+    for name, table in tables.items():
+        assert set(table.column("source_soma_joinid").to_pylist()) <= {
+            cell for other in [more.split(name)] for cell in other.column("source_soma_joinid").to_pylist()
+        }
+
+
+def splits_well(store, key, rules, seed) -> bool:
+    """Whether a seed puts some but not all values of a key into the test split."""
+    from data_scripts.pairs.pair_options import QueryOptions
+    from data_scripts.pairs.splits import assign_splits
+    from data_scripts.store.census_query import open_query
+
+    query = open_query(QueryOptions(uri=str(store)), {key: "test"})
+    options = from_mapping(SplitOptions, {"rules": rules, "seed": seed})
+    return 0.1 < (assign_splits(query.obs, options) == 2).mean() < 0.9
+
+
+def swapped(table: pa.Table, column: str, value) -> pa.Table:
+    """The same rows, the first of another value."""
+    values = [value, *table.column(column).to_pylist()[1:]]
+    return table.set_column(table.column_names.index(column), column, pa.array(values))
+
+
+def test_held_out_perturbed_genes(stores, tmp_path):
+    rules = [{"by": "cell", "fractions": {"test": 0.3, "validation": 0.2}}]
+    held_out = {"test": 0.3, "validation": 0.1}
+    folder = build(stores / "two", tmp_path / "out", rules=rules, held_out_genes=held_out)
+    owner = held_out_gene_split(folder.gene_ids, from_mapping(SplitOptions, {"held_out_genes": held_out}))
+    tables = {name: folder.split(name) for name in folder.splits}
+    guard_splits(tables, [], owner)
+    revealed = {
+        name: np.unique(table.column("perturbation_gene_ids").combine_chunks().flatten().to_numpy())
+        for name, table in tables.items()
+    }
+    for index, name in enumerate(SPLITS):
+        assert set(owner[revealed[name]]) == {0, index}
+    # The test rows as training rows reveal what was held out for the test.
+    with pytest.raises(ValueError, match="splits test and train share perturbed gene"):
+        guard_splits({"train": tables["test"]}, [], owner)
+    # A gene's split depends on its name alone.
+    alone = held_out_gene_split(GENES[:7], from_mapping(SplitOptions, {"held_out_genes": held_out}))
+    whole = held_out_gene_split(GENES, from_mapping(SplitOptions, {"held_out_genes": held_out}))
+    np.testing.assert_array_equal(alone, whole[:7])

@@ -1,0 +1,283 @@
+"""The best predictors against brute force: simulation, large-sample regression; true responses against sampling."""
+
+import numpy as np
+import pytest
+from scipy.stats import nbinom
+
+from data_scripts.synthetic.best_predictor import PAIRINGS, ExpectedLogValue, dataset_index, optimum, true_response
+from data_scripts.synthetic.network import SyntheticConfig, make_network, matrix_root
+from data_scripts.synthetic.network_cells import make_screen, sample_counts
+from data_scripts.synthetic.sampled_best_predictor import monte_carlo_optimum
+
+# Two data sets, four types, and donors that matter.
+LINEAR = SyntheticConfig(
+    n_genes=8, n_regulators=2, n_cell_types=4, n_donors=4, n_datasets=2, donor_scale=0.8, dataset_scale=0.4, seed=2
+)
+COUNT = SyntheticConfig(
+    form="count", n_genes=40, n_regulators=4, n_cell_types=5, n_donors=20, n_datasets=1, library_mean=300, seed=1
+)
+
+
+def draw_states(network, rng, n, pairing, same_donor_share, dataset=None):
+    """States of pairs by following the definition, one label after the other."""
+    datasets = rng.integers(0, network.config.n_datasets, n) if dataset is None else np.full(n, dataset)
+    types = rng.integers(0, network.config.n_cell_types, (2, n))
+    if pairing == "same_type":
+        types[1] = types[0]
+    donors = rng.standard_normal((2, n, len(network.regulators))) @ matrix_root(network.donor_cov).T
+    shared = rng.random(n) < (same_donor_share if pairing == "same_type" else 1.0)
+    donors[1, shared] = donors[0, shared]
+    own = rng.standard_normal(donors.shape) @ np.linalg.cholesky(network.within_cov).T
+    return network.dataset_effects[datasets] + network.type_effects[types] + donors + own
+
+
+def draw_linear_pairs(network, rng, n, pairing, same_donor_share=0.5, dataset=None):
+    states = draw_states(network, rng, n, pairing, same_donor_share, dataset)
+    noise = rng.standard_normal((2, n, network.config.n_genes)) * network.noise
+    return tuple(network.eta(states[side]) + noise[side] for side in (0, 1))
+
+
+@pytest.mark.parametrize("pairing", PAIRINGS)
+@pytest.mark.parametrize("revealed_genes", [[], [3], [1, 6]])
+def test_optimum_equals_brute_force_simulation(pairing, revealed_genes):
+    """Weights simulated states by the likelihood of what was seen: no algebra shared with the closed form."""
+    network = make_network(LINEAR)
+    rng = np.random.default_rng(0)
+    share = 0.5
+    source, target = draw_linear_pairs(network, rng, 4, pairing, share)
+    revealed = np.full(source.shape, np.nan)
+    revealed[:, revealed_genes] = target[:, revealed_genes]
+    states = draw_states(network, rng, 400_000, pairing, share)
+    means = [network.eta(states[side]) for side in (0, 1)]
+    predicted = optimum(network, source, None, revealed, pairing, same_donor_share=share)
+    for row in range(4):
+        log_weight = -0.5 * (((source[row] - means[0]) / network.noise) ** 2).sum(axis=1)
+        log_weight -= 0.5 * (((target[row] - means[1]) / network.noise)[:, revealed_genes] ** 2).sum(axis=1)
+        weight = np.exp(log_weight - log_weight.max())
+        weight /= weight.sum()
+        expected = weight @ means[1]
+        variance = weight @ (means[1] - expected) ** 2 + network.noise**2
+        hidden = np.isnan(revealed[row])
+        error = np.sqrt(variance.max() * (weight**2).sum())
+        np.testing.assert_allclose(predicted.mean[row, hidden], expected[hidden], atol=5 * error)
+        np.testing.assert_allclose(predicted.variance[row, hidden], variance[hidden], rtol=8 * error)
+        np.testing.assert_array_equal(predicted.mean[row, ~hidden], revealed[row, ~hidden])
+
+
+@pytest.mark.parametrize("pairing", PAIRINGS)
+def test_optimum_is_the_regression_line_where_everything_is_gaussian(pairing):
+    config = SyntheticConfig(n_genes=12, n_regulators=3, n_cell_types=1, n_donors=4, n_datasets=1, measured_share=1.0)
+    network = make_network(config)
+    rng = np.random.default_rng(1)
+    source, target = draw_linear_pairs(network, rng, 200_000, pairing, same_donor_share=1.0)
+    design = np.column_stack([np.ones(len(source)), source, target[:, :2]])
+    coefficients = np.linalg.lstsq(design, target[:, 2:], rcond=None)[0]
+    revealed = np.full((50, 12), np.nan)
+    revealed[:, :2] = target[:50, :2]
+    predicted = optimum(network, source[:50], None, revealed, pairing, same_donor_share=1.0).mean[:, 2:]
+    np.testing.assert_allclose(predicted, design[:50] @ coefficients, atol=0.05)
+
+
+@pytest.mark.parametrize("pairing", PAIRINGS)
+def test_no_predictor_beats_the_optimum_and_its_variance_is_its_error(pairing):
+    network = make_network(SyntheticConfig(n_genes=30, n_regulators=4, n_cell_types=6, n_donors=8, n_datasets=2))
+    rng = np.random.default_rng(2)
+    share = network.config.n_datasets / network.config.n_donors
+    fit = draw_linear_pairs(network, rng, 20_000, pairing, share, dataset=0)
+    source, target = draw_linear_pairs(network, rng, 3_000, pairing, share, dataset=0)
+    genes = np.flatnonzero(network.measured[0])
+    hidden = genes[2:]
+    revealed = np.full(source.shape, np.nan)
+    revealed[:, genes[:2]] = target[:, genes[:2]]
+    measured = np.tile(network.measured[0], (len(source), 1))
+    best = optimum(network, np.where(measured, source, 99.0), measured, revealed, pairing)
+    design = [np.column_stack([np.ones(len(a)), a[:, genes], b[:, genes[:2]]]) for a, b in (fit, (source, target))]
+    linear = design[1] @ np.linalg.lstsq(design[0], fit[1][:, hidden], rcond=None)[0]
+    error = (target - best.mean)[:, hidden] ** 2
+    mean_error = (target - fit[1].mean(axis=0))[:, hidden] ** 2
+    assert error.mean() < ((target[:, hidden] - linear) ** 2).mean() < mean_error.mean()
+    assert error.mean() / best.variance[:, hidden].mean() == pytest.approx(1.0, abs=0.05)
+    assert 1 - error.mean() / mean_error.mean() > 0.1
+
+
+def test_optimum_reads_only_measured_genes_and_takes_them_in_any_order():
+    network = make_network(LINEAR)
+    rng = np.random.default_rng(3)
+    source, target = draw_linear_pairs(network, rng, 6, "same_type", dataset=1)
+    measured = np.tile(network.measured[1], (6, 1))
+    revealed = np.full(source.shape, np.nan)
+    revealed[:, network.regulators[0]] = target[:, network.regulators[0]]
+    pairing = ["same_type", "same_dataset"] * 3
+    expected = optimum(network, source, measured, revealed, pairing).mean
+    garbage = np.where(measured, source, np.nan)
+    order = rng.permutation(8)
+    ids = [network.gene_ids[gene] for gene in order]
+    again = optimum(network, garbage[:, order], measured[:, order], revealed[:, order], pairing, gene_ids=ids).mean
+    np.testing.assert_allclose(again, expected[:, order], atol=1e-9)
+    one = optimum(network, source[1:2], measured[1:2], revealed[1:2], "same_dataset", batch_size=1).mean
+    np.testing.assert_allclose(one[0], expected[1], atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"pairing": "same_typ"}, r"`pairing` is \['same_typ'\]; wanted 3 of same_type, same_dataset"),
+        ({"source_measured": np.zeros((3, 8), bool)}, r"`source_measured` of pair 0 fits none of the 2 data sets"),
+        ({"revealed": np.zeros((3, 7))}, r"`revealed` has shape \(3, 7\); wanted that of `source_values`, \(3, 8\)"),
+        ({"gene_ids": ["REG1"]}, r"`source_values` has shape \(3, 8\); wanted \(n, 1\)"),
+    ],
+)
+def test_bad_questions_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        optimum(make_network(LINEAR), np.zeros((3, 8)), **arguments)
+
+
+def test_data_sets_are_found_by_the_names_of_the_store():
+    network = make_network(LINEAR)
+    assert dataset_index(network, ["dataset2", "dataset1", "dataset2"]).tolist() == [1, 0, 1]
+    with pytest.raises(ValueError, match=r"data set `dataset3` is not one of the network; did you mean `dataset"):
+        dataset_index(network, ["dataset3"])
+
+
+def test_each_form_names_the_other_forms_predictor():
+    linear, count = make_network(LINEAR), make_network(COUNT)
+    with pytest.raises(ValueError, match="use `monte_carlo_optimum`"):
+        optimum(count, np.zeros((1, 40)))
+    with pytest.raises(ValueError, match="`optimum` is exact"):
+        monte_carlo_optimum(linear, np.zeros((1, 8)), np.ones(1), np.ones((1, 8), bool))
+    with pytest.raises(ValueError, match="`n_replicates` is 1"):
+        monte_carlo_optimum(count, np.zeros((1, 40)), np.ones(1), np.ones((1, 40), bool), n_replicates=1)
+
+
+# ------------------------------------------------------------------------------------------------ count form
+@pytest.mark.parametrize("dispersion", [0.0, 0.3])
+def test_expected_log_value_equals_the_average_of_samples(dispersion):
+    network = make_network(SyntheticConfig(form="count", n_genes=10, n_regulators=2, dispersion=dispersion))
+    expectation = ExpectedLogValue(network, np.array([500.0, 2_000.0]))
+    rng = np.random.default_rng(0)
+    log_means = np.log([0.02, 0.7, 6.0, 40.0, 900.0])
+    counts = sample_counts(rng, np.tile(log_means, (60_000, 1)), dispersion, network.config.dropout).toarray()
+    for index, library in enumerate((500.0, 2_000.0)):
+        values = np.log1p(1e4 * counts / library)
+        expected = expectation(log_means, np.array(index))
+        np.testing.assert_allclose(expected, values.mean(axis=0), atol=5 * values.std(axis=0).max() / 60_000**0.5)
+
+
+def draw_count_pairs(network, rng, n, pairing, share):
+    states = draw_states(network, rng, n, pairing, share, dataset=0)
+    config, measured = network.config, network.measured[0]
+    result = []
+    for side in (0, 1):
+        library = config.mean_library * np.exp(
+            config.library_spread * rng.standard_normal(n) - 0.5 * config.library_spread**2
+        )
+        log_means = ExpectedLogValue(network).log_means(network.eta(states[side]), measured, library)
+        counts = sample_counts(rng, log_means, config.dispersion, config.dropout).toarray() * measured
+        result += [counts, counts.sum(axis=1)]
+    return result
+
+
+@pytest.mark.parametrize("pairing", PAIRINGS)
+def test_monte_carlo_ceiling_beats_linear_regression_and_knows_its_error(pairing):
+    network = make_network(COUNT)
+    measured = network.measured[0]
+    rng = np.random.default_rng(5)
+    fit = draw_count_pairs(network, rng, 20_000, pairing, 0.05)
+    pairs = draw_count_pairs(network, rng, 200, pairing, 0.05)
+    fit_source, fit_target, source, target = (
+        np.log1p(1e4 * side[0] / np.maximum(side[1], 1)[:, None]) for side in (fit[:2], fit[2:], pairs[:2], pairs[2:])
+    )
+    genes = np.flatnonzero(measured)
+    hidden = np.setdiff1d(genes, network.regulators[:3])
+    shown = network.regulators[:3]
+    revealed = np.full(source.shape, np.nan)
+    revealed[:, shown] = target[:, shown]
+    masks = np.tile(measured, (len(source), 1))
+    estimate = monte_carlo_optimum(network, source, pairs[1], masks, revealed, pairing, n_samples=256)
+    design = [
+        np.column_stack([np.ones(len(a)), a[:, genes], b[:, shown]])
+        for a, b in ((fit_source, fit_target), (source, target))
+    ]
+    linear = design[1] @ np.linalg.lstsq(design[0], fit_target[:, hidden], rcond=None)[0]
+    mse = ((target - estimate.mean)[:, hidden] ** 2).mean()
+    assert mse < ((target[:, hidden] - linear) ** 2).mean()
+    assert mse < 0.97 * ((target - fit_target.mean(axis=0))[:, hidden] ** 2).mean()
+    # The stated standard error is the real one: another seed differs by sqrt(2) of it.
+    again = monte_carlo_optimum(
+        network, source[:60], pairs[1][:60], masks[:60], revealed[:60], pairing, n_samples=256, seed=1
+    )
+    difference = np.sqrt(((again.mean - estimate.mean[:60])[:, hidden] ** 2).mean())
+    stated = np.sqrt(
+        (estimate.standard_error[:60, hidden] ** 2).mean() + (again.standard_error[:, hidden] ** 2).mean()
+    )
+    assert difference == pytest.approx(stated, rel=0.4)
+    np.testing.assert_array_equal(estimate.mean[:, shown], revealed[:, shown])
+    assert (estimate.source_samples > 2).all() and (estimate.target_samples > 2).all()
+
+
+def test_monte_carlo_equals_brute_force_where_that_is_possible():
+    """Few genes and regulators: plain importance sampling from the prior of both cells works too."""
+    config = SyntheticConfig(
+        form="count", n_genes=12, n_regulators=2, n_cell_types=3, n_donors=4, n_datasets=1, library_mean=60, seed=3
+    )
+    network = make_network(config)
+    measured = network.measured[0]
+    rng = np.random.default_rng(0)
+    counts, library, target, target_library = draw_count_pairs(network, rng, 3, "same_type", 0.25)
+    source = np.log1p(1e4 * counts / library[:, None])
+    values = np.log1p(1e4 * target / target_library[:, None])
+    shown = network.regulators[:1]
+    revealed = np.full(source.shape, np.nan)
+    revealed[:, shown] = values[:, shown]
+    masks = np.tile(measured, (3, 1))
+    estimate = monte_carlo_optimum(
+        network, source, library, masks, revealed, "same_type", target_library=target_library, n_samples=4_000
+    )
+    states = draw_states(network, rng, 40_000, "same_type", 0.25, dataset=0)
+    for row in range(3):
+        table = ExpectedLogValue(network, target_library[row : row + 1])
+        means = [
+            np.exp(table.log_means(network.eta(states[side]), measured, np.full(40_000, size[row])))
+            for side, size in ((0, library), (1, target_library))
+        ]
+
+        def log_chance(observed, mean):
+            chance = 0.9 * nbinom.pmf(observed, 10, 1 / (1 + 0.1 * mean))
+            return np.log(np.where(observed == 0, 0.1 + chance, chance))
+
+        log_weight = log_chance(counts[row], means[0])[:, measured].sum(axis=1)
+        log_weight += log_chance(target[row], means[1])[:, shown].sum(axis=1)
+        weight = np.exp(log_weight - log_weight.max())
+        weight /= weight.sum()
+        expected = weight @ table(np.log(means[1]), np.zeros(40_000, dtype=int))
+        hidden = np.isnan(revealed[row])
+        np.testing.assert_allclose(estimate.mean[row, hidden], expected[hidden], atol=0.12)
+
+
+# ------------------------------------------------------------------------------------------------ interventions
+@pytest.mark.parametrize("config", [LINEAR, COUNT], ids=["linear", "count"])
+@pytest.mark.parametrize("change", ["ko", ("factor", 3.0), 4.0])
+def test_true_response_equals_the_mean_of_perturbed_cells(config, change):
+    network = make_network(config)
+    measured = network.measured[0]
+    screen = make_screen(network, {"first": {"REG1": change}}, n_control=6_000, n_cells=6_000)
+    values = screen.X.toarray()
+    if config.form == "count":
+        values = np.log1p(1e4 * values / np.maximum(values.sum(axis=1, keepdims=True), 1))
+    control = screen.obs["is_control"].to_numpy()
+    observed = values[~control].mean(axis=0) - values[control].mean(axis=0)
+    error = np.sqrt((values[~control].var(axis=0) + values[control].var(axis=0)) / 6_000)
+    response = true_response(network, {"REG1": change})
+    # The count form's log values are averaged at the nominal library; the drawn one differs by its own noise.
+    slack = 0.0 if config.form == "linear" else 0.08
+    assert (np.abs(response.delta[measured] - observed) < 5 * error + slack).all()
+    assert np.abs(response.delta).max() > 0.3
+
+
+def test_linear_response_is_the_total_effect_along_all_paths():
+    network = make_network(SyntheticConfig(n_genes=20, n_regulators=5, coupling=1.0, seed=4))
+    gene = network.regulators[0]
+    response = true_response(network, {"REG1": ("level", 6.0)})
+    control = response.control_mean[gene]
+    total = np.linalg.inv(np.eye(5) - network.coupling)[:, 0]  # of the first regulator on every regulator
+    np.testing.assert_allclose(response.delta, network.weights @ total * (6.0 - control), atol=1e-4)
