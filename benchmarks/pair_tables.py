@@ -3,17 +3,16 @@
 import dataclasses
 from pathlib import Path
 
-import anndata
 import numpy as np
 import pyarrow as pa
 import scipy.sparse
 
+from data_scripts.cells.anndata_file import open_cells
 from data_scripts.pairs.gene_selection import standardized_dispersion
 from data_scripts.pairs.pair_folder import PairFolder, write_pair_folder
 from data_scripts.pairs.pair_options import PerturbationOptions
 from data_scripts.pairs.perturbation_sampling import sample_from_changes
 from data_scripts.pairs.schema import GENE_SCHEMA, PAIR_SCHEMA
-from modeling_gppc.feature_extraction_gppc import normalize_counts
 
 PAIRINGS = ["same_type", "same_dataset"]
 
@@ -54,18 +53,15 @@ class Cells:
 
 
 def read_cells(path: str | Path) -> Cells:
-    """Cells of an AnnData file of raw counts with `cell_type`, `donor_id`, `n_counts_full` and, if any, `is_control`."""
-    adata = anndata.read_h5ad(path)
-    counts = adata.X.toarray() if scipy.sparse.issparse(adata.X) else np.asarray(adata.X)
-    library = adata.obs["n_counts_full"].to_numpy() if "n_counts_full" in adata.obs else counts.sum(axis=1)
-    perturbed = ~adata.obs["is_control"].to_numpy(bool) if "is_control" in adata.obs else np.zeros(len(counts), bool)
-    symbols = adata.var.get("symbol", adata.var_names)
+    """Cells of a file of raw counts with `cell_type`, `donor_id` and, if any, `is_control` in obs."""
+    with open_cells(path) as cells:
+        obs, values = cells.obs, cells.log_values(cells.check().sizes)
     return Cells(
-        values=normalize_counts(counts, library.astype(np.float64)[:, None]),
-        cell_type=adata.obs["cell_type"].astype(str).to_numpy(),
-        donor=adata.obs["donor_id"].astype(str).to_numpy(),
-        perturbed=perturbed,
-        symbols=[str(symbol) for symbol in symbols],
+        values=values,
+        cell_type=obs["cell_type"].astype(str).to_numpy(),
+        donor=obs["donor_id"].astype(str).to_numpy(),
+        perturbed=~obs["is_control"].to_numpy(bool) if "is_control" in obs else np.zeros(len(obs), bool),
+        symbols=cells.genes.labels,
     )
 
 

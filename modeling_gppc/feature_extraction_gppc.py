@@ -9,6 +9,9 @@ import torch
 from transformers import BatchFeature, FeatureExtractionMixin
 
 NORMALIZATIONS = ("log1p", "log_tpm", "none")
+VALUE_KINDS = ("counts", "estimated_counts", "log")
+_GENOME_PREFIX = re.compile(r"(?:GRC[a-z]\d+|(?:hg|mm|rn)\d+)(?:\.p\d+)?_+(?=[^_])")
+_VERSION = re.compile(r"(ENS[A-Z]*G\d+)\.\d+")
 
 
 def close_matches(name: str, options: Iterable[str], n: int = 3) -> str:
@@ -22,6 +25,14 @@ def close_matches(name: str, options: Iterable[str], n: int = 3) -> str:
         return "; did you mean " + " or ".join(f"`{match}`" for match in near) + "?"
     shown = ", ".join(f"`{option}`" for option in options[:8]) + (", ..." if len(options) > 8 else "")
     return f"; there are {len(options)}: {shown}" if options else ""
+
+
+def bare_gene_name(name: str) -> str:
+    """A gene's name without the prefix of a genome (`GRCh38_STAT1`, `hg38_...`) and an Ensembl id's version."""
+    prefix = _GENOME_PREFIX.match(name)
+    name = name[prefix.end() :] if prefix else name
+    versioned = _VERSION.fullmatch(name)
+    return versioned.group(1) if versioned else name
 
 
 def normalize_counts(
@@ -64,12 +75,14 @@ def normalize_counts(
     return np.log1p(rate * scale).astype(np.float32)
 
 
-def check_raw_counts(values: np.ndarray, name: str = "counts") -> None:
+def check_raw_counts(values: np.ndarray, name: str = "counts", estimated: bool = False) -> None:
     """Refuses values that cannot be raw counts.
 
     Args:
         values (`np.ndarray`): Any shape; for a sparse matrix its stored values.
         name (`str`, *optional*): What the message calls them.
+        estimated (`bool`, *optional*, defaults to `False`): Whether counts may have fractions, as those of RSEM,
+            salmon or a correction for ambient RNA.
 
     Raises:
         ValueError: For NaN or infinite, negative or non-integer (most often log-transformed) values.
@@ -86,7 +99,7 @@ def check_raw_counts(values: np.ndarray, name: str = "counts") -> None:
             f"`{name}` holds negative values (smallest {values.min():g}); raw counts are wanted, "
             "these look scaled: use the layer that holds the counts."
         )
-    if values.dtype.kind == "f" and (values != np.rint(values)).any():
+    if not estimated and values.dtype.kind == "f" and (values != np.rint(values)).any():
         example = values[values != np.rint(values)].flat[0]
         raise ValueError(
             f"`{name}` holds non-integer values (e.g. {example:g}, largest {values.max():g}); raw counts are wanted, "
@@ -159,7 +172,7 @@ class GppcFeatureExtractor(FeatureExtractionMixin):
         return output
 
     def find_genes(self, names: Sequence[str]) -> np.ndarray:
-        """Vocabulary ids of genes given by Ensembl id (a version suffix is ignored) or symbol; -1 where unknown.
+        """Vocabulary ids of genes given by Ensembl id or symbol (see [`bare_gene_name`]); -1 where unknown.
 
         Returns:
             `np.ndarray` of int64, shape `(len(names),)`.
@@ -171,8 +184,9 @@ class GppcFeatureExtractor(FeatureExtractionMixin):
         found = np.full(len(names), -1, dtype=np.int64)
         for position, name in enumerate(map(str, names)):
             index = by_id.get(name)
-            if index is None and re.fullmatch(r"ENS[A-Z]*G\d+\.\d+", name):
-                index = by_id.get(name.split(".")[0])
+            if index is None and name not in by_symbol:
+                name = bare_gene_name(name)
+                index = by_id.get(name)
             if index is None and name in by_symbol:
                 if name in ambiguous:
                     ids = [gene for gene, symbol in zip(self.gene_ids, self.gene_symbols) if symbol == name]
@@ -203,6 +217,7 @@ class GppcFeatureExtractor(FeatureExtractionMixin):
         library_size: np.ndarray | None = None,
         measured: np.ndarray | None = None,
         return_tensors: str | None = "pt",
+        value_kind: str = "counts",
     ) -> BatchFeature:
         """Builds model inputs from cells.
 
@@ -216,6 +231,8 @@ class GppcFeatureExtractor(FeatureExtractionMixin):
             measured (`np.ndarray` of bool, *optional*): Which entries were measured, shape `(n_vars,)` or
                 `(n_obs, n_vars)`; defaults to all that are given.
             return_tensors (`str`, *optional*, defaults to `"pt"`): `"pt"` or `"np"`.
+            value_kind (`str`, *optional*, defaults to `"counts"`): `"estimated_counts"` where counts have fractions,
+                `"log"` where the values are normalised as the model's `normalization` says.
 
         Returns:
             `BatchFeature` with `input_ids` `(n_obs, N)` (expressed genes only), `expression_values` `(n_obs, N)`,
@@ -246,20 +263,24 @@ class GppcFeatureExtractor(FeatureExtractionMixin):
             raise ValueError(f"`gene_ids` names `{self.gene_ids[ids[times > 1][0]]}` more than once; sum or drop one.")
         mask = np.ones(dense.shape, dtype=bool) if measured is None else np.broadcast_to(measured, dense.shape)
         dense = np.where(mask, dense, 0)
-        values = self.normalize(dense, names, library_size)
+        values = self.normalize(dense, names, library_size, value_kind)
         state = np.zeros((dense.shape[0], self.vocab_size), dtype=np.float32)
         state[:, kept] = values[:, known]
         measured_mask = np.zeros(state.shape, dtype=bool)
         measured_mask[:, kept] = mask[:, known]
         return self.from_values(state, measured_mask, return_tensors)
 
-    def normalize(self, counts: np.ndarray, names: Sequence[str], library_size: np.ndarray | None) -> np.ndarray:
+    def normalize(
+        self, counts: np.ndarray, names: Sequence[str], library_size: np.ndarray | None, value_kind: str = "counts"
+    ) -> np.ndarray:
         """Checks and normalises dense counts `(n_obs, n_vars)` of the named genes; see [`normalize_counts`]."""
-        if self.normalization == "none":
+        if value_kind not in VALUE_KINDS:
+            raise ValueError(f"`value_kind` is {value_kind!r}; wanted one of {', '.join(VALUE_KINDS)}.")
+        if self.normalization == "none" or value_kind == "log":
             if not np.isfinite(counts).all():
                 raise ValueError("`counts` holds NaN or infinite values.")
             return np.asarray(counts, dtype=np.float32)
-        check_raw_counts(counts)
+        check_raw_counts(counts, estimated=value_kind == "estimated_counts")
         lengths = None
         rates = counts
         if self.normalization == "log_tpm":

@@ -1,14 +1,17 @@
 """Ensembl ids for genes named by symbol: tables, columns of the files themselves, and what could not be mapped."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from modeling_gppc.feature_extraction_gppc import close_matches
+from data_scripts.cells.column_names import STANDARD_NAMES, find_column, texts
+from data_scripts.cells.read_options import ReadOptions
+from modeling_gppc.feature_extraction_gppc import bare_gene_name, close_matches
 
 # Census name -> (label, NCBI taxonomy id, prefix of its Ensembl gene ids).
 ORGANISMS = {
@@ -20,18 +23,14 @@ ORGANISMS = {
 }
 UNMAPPED = ("keep", "drop", "error")
 
-ENSEMBL_COLUMNS = ("ensembl_id", "gene_ids", "feature_id", "gene_id", "ensembl", "ensembl_gene_id", "ensemblid")
-SYMBOL_COLUMNS = ("symbol", "feature_name", "gene_symbol", "gene_symbols", "gene_name", "gene_names", "hgnc_symbol")
-LENGTH_COLUMNS = ("feature_length", "length")
-TYPE_COLUMNS = ("feature_type", "biotype", "gene_type", "gene_biotype")
-
-_ENSEMBL = re.compile(r"(ENS[A-Z]*G\d{6,})(\.\d+)?")
+_ENSEMBL = re.compile(r"(ENS[A-Z]*G)\d{6,}")
 
 
 def strip_version(name: str) -> str | None:
-    """The Ensembl gene id without version (`ENSG00000141510.18` -> `ENSG00000141510`); None for anything else."""
-    match = _ENSEMBL.fullmatch(name)
-    return match.group(1) if match else None
+    """The Ensembl gene id without version and genome (`GRCh38_ENSG00000141510.18` -> `ENSG00000141510`); None for
+    anything else."""
+    name = bare_gene_name(name)
+    return name if _ENSEMBL.fullmatch(name) else None
 
 
 def check_organism(organism: str) -> str:
@@ -45,26 +44,6 @@ def check_organism(organism: str) -> str:
             f"`organism` is {organism!r}, which is not a known species{close_matches(organism, ORGANISMS)}"
         )
     return organism
-
-
-def find_column(columns: Iterable[str], candidates: Sequence[str]) -> str | None:
-    """First of `candidates` among the columns, ignoring case; None if there is none."""
-    folded = {}
-    for column in columns:
-        folded.setdefault(str(column).casefold(), column)
-    return next((folded[name.casefold()] for name in candidates if name.casefold() in folded), None)
-
-
-def named_column(columns: Iterable[str], name: str, option: str, where: str) -> str:
-    """Returns `name` if it is a column.
-
-    Raises:
-        ValueError: Naming the option, the place and close matches.
-    """
-    columns = [str(column) for column in columns]
-    if name not in columns:
-        raise ValueError(f"`{option}` is {name!r}, which is not a column of {where}{close_matches(name, columns)}")
-    return name
 
 
 @dataclass
@@ -117,14 +96,14 @@ def read_gene_table(path: str | Path) -> GeneTable:
 
 def gene_table_from_frame(frame: pd.DataFrame, where: str = "`gene_table`") -> GeneTable:
     """Builds a [`GeneTable`] from a frame; see [`read_gene_table`]."""
-    symbol, ensembl = find_column(frame, SYMBOL_COLUMNS), find_column(frame, ENSEMBL_COLUMNS)
-    for column, wanted in ((symbol, SYMBOL_COLUMNS), (ensembl, ENSEMBL_COLUMNS)):
+    symbol, ensembl = find_column(frame, "symbol"), find_column(frame, "gene")
+    for column, kind in ((symbol, "symbol"), (ensembl, "gene")):
         if column is None:
             raise ValueError(
-                f"{where} has no column named {' or '.join(f'`{name}`' for name in wanted[:3])}; "
+                f"{where} has no column named {' or '.join(f'`{name}`' for name in STANDARD_NAMES[kind][:3])}; "
                 f"it has {', '.join(f'`{name}`' for name in frame.columns)}."
             )
-    priority = find_column(frame, ("priority",))
+    priority = find_column(frame, "priority")
     if priority is not None:
         frame = frame.assign(**{priority: pd.to_numeric(frame[priority])}).sort_values(priority, kind="stable")
     table = GeneTable()
@@ -133,8 +112,8 @@ def gene_table_from_frame(frame: pd.DataFrame, where: str = "`gene_table`") -> G
         if identifier is not None and isinstance(name, str) and name:
             table.ids.setdefault(name, identifier)
             table.names.setdefault(identifier, name)
-    for columns, target, cast in ((LENGTH_COLUMNS, table.lengths, int), (TYPE_COLUMNS, table.types, str)):
-        column = find_column(frame, columns)
+    for kind, target, cast in (("length", table.lengths, int), ("biotype", table.types, str)):
+        column = find_column(frame, kind)
         if column is not None:
             for identifier, value in zip(identifiers, frame[column]):
                 if identifier is not None and pd.notna(value):
@@ -145,14 +124,16 @@ def gene_table_from_frame(frame: pd.DataFrame, where: str = "`gene_table`") -> G
 @dataclass
 class FileGenes:
     """
-    The genes of one file as the file names them.
+    The genes of one file: every gene once, in the order of its first column.
 
     Args:
-        names (`list[str]`): `var_names`, unique.
-        ids (`list[str | None]`): Ensembl id the file itself gives for each column, without version.
-        symbols (`list[str]`): Symbol the file gives; the name itself where there is none.
+        names (`list[str]`): As the file names them, without version and genome.
+        ids (`list[str | None]`): Ensembl id that the file itself gives.
+        symbols (`list[str]`): Symbol that the file gives; else the name, or nothing where the name is an id.
         lengths (`list[int]`): Bases; 0 where unknown.
         types (`list[str]`): Biotype; empty where unknown.
+        columns (`np.ndarray`): Gene of each column of the file, -1 where a column is no gene, shape `(n_vars,)`.
+        notes (`list[str]`): What a person should know, a line each.
     """
 
     names: list[str]
@@ -160,78 +141,103 @@ class FileGenes:
     symbols: list[str]
     lengths: list[int]
     types: list[str]
+    columns: np.ndarray
+    notes: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def keys(self) -> list[str]:
+        """What tells genes apart: the Ensembl id where there is one, else the name."""
+        return [identifier or name for identifier, name in zip(self.ids, self.names)]
+
+    @property
+    def labels(self) -> list[str]:
+        """Names for people: the symbol where there is one, else the key."""
+        return [symbol or key for symbol, key in zip(self.symbols, self.keys)]
+
+    @property
+    def repeated(self) -> list[str]:
+        """Names of the genes that stand in several columns."""
+        times = np.bincount(self.columns[self.columns >= 0], minlength=len(self))
+        return [self.names[gene] for gene in np.flatnonzero(times > 1)]
 
 
-def read_file_genes(
-    var: pd.DataFrame,
-    *,
-    organism: str = "homo_sapiens",
-    symbol_key: str | None = None,
-    ensembl_key: str | None = None,
-    where: str = "the file",
-) -> FileGenes:
-    """Finds names, Ensembl ids and symbols in a `var` table; ids may stand in the index, in a column, or in both.
+def read_file_genes(var: pd.DataFrame, options: ReadOptions | None = None, where: str = "the file") -> FileGenes:
+    """Reads which gene each column counts; ids may stand in the index, in a column, or in both.
+
+    Columns that name the same gene, by its Ensembl id or else by its name, are one gene. Columns whose `feature_types`
+    is not gene expression (antibodies, guides, peaks) are none.
+
+    Args:
+        var (`pd.DataFrame`): Of the file.
+        options ([`ReadOptions`], *optional*): Names the columns with ids and symbols where they are not usual ones.
+        where (`str`, *optional*): The file, for messages.
 
     Raises:
-        ValueError: For no genes, duplicated genes, a named column that is absent, or ids of another species.
+        ValueError: For no genes, or a named column that is absent.
     """
-    names = [str(name) for name in var.index]
-    if not names:
+    options = options or ReadOptions()
+    column = {
+        kind: find_column(var, kind, named, where=f"var of {where}")
+        for kind, named in (("gene", options.gene_column), ("symbol", options.symbol_column))
+    } | {kind: find_column(var, kind) for kind in ("feature_types", "biotype", "length")}
+    nothing = [""] * len(var)
+    table = {kind: nothing if name is None else texts(var[name]) for kind, name in column.items()}
+    index = [bare_gene_name(name) for name in texts(var.index)]
+    given = [bare_gene_name(name) for name in table["gene"]]
+    names = index if options.gene_column is None else [name or other for name, other in zip(given, index)]
+    ids = [strip_version(text) or strip_version(name) for text, name in zip(given, names)]
+    symbols = [bare_gene_name(text) for text in table["symbol"]]
+    kinds = [kind.casefold() for kind in table["feature_types"]]
+    # Elsewhere a column of that name holds biotypes, or is empty for features that were added later.
+    is_gene = [kind in ("gene expression", "") for kind in kinds] if "gene expression" in kinds else [True] * len(var)
+    position: dict[str, int] = {}
+    columns, first = np.full(len(var), -1), []
+    for row in np.flatnonzero(is_gene):
+        gene = position.setdefault(ids[row] or names[row], len(position))
+        columns[row] = gene
+        if gene == len(first):
+            first.append(row)
+    if not first:
         raise ValueError(f"{where} has no genes; wanted at least one column of counts.")
-    _refuse_duplicates(names, names, where, "make the names unique or use Ensembl ids as `var_names`")
-    columns = list(var.columns)
-    symbol = named_column(columns, symbol_key, "symbol_key", f"var of {where}") if symbol_key else None
-    ensembl = named_column(columns, ensembl_key, "ensembl_key", f"var of {where}") if ensembl_key else None
-    symbol = symbol or find_column(columns, SYMBOL_COLUMNS)
-    ensembl = ensembl or find_column(columns, ENSEMBL_COLUMNS)
-    given = [""] * len(names) if ensembl is None else _texts(var[ensembl])
-    ids = [strip_version(column) or strip_version(name) for column, name in zip(given, names)]
-    known = [(identifier, name) for identifier, name in zip(ids, names) if identifier is not None]
-    _refuse_duplicates(
-        [identifier for identifier, _ in known],
-        [name for _, name in known],
-        where,
-        "sum or drop the columns that stand for one gene",
+    lengths = pd.to_numeric(pd.Series(table["length"], dtype=object), errors="coerce").fillna(0).astype(np.int64)
+    genes = FileGenes(
+        names=[names[row] for row in first],
+        ids=[ids[row] for row in first],
+        symbols=[symbols[row] or ("" if strip_version(names[row]) else names[row]) for row in first],
+        lengths=[int(lengths[row]) for row in first],
+        types=[table["biotype"][row] for row in first],
+        columns=columns,
     )
+    others = Counter(table["feature_types"][row] for row in np.flatnonzero(columns < 0))
+    if others:
+        listed = ", ".join(f"{times} {kind}" for kind, times in others.most_common())
+        genes.notes.append(f"{others.total()} features of {where} are no genes and are set aside: {listed}.")
+    if genes.repeated:
+        genes.notes.append(
+            f"{len(genes.repeated)} genes of {where} stand in several columns, whose counts are added up: "
+            f"{', '.join(genes.repeated[:5])}{', ...' if len(genes.repeated) > 5 else ''}."
+        )
+    return genes
+
+
+def check_species(genes: FileGenes, organism: str, where: str) -> None:
+    """Checks that Ensembl ids are those of a species.
+
+    Raises:
+        ValueError: For an unknown species or ids of another one.
+    """
     prefix = ORGANISMS[check_organism(organism)][2]
-    foreign = [identifier for identifier, _ in known if re.match(r"ENS[A-Z]*G", identifier).group(0) != prefix]
+    known = [identifier for identifier in genes.ids if identifier is not None]
+    foreign = [identifier for identifier in known if _ENSEMBL.fullmatch(identifier).group(1) != prefix]
     if foreign:
-        found = re.match(r"ENS[A-Z]*G", foreign[0]).group(0)
+        found = _ENSEMBL.fullmatch(foreign[0]).group(1)
         species = next((name for name, entry in ORGANISMS.items() if entry[2] == found), "another species")
         raise ValueError(
             f"`organism` is {organism!r}, but {len(foreign)} of {len(known)} Ensembl ids of {where} belong to {species} "
             f"(e.g. `{foreign[0]}`); wanted ids that start with {prefix}: give the right species or drop those genes."
-        )
-    symbols = [""] * len(names) if symbol is None else _texts(var[symbol])
-    symbols = [text or ("" if strip_version(name) else name) for text, name in zip(symbols, names)]
-    lengths = find_column(columns, LENGTH_COLUMNS)
-    types = find_column(columns, TYPE_COLUMNS)
-    return FileGenes(
-        names=names,
-        ids=ids,
-        symbols=symbols,
-        lengths=[0] * len(names)
-        if lengths is None
-        else pd.to_numeric(var[lengths], errors="coerce").fillna(0).astype(np.int64).tolist(),
-        types=[""] * len(names) if types is None else _texts(var[types]),
-    )
-
-
-def _texts(column: pd.Series) -> list[str]:
-    return ["" if pd.isna(value) else str(value) for value in column]
-
-
-def _refuse_duplicates(keys: Sequence[str], names: Sequence[str], where: str, fix: str) -> None:
-    positions: dict[str, list[str]] = {}
-    for key, name in zip(keys, names):
-        positions.setdefault(key, []).append(name)
-    repeated = {key: found for key, found in positions.items() if len(found) > 1}
-    if repeated:
-        key, found = next(iter(repeated.items()))
-        called = "" if set(found) == {key} else f" (columns {', '.join(f'`{name}`' for name in found)})"
-        raise ValueError(
-            f"{where} holds duplicated genes: `{key}` stands {len(found)} times{called}, "
-            f"{len(repeated)} genes in all; {fix}."
         )
 
 

@@ -6,31 +6,32 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import anndata
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 from scipy import sparse
 from tqdm import tqdm
 
+from data_scripts.cells.anndata_file import LibrarySizes
 from data_scripts.cells.gene_mapping import (
     UNMAPPED,
     FileGenes,
     GeneTable,
     check_organism,
+    check_species,
     map_genes,
-    read_file_genes,
     read_gene_table,
     shared_symbols,
 )
 from data_scripts.store import census_layout
-from data_scripts.store.census_source import CensusSource, row_blocks, sources_from_file
-from data_scripts.store.obs_columns import census_obs, find_obs_columns, library_sizes
-from modeling_gppc.feature_extraction_gppc import check_raw_counts, close_matches
+from data_scripts.store.census_obs import CensusOptions, census_obs, find_labels
+from data_scripts.store.census_source import CensusSource, sources_from_file
+from modeling_gppc.feature_extraction_gppc import close_matches
 
-__all__ = ["CensusReport", "CensusSource", "sources_from_file", "write_census"]
+__all__ = ["CensusOptions", "CensusReport", "CensusSource", "sources_from_file", "write_census"]
 
-LAYERS = {"raw": ("raw", "normalized"), "log_values": ("log_values",)}
+# What a store holds of each kind of values. Layer `raw` is whole numbers for everyone who reads it.
+LAYERS = {"counts": ("raw", "normalized"), "estimated_counts": ("normalized",), "log": ("log_values",)}
 
 
 @dataclass
@@ -43,7 +44,7 @@ class CensusReport:
         n_obs (`int`): Cells.
         n_vars (`int`): Genes, the union over data sets.
         datasets (`pd.DataFrame`): One row a data set: cells, genes, how many were mapped or not, and which column fed
-            cell type, donor and library size.
+            cell type, donor and library size, and what a person should know (`notes`).
         genes (`pd.DataFrame`): One row a gene of a data set: `dataset_id` and the columns of
             [`gene_mapping.map_genes`].
     """
@@ -76,6 +77,7 @@ class CensusReport:
                 f"  {row.dataset_id}: {row.n_obs:,} cells, {row.n_vars:,} genes ({row.n_unmapped:,} without Ensembl "
                 f"id), cell type from {row.cell_type_from}, donor from {row.donor_from}, library from {row.library_from}"
             )
+            lines += [f"    {note}" for note in row.notes]
         missing = self.unmapped
         if len(missing):
             examples = ", ".join(missing["name"].drop_duplicates().head(n_examples))
@@ -93,8 +95,8 @@ class _Checked:
     obs: pd.DataFrame
     columns: dict[str, str]
     genes: FileGenes
-    library: np.ndarray
-    library_from: str
+    library: LibrarySizes
+    notes: list[str]
     extra: pd.DataFrame
     mapping: pd.DataFrame | None = None
     joinids: np.ndarray | None = None  # of each column; -1 where dropped
@@ -105,7 +107,6 @@ def write_census(
     sources: Iterable[CensusSource],
     *,
     organism: str = "homo_sapiens",
-    layer: str = "raw",
     gene_table: str | Path | Sequence[str | Path] | GeneTable | None = None,
     unmapped: str = "keep",
     keep_obs: Sequence[str] = (),
@@ -113,6 +114,9 @@ def write_census(
     progress: bool = False,
 ) -> CensusReport:
     """Writes cells into a local store in Census layout.
+
+    Counts become `X["raw"]` and, over the library size, `X["normalized"]`; estimated counts only the latter; log values
+    `X["log_values"]`, float32 bit for bit. The sources' `value_kind` says what they are.
 
     Everything is checked before the store is begun; it grows under a temporary name beside `store` and gets its name
     at the end. Cells keep the order given (`soma_joinid` counts through the data sets), genes are the union over data
@@ -122,9 +126,6 @@ def write_census(
         store (`str` or `Path`): Folder of the store.
         sources (`Iterable[CensusSource]`): The data sets; at most one lazy source is in memory at a time.
         organism (`str`, *optional*, defaults to `"homo_sapiens"`): Species, as Census names it.
-        layer (`str`, *optional*, defaults to `"raw"`): `raw` writes counts to `X["raw"]` and counts / library size to
-            `X["normalized"]`. `log_values` writes float32 values bit for bit to `X["log_values"]`, unchecked but for
-            being finite, for synthetic cells whose values are logarithms already; their `raw_sum` is 1.
         gene_table (`str`, `Path`, a list of them, or `GeneTable`, *optional*): Symbols and Ensembl ids; see
             [`read_gene_table`].
         unmapped (`str`, *optional*, defaults to `"keep"`): `keep`, `drop` or `error`; see [`map_genes`].
@@ -136,29 +137,30 @@ def write_census(
         [`CensusReport`].
 
     Raises:
-        ValueError: Before anything is written: unknown species, values that are not raw counts, duplicated genes, no
-            cells, missing columns, an existing store.
+        ValueError: Before anything is written: unknown species, cells that cannot be read (see [`open_cells`]), sources
+            of several kinds of values, an existing store.
     """
     store = Path(store)
     check_organism(organism)
-    if layer not in LAYERS:
-        raise ValueError(f"`layer` is {layer!r}; wanted one of {', '.join(LAYERS)}.")
     if unmapped not in UNMAPPED:
         raise ValueError(f"`unmapped` is {unmapped!r}; wanted one of {', '.join(UNMAPPED)}.")
     _check_target(store, overwrite)
     table = gene_table if isinstance(gene_table, GeneTable) else _read_tables(gene_table)
     checked = [
-        _check_source(source, organism, layer, keep_obs)
+        _check_source(source, organism, keep_obs)
         for source in tqdm(sources, desc="checking cells", unit="file", disable=not progress)
     ]
     if not checked:
         raise ValueError("`sources` is empty; give at least one data set.")
+    kinds = sorted({part.source.options.value_kind for part in checked})
+    if len(kinds) > 1:
+        raise ValueError(f"`value_kind` of the sources is {' and '.join(kinds)}; a store holds one kind of values.")
     var, measured = _join_genes(checked, table, unmapped)
     partial = store.with_name(f".{store.name}.partial-{os.getpid()}")
     store.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        report = _write_store(partial, checked, var, measured, organism, layer, progress)
+        report = _write_store(partial, checked, var, measured, organism, LAYERS[kinds[0]], progress)
         _move_into_place(partial, store)
     except BaseException:  # also an interruption must not leave half a store behind
         shutil.rmtree(partial, ignore_errors=True)
@@ -195,54 +197,27 @@ def _move_into_place(partial: Path, store: Path) -> None:
         os.replace(partial, store)
 
 
-def _check_source(source: CensusSource, organism: str, layer: str, keep_obs: Sequence[str]) -> _Checked:
-    with source.cells() as adata:
-        return _check_cells(source, adata, organism, layer, keep_obs)
-
-
-def _check_cells(
-    source: CensusSource, adata: anndata.AnnData, organism: str, layer: str, keep_obs: Sequence[str]
-) -> _Checked:
+def _check_source(source: CensusSource, organism: str, keep_obs: Sequence[str]) -> _Checked:
     where = source.where
-    if adata.n_obs == 0:
-        raise ValueError(f"{where} has no cells; wanted at least one.")
-    matrix = source.matrix(adata)
-    genes = read_file_genes(
-        source.var(adata),
-        organism=organism,
-        symbol_key=source.symbol_key,
-        ensembl_key=source.ensembl_key,
-        where=where,
-    )
-    obs = adata.obs
-    columns = find_obs_columns(obs, source.obs_keys(), where)
-    for name in keep_obs:
-        if name in census_layout.OBS_TYPES:
-            raise ValueError(f"`keep_obs` names {name!r}, which is a column of every store already; leave it out.")
-        if name not in obs:
-            raise ValueError(
-                f"`keep_obs` names {name!r}, which is not a column of obs of {where}{close_matches(name, obs)}"
-            )
-    sums = np.zeros(adata.n_obs, dtype=np.float64)
-    for start, block in row_blocks(matrix):
-        if layer == "raw":
-            check_raw_counts(block.data, f"counts of {where}")
-        elif not np.isfinite(block.data).all():
-            raise ValueError(f"values of {where} hold NaN or infinite entries; finite log values are wanted.")
-        sums[start : start + block.shape[0]] = np.asarray(block.sum(axis=1, dtype=np.float64)).ravel()
-    if layer == "raw":
-        library, library_from = library_sizes(obs, sums, source.library_size_key, where)
-    else:
-        library, library_from = np.ones(adata.n_obs), "none (log values)"
-    return _Checked(
-        source=source,
-        obs=census_obs(obs, columns, source.dataset_id),
-        columns=columns,
-        genes=genes,
-        library=library,
-        library_from=library_from,
-        extra=obs[list(keep_obs)].reset_index(drop=True),
-    )
+    with source.cells() as cells:
+        check_species(cells.genes, organism, where)
+        columns = find_labels(cells.obs, source.options, where)
+        for name in keep_obs:
+            if name in census_layout.OBS_TYPES:
+                raise ValueError(f"`keep_obs` names {name!r}, which is a column of every store already; leave it out.")
+            if name not in cells.obs:
+                raise ValueError(
+                    f"`keep_obs` names {name!r}, which is not a column of obs of {where}{close_matches(name, cells.obs)}"
+                )
+        return _Checked(
+            source=source,
+            library=cells.check(),
+            obs=census_obs(cells.obs, columns, source.dataset_id),
+            columns=columns,
+            genes=cells.genes,
+            notes=cells.notes,
+            extra=cells.obs[list(keep_obs)].reset_index(drop=True),
+        )
 
 
 def _join_genes(
@@ -285,38 +260,38 @@ def _write_store(
     var: pd.DataFrame,
     measured: dict[str, np.ndarray],
     organism: str,
-    layer: str,
+    layers: Sequence[str],
     progress: bool,
 ) -> CensusReport:
     n_obs = sum(len(part.obs) for part in checked)
     n_vars = len(var)
     census_layout.create_store(path, organism)
-    census_layout.create_x_layers(path, organism, LAYERS[layer], (n_obs, n_vars))
+    census_layout.create_x_layers(path, organism, layers, (n_obs, n_vars))
     statistics = {name: np.zeros(n_obs) for name in ("nnz", "raw_mean_nnz", "raw_variance_nnz")}
     gene_nnz = np.zeros(n_vars, dtype=np.int64)
     first = 0
     with tqdm(total=n_obs, desc="writing cells", unit="cell", disable=not progress) as bar:
         for part in checked:
-            with part.source.cells() as adata:
-                if adata.n_obs != len(part.obs):
+            with part.source.cells() as cells:
+                if len(cells.obs) != len(part.obs):
                     raise ValueError(
-                        f"{part.source.where} gave {len(part.obs)} cells when checked and {adata.n_obs} when written; "
+                        f"{part.source.where} gave {len(part.obs)} cells when checked and {len(cells.obs)} when written; "
                         "`load` must return the same cells at every call."
                     )
-                for start, block in row_blocks(part.source.matrix(adata)):
+                for start, block in cells.blocks():
                     block = _stored(block, part.joinids)
                     rows = slice(first + start, first + start + block.shape[0])
                     gene_nnz += np.bincount(block.indices, minlength=n_vars)
                     for name, values in _row_statistics(block).items():
                         statistics[name][rows] = values
-                    _write_block(path, organism, layer, block, part, start, rows.start)
+                    _write_block(path, organism, layers, block, part.library.sizes[start:], rows.start)
                     bar.update(block.shape[0])
             first += len(part.obs)
     obs = pd.concat([part.obs.astype({"dataset_id": str}) for part in checked], ignore_index=True)
     extra, extra_types = _plain(pd.concat([part.extra for part in checked], ignore_index=True))
     obs = pd.concat([obs, extra], axis=1)
     obs["soma_joinid"] = np.arange(n_obs)
-    obs["raw_sum"] = np.concatenate([part.library for part in checked])
+    obs["raw_sum"] = np.concatenate([part.library.sizes for part in checked])
     for name, values in statistics.items():
         obs[name] = values.astype(np.int64) if name == "nnz" else values
     datasets = _dataset_table(checked, measured)
@@ -352,15 +327,16 @@ def _stored(block: sparse.csr_matrix, joinids: np.ndarray) -> sparse.csr_matrix:
 
 
 def _write_block(
-    path: Path, organism: str, layer: str, block: sparse.csr_matrix, part: _Checked, start: int, first: int
+    path: Path, organism: str, layers: Sequence[str], block: sparse.csr_matrix, library: np.ndarray, first: int
 ) -> None:
     if not block.nnz:
         return
-    order = census_layout.write_x(path, organism, LAYERS[layer][0], block, first)
-    if layer == "raw":
-        library = np.repeat(part.library[start : start + block.shape[0]], np.diff(block.indptr))
-        block.data = (block.data.astype(np.float64) / library).astype(np.float32)
-        census_layout.write_x(path, organism, "normalized", block, first, order)
+    order = None
+    for layer in layers:
+        if layer == "normalized":
+            sizes = np.repeat(library[: block.shape[0]], np.diff(block.indptr))
+            block.data = (block.data.astype(np.float64) / sizes).astype(np.float32)
+        order = census_layout.write_x(path, organism, layer, block, first, order)
 
 
 def _row_statistics(block: sparse.csr_matrix) -> dict[str, np.ndarray]:
@@ -407,10 +383,12 @@ def _dataset_table(checked: Sequence[_Checked], measured: dict[str, np.ndarray])
                 "n_unmapped": int((mapping["mapped_by"] == "unmapped").sum()),
                 "cell_type_from": part.columns.get("cell_type", "nothing"),
                 "donor_from": part.columns.get("donor_id", "nothing"),
-                "library_from": part.library_from,
+                "library_from": part.library.source,
+                "notes": [],
             },
         )
         row["n_obs"] += len(part.obs)
+        row["notes"] += [note for note in part.notes if note not in row["notes"]]
     frame = pd.DataFrame(list(rows.values()))
     frame["dataset_total_cell_count"] = frame["n_obs"].astype(np.int64)
     return frame

@@ -4,26 +4,16 @@ import argparse
 from pathlib import Path
 
 from data_scripts.cells.gene_mapping import ORGANISMS, UNMAPPED
-
-# flag -> (argument of CensusSource, what it names)
-SOURCE_FLAGS = {
-    "--cell-type-key": ("cell_type_key", "obs column with the cell type"),
-    "--donor-key": ("donor_key", "obs column with the donor"),
-    "--assay-key": ("assay_key", "obs column with the assay"),
-    "--tissue-key": ("tissue_key", "obs column with the tissue"),
-    "--sex-key": ("sex_key", "obs column with the sex"),
-    "--disease-key": ("disease_key", "obs column with the disease"),
-    "--development-stage-key": ("development_stage_key", "obs column with the development stage"),
-    "--library-size-key": ("library_size_key", "obs column with the counts over all genes"),
-    "--symbol-key": ("symbol_key", "var column with gene symbols"),
-    "--ensembl-key": ("ensembl_key", "var column with Ensembl ids"),
-}
+from data_scripts.cells.read_options import add_flags, options_from_flags
+from data_scripts.store.census_obs import CensusOptions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags; columns that are not named are found by their usual names."""
     parser.add_argument("store", metavar="STORE", type=Path, help="folder of the new store")
-    parser.add_argument("files", metavar="FILE.h5ad", type=Path, nargs="+", help="files of raw counts")
+    parser.add_argument(
+        "files", metavar="FILE", type=Path, nargs="+", help="cells: .h5ad, .zarr, or .h5 of 10x Genomics"
+    )
     parser.add_argument(
         "--organism", default="homo_sapiens", metavar="NAME", help=f"one of {', '.join(ORGANISMS)} (%(default)s)"
     )
@@ -40,12 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="keep",
         help="genes without Ensembl id: keep them under their names, drop them, or stop (%(default)s)",
     )
-    parser.add_argument(
-        "--counts", default="X", metavar="WHERE", help="where the counts are: X, raw, or a layer (%(default)s)"
-    )
-    parser.add_argument("--dataset-key", metavar="COLUMN", help="obs column that splits a file into data sets")
-    for flag, (_, summary) in SOURCE_FLAGS.items():
-        parser.add_argument(flag, metavar="COLUMN", help=summary)
+    parser.add_argument("--dataset-column", metavar="COLUMN", help="obs column that splits a file into data sets")
+    add_flags(parser, CensusOptions)
     parser.add_argument(
         "--keep-obs", nargs="+", default=[], metavar="COLUMN", help="further obs columns to carry along"
     )
@@ -62,11 +48,11 @@ def run(arguments: argparse.Namespace) -> int:
         if path.resolve() in seen:
             raise ValueError(f"file {path} is given twice; give every file once.")
         seen.add(path.resolve())
-    keys = {argument: getattr(arguments, argument) for argument, _ in SOURCE_FLAGS.values()}
+    options = options_from_flags(CensusOptions, vars(arguments))
     sources = [
         source
         for path in arguments.files
-        for source in sources_from_file(path, arguments.dataset_key, counts=arguments.counts, **keys)
+        for source in sources_from_file(path, options, dataset_column=arguments.dataset_column)
     ]
     report = write_census(
         arguments.store,

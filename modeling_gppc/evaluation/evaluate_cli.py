@@ -3,13 +3,16 @@
 import argparse
 from pathlib import Path
 
-from data_scripts.cells.screen_options import options_from_flags
+from data_scripts.cells.read_options import add_flags, options_from_flags
+from data_scripts.cells.screen_options import ScreenOptions
 from data_scripts.cells.screens import read_screen
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `gppc evaluate`."""
-    parser.add_argument("--screen", required=True, metavar="FILE.h5ad", help="the screen: an AnnData file")
+    parser.add_argument(
+        "--screen", required=True, metavar="FILE", help="the screen: .h5ad, .zarr, or .h5 of 10x Genomics"
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for tables, predictions, figures, report")
     parser.add_argument(
         "--model",
@@ -40,21 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hold", type=float, default=0.1, help="how firmly other targets are held: 0, 0.1, 1, ...")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     group = parser.add_argument_group("reading the screen")
-    for name, text in (
-        ("perturbation-column", "obs column with the labels"),
-        ("batch-column", "obs column with batches"),
-        ("cell-line-column", "obs column with cell lines"),
-        ("library-size-column", "obs column with counts over all genes"),
-        ("symbol-column", "var column with symbols"),
-        ("layer", "layer with the values"),
-    ):
-        group.add_argument(f"--{name}", help=f"{text}; found by its standard names when absent")
-    group.add_argument("--control-labels", nargs="+", metavar="LABEL", help="labels of control cells")
-    group.add_argument("--value-kind", default="counts", help="counts, or log for values that are log values already")
-    group.add_argument("--label-genes", nargs="+", metavar="LABEL=GENE", help="genes that other labels stand for")
-    group.add_argument("--guide-efficiency", nargs="+", metavar="GENE=SHARE", help="share removed, where not measured")
-    group.add_argument("--min-cells", type=int, default=10, help="perturbations with fewer cells are set aside")
-    group.add_argument("--max-cells", type=int, help="at most so many cells a label")
+    add_flags(group, ScreenOptions, leave_out=("target_sum", "seed"))
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -85,22 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     out = Path(arguments.out)
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not (out / "evaluation.json").is_file()):
         raise ValueError(f"`out` {out} holds something else than an evaluation; choose another folder.")
-    names = [
-        "perturbation_column",
-        "batch_column",
-        "cell_line_column",
-        "library_size_column",
-        "symbol_column",
-        "layer",
-        "control_labels",
-        "value_kind",
-        "label_genes",
-        "guide_efficiency",
-        "min_cells",
-        "max_cells",
-        "seed",
-    ]
-    screen = read_screen(arguments.screen, options_from_flags(**{name: getattr(arguments, name) for name in names}))
+    screen = read_screen(arguments.screen, options_from_flags(ScreenOptions, vars(arguments)))
     print(screen.summary(), flush=True)
     evaluation = evaluate_screen(screen, options, progress=not arguments.quiet)
     from modeling_gppc.evaluation.screen_report import render_evaluation, write_evaluation

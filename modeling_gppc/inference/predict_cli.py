@@ -1,11 +1,14 @@
 """`gppc predict`: expression of an AnnData's cells after perturbations."""
 
 import argparse
+import dataclasses
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
+
+from data_scripts.cells.read_options import ReadOptions, add_flags, options_from_flags
 
 TOP_GENES = 5
 MAX_SHOWN = 10
@@ -14,7 +17,7 @@ MAX_SHOWN = 10
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's arguments."""
     parser.add_argument("model", help="model folder, or the id of a model on the Hub")
-    parser.add_argument("cells", type=Path, help="cells with raw counts (.h5ad)")
+    parser.add_argument("cells", type=Path, help="cells with raw counts: .h5ad, .zarr, or .h5 of 10x Genomics")
     parser.add_argument(
         "--perturb",
         action="append",
@@ -25,9 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="file to write (.h5ad)")
     parser.add_argument("--overwrite", action="store_true", help="replace a file of that name")
-    parser.add_argument("--layer", help="layer that holds the counts, or `raw` (default: X)")
-    parser.add_argument("--gene-column", help="column of var with Ensembl ids or symbols (default: found)")
-    parser.add_argument("--library-size-key", help="column of obs with counts over all genes (default: found, or sum)")
+    add_flags(parser, ReadOptions)
     parser.add_argument("--pairing", help="context shared before and after (default: the model's)")
     parser.add_argument("--genes", nargs="+", metavar="GENE", help="predict only these (default: all the model knows)")
     parser.add_argument(
@@ -54,15 +55,13 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.perturb,
         arguments.out,
         overwrite=arguments.overwrite,
-        layer=arguments.layer,
-        gene_column=arguments.gene_column,
-        library_size_key=arguments.library_size_key,
         pairing=arguments.pairing,
         genes=arguments.genes,
         reference=arguments.reference,
         batch_size=arguments.batch_size,
         device=arguments.device,
         progress=not arguments.quiet,
+        **dataclasses.asdict(options_from_flags(ReadOptions, vars(arguments))),
     )
     for line in prediction.warnings:
         print(f"gppc predict: warning: {line}", file=sys.stderr)

@@ -64,8 +64,8 @@ class DataOptions:
         stream_pool_shards (`int`, *optional*, defaults to 2): Shards that a batch draws its pairs from; the pairs of
             about half of them are in each worker's memory.
         num_proc (`int`, *optional*, defaults to 1): Processes that build pairs.
-        library_size_key, cell_type_key, donor_key (`str`, *optional*): Columns of obs of `files`, where their names
-            are not the usual ones.
+        library_size_column, cell_type_column, donor_column (`str`, *optional*): Columns of obs of `files`, where their
+            names are not the usual ones.
     """
 
     pairs: str | None = None
@@ -77,9 +77,9 @@ class DataOptions:
     stream: bool = False
     stream_pool_shards: int = 2
     num_proc: int = 1
-    library_size_key: str | None = None
-    cell_type_key: str | None = None
-    donor_key: str | None = None
+    library_size_column: str | None = None
+    cell_type_column: str | None = None
+    donor_column: str | None = None
 
     def __post_init__(self):
         for name in ("num_proc", "stream_pool_shards"):

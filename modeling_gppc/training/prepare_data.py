@@ -72,7 +72,7 @@ def open_pairs(path: str | Path) -> PairFolder:
 
 def write_store(store: Path, options: RunOptions, progress: bool) -> None:
     """Writes the cells of `options.data` into a local store."""
-    from data_scripts.store.local_census import CensusSource, write_census
+    from data_scripts.store.local_census import CensusOptions, CensusSource, write_census
 
     data = options.data
     if data.synthetic is not None:
@@ -89,6 +89,9 @@ def write_store(store: Path, options: RunOptions, progress: bool) -> None:
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
             raise ValueError(f"`data.files` holds two files named {repeated[0]!r}; their names tell data sets apart.")
-        keys = {name: getattr(data, name) for name in ("library_size_key", "cell_type_key", "donor_key")}
-        sources = [CensusSource(path=file, dataset_id=name, **keys) for file, name in zip(data.files, names)]
+        columns = {name: getattr(data, name) for name in ("library_size_column", "cell_type_column", "donor_column")}
+        sources = [
+            CensusSource(path=file, dataset_id=name, options=CensusOptions(**columns))
+            for file, name in zip(data.files, names)
+        ]
     write_census(store, sources, organism=options.pairs.query.organism, progress=progress)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from data_scripts.cells.gene_mapping import (
     GeneTable,
+    check_species,
     gene_table_from_frame,
     map_genes,
     read_file_genes,
@@ -14,6 +15,7 @@ from data_scripts.cells.gene_mapping import (
     shared_symbols,
     strip_version,
 )
+from data_scripts.cells.read_options import ReadOptions
 
 STAT1, IRF1, CD4, MOUSE = "ENSG00000115415", "ENSG00000125347", "ENSG00000010610", "ENSMUSG00000026104"
 
@@ -57,37 +59,56 @@ def test_ids_and_symbols_are_found_wherever_they_stand(frame):
 
 def test_named_columns_win_and_must_exist():
     frame = var(["a"], symbol=["WRONG"], alias=["STAT1"], ensembl_id=[IRF1], mine=[STAT1])
-    genes = read_file_genes(frame, symbol_key="alias", ensembl_key="mine")
+    genes = read_file_genes(frame, ReadOptions(symbol_column="alias", gene_column="mine"))
     assert (genes.ids, genes.symbols) == ([STAT1], ["STAT1"])
     with pytest.raises(
-        ValueError, match=r"`symbol_key` is 'alis', which is not a column of var.*did you mean `alias`"
+        ValueError, match=r"`symbol_column` is 'alis', which is not a column of var.*did you mean `alias`"
     ):
-        read_file_genes(frame, symbol_key="alis")
-    with pytest.raises(ValueError, match="`ensembl_key` is 'ensembl', which is not a column"):
-        read_file_genes(frame, ensembl_key="ensembl")
+        read_file_genes(frame, ReadOptions(symbol_column="alis"))
+    with pytest.raises(ValueError, match="`gene_column` is 'ensembl', which is not a column"):
+        read_file_genes(frame, ReadOptions(gene_column="ensembl"))
 
 
 @pytest.mark.parametrize(
-    ("frame", "message"),
+    ("frame", "columns", "keys"),
     [
-        (var(["STAT1", "IRF1", "STAT1"]), "duplicated genes: `STAT1` stands 2 times, 1 genes in all"),
-        (var([f"{STAT1}.1", f"{STAT1}.2"]), rf"duplicated genes: `{STAT1}` stands 2 times \(columns `{STAT1}.1`, `"),
-        (var(["A", "B"], ensembl_id=[CD4, CD4]), rf"duplicated genes: `{CD4}` .*`A`, `B`"),
-        (var([]), "has no genes"),
-        (var([MOUSE, STAT1]), rf"1 of 2 Ensembl ids of the file belong to mus_musculus \(e.g. `{MOUSE}`\)"),
+        (var(["STAT1", "IRF1", "STAT1"]), [0, 1, 0], ["STAT1", "IRF1"]),
+        (var([f"{STAT1}.1", f"GRCh38_{STAT1}.2", "CD4"]), [0, 0, 1], [STAT1, "CD4"]),
+        (var(["A", "B"], ensembl_id=[CD4, CD4]), [0, 0], [CD4]),
+        (var(["A", "A"], gene_ids=[CD4, STAT1]), [0, 1], [CD4, STAT1]),  # a symbol of two genes
+        (var(["hg38_STAT1", "mm10___Stat1", "MM1_X", "hg38"]), [0, 1, 2, 3], ["STAT1", "Stat1", "MM1_X", "hg38"]),
     ],
 )
-def test_refused(frame, message):
-    with pytest.raises(ValueError, match=message):
-        read_file_genes(frame)
+def test_columns_of_one_gene(frame, columns, keys):
+    genes = read_file_genes(frame)
+    assert genes.columns.tolist() == columns
+    assert genes.keys == keys
+    assert bool(genes.notes) == (len(keys) < len(columns))
 
 
-def test_species():
-    assert read_file_genes(var([MOUSE]), organism="mus_musculus").ids == [MOUSE]
-    with pytest.raises(ValueError, match=r"`organism` is 'mus_musculus'.*belong to homo_sapiens"):
-        read_file_genes(var([STAT1]), organism="mus_musculus")
-    with pytest.raises(ValueError, match="'homo_sapien', which is not a known species; did you mean `homo_sapiens`"):
-        read_file_genes(var([STAT1]), organism="homo_sapien")
+def test_features_that_are_no_genes_are_set_aside():
+    kinds = ["Antibody Capture", "Gene Expression", "CRISPR Guide Capture", "Gene Expression", "Antibody Capture"]
+    genes = read_file_genes(var(["CD4_TotalSeqB", "CD4", "sgSTAT1", "STAT1", "CD3"], feature_types=kinds))
+    assert genes.columns.tolist() == [-1, 0, -1, 1, -1]
+    assert genes.keys == ["CD4", "STAT1"]
+    assert genes.notes == [
+        "3 features of the file are no genes and are set aside: 2 Antibody Capture, 1 CRISPR Guide Capture."
+    ]
+    # Census keeps biotypes under that name.
+    assert len(read_file_genes(var([CD4, STAT1], feature_type=["protein_coding", "lncRNA"]))) == 2
+
+
+def test_no_genes_and_another_species():
+    with pytest.raises(ValueError, match="has no genes"):
+        read_file_genes(var([]))
+    for names, organism, message in (
+        ([MOUSE, STAT1], "homo_sapiens", rf"1 of 2 Ensembl ids of the file belong to mus_musculus \(e.g. `{MOUSE}`\)"),
+        ([STAT1], "mus_musculus", r"`organism` is 'mus_musculus'.*belong to homo_sapiens"),
+        ([STAT1], "homo_sapien", "'homo_sapien', which is not a known species; did you mean `homo_sapiens`"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_species(read_file_genes(var(names)), organism, "the file")
+    check_species(read_file_genes(var([MOUSE])), "mus_musculus", "the file")
 
 
 def test_missing_ids_in_a_column_are_not_ids():
