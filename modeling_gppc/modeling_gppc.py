@@ -10,8 +10,12 @@ from .layers_gppc import MAX_LOG_VARIANCE_CHANGE, GppcBlock, GppcReadout, dense_
 from .linear_response_gppc import ALWAYS, GppcLinearResponse
 from .origin_form_gppc import GppcOriginForm
 from .outputs_gppc import GppcEncoderOutput, GppcModelOutput, GppcOutput, GppcQuery
+from .screen_response_gppc import GppcResponseOutput, GppcScreenResponse
 
 IGNORED_LABEL = -100.0
+# How far pseudobulks of control cells of one batch lie from those of all, in units of a gene's standard deviation: the mean
+# over three public screens. So far true responses are expected to lie from predicted ones where nothing better is known.
+USUAL_DRIFT = 0.06
 # Names of what the linear response says of a source.
 POSTERIOR = (
     "component_logits",
@@ -70,6 +74,8 @@ class GppcPreTrainedModel(PreTrainedModel):
             init.ones_(module.reference_width)
             init.constant_(module.familiarity_logit, ALWAYS)
             init.ones_(module.evidence_scale)
+        elif isinstance(module, GppcScreenResponse):
+            module.reset()
         elif isinstance(module, GppcModel):
             init.normal_(module.latents, mean=0.0, std=spread)
         elif isinstance(module, GppcReadout):
@@ -315,6 +321,7 @@ class GppcForPerturbationPrediction(GppcPreTrainedModel):
         self.model = GppcModel(config) if config.architecture == "latents" else None
         self.readout = GppcReadout(config) if config.architecture == "latents" else None
         self.origin = GppcOriginForm(config) if config.architecture == "origin" else None
+        self.screen_response = GppcScreenResponse(config) if config.use_screen_response else None
         self.post_init()
 
     def encode(self, *args, **kwargs) -> GppcEncoderOutput:
@@ -424,6 +431,70 @@ class GppcForPerturbationPrediction(GppcPreTrainedModel):
             familiarity=output.familiarity,
             encoder_last_hidden_state=output.encoder_last_hidden_state,
             decoder_last_hidden_state=output.last_hidden_state,
+        )
+
+    @torch.no_grad()
+    def respond(
+        self,
+        encoded: GppcEncoderOutput | None = None,
+        perturbation_ids: torch.LongTensor | None = None,
+        perturbation_values: torch.FloatTensor | None = None,
+        perturbation_mask: torch.Tensor | None = None,
+        pairing_ids: torch.LongTensor | None = None,
+        query_ids: torch.LongTensor | None = None,
+        state_index: torch.LongTensor | None = None,
+    ) -> GppcResponseOutput:
+        """
+        What changes when expression is imposed: the prediction with the imposed levels minus that without.
+
+        The only place that subtracts. Both predictions are asked for in one frame, at the same familiarity; a model of
+        a CRISPR screen answers with what its perturbations were seen to do, see [`GppcScreenResponse`].
+
+        Args:
+            encoded ([`GppcEncoderOutput`], *optional*): Cells, from `encode`. A model of a screen answers for its own
+                control cells and does not read them.
+            perturbation_ids (`torch.LongTensor` of shape `(B, K)`): Genes whose expression is imposed. A model of a
+                screen also knows ids beyond the vocabulary, see [`GppcFeatureExtractor.target_index`].
+            perturbation_values (`torch.FloatTensor` of shape `(B, K)`): Change of their log values.
+            perturbation_mask, pairing_ids, query_ids, state_index: As in `decode`.
+
+        Returns:
+            [`GppcResponseOutput`]
+
+        Raises:
+            ValueError: If nothing is asked, or cells are missing where they are needed.
+
+        Example:
+
+        ```python
+        controls = model.model.linear_response.gene_mean[None]  # mean log values of a screen's control cells
+        features = extractor.perturbation_features("STAT1=ko", controls)
+        model.respond(**features).change  # of every gene of the model, (1, vocab_size)
+        ```
+        """
+        if perturbation_ids is None or perturbation_values is None:
+            raise ValueError("`perturbation_ids` and `perturbation_values` are missing; wanted both, of shape (B, K).")
+        if self.screen_response is not None:
+            mask = torch.ones_like(perturbation_ids) if perturbation_mask is None else perturbation_mask
+            output = self.screen_response(self.model.linear_response, perturbation_ids, perturbation_values, mask)
+            if query_ids is not None:
+                output.change, output.variance = output.change[:, query_ids], output.variance[:, query_ids]
+            return output
+        if encoded is None:
+            raise ValueError("`encoded` is missing; only a model of a screen knows the cells that it answers for.")
+        given = {
+            "pairing_ids": pairing_ids,
+            "query_ids": query_ids,
+            "state_index": state_index,
+            "with_variance": False,
+        }
+        after = self.decode(encoded, perturbation_ids, perturbation_values, perturbation_mask, **given)
+        none = perturbation_ids[:, :0]
+        before = self.decode(encoded, none, perturbation_values[:, :0], none, **given, familiarity=after.familiarity)
+        variance = (USUAL_DRIFT * self.model.linear_response.deviation()) ** 2
+        variance = (variance if query_ids is None else variance[query_ids]).expand_as(after.logits)
+        return GppcResponseOutput(
+            change=after.logits - before.logits, variance=variance, familiarity=after.familiarity
         )
 
     def forward(
