@@ -414,33 +414,31 @@ class GppcFeatureExtractor(FeatureExtractionMixin):
 
         Args:
             specs (`str` or `Sequence[str]`): One text for all cells, or one a cell; see [`parse_perturbation`].
-            values (`np.ndarray`): Normalised values of the cells, shape `(n_obs, vocab_size)`.
+            values (`np.ndarray` or `torch.Tensor`): Log values of the cells, shape `(n_obs, vocab_size)`, such as
+                `model.levels(encoded)`.
             return_tensors (`str`, *optional*, defaults to `"pt"`): `"pt"` or `"np"`.
 
         Returns:
             `BatchFeature` with `perturbation_ids`, `perturbation_values` and `perturbation_mask`, each `(n_obs, K)`.
         """
-        values = np.asarray(values)
+        values = values.numpy(force=True) if isinstance(values, torch.Tensor) else np.asarray(values)
         specs = [specs] * len(values) if isinstance(specs, (str, Mapping)) else list(specs)
         if len(specs) != len(values):
             raise ValueError(f"`specs` has {len(specs)} entries; wanted one text, or {len(values)}, one a cell.")
-        parsed_by_spec = {}
-        width = 1
-        for spec in specs:
-            key = repr(spec)
-            if key not in parsed_by_spec:
-                parsed_by_spec[key] = self.parse_perturbation(spec)
-                width = max(width, len(parsed_by_spec[key]))
+        rows_of: dict[str, list[int]] = {}
+        for row, spec in enumerate(specs):
+            rows_of.setdefault(repr(spec), []).append(row)
+        parsed = {key: self.parse_perturbation(specs[rows[0]]) for key, rows in rows_of.items()}
+        width = max([1, *map(len, parsed.values())])
         ids = np.zeros((len(values), width), dtype=np.int64)
         changes = np.zeros((len(values), width), dtype=np.float32)
         mask = np.zeros((len(values), width), dtype=np.int64)
-        for row, spec in enumerate(specs):
-            for column, (gene, action, amount) in enumerate(parsed_by_spec[repr(spec)]):
-                ids[row, column] = gene
-                mask[row, column] = 1
+        for key, rows in rows_of.items():
+            for column, (gene, action, amount) in enumerate(parsed[key]):
+                ids[rows, column], mask[rows, column] = gene, 1
                 # Of a gene that is not measured there is no level to change.
                 if gene < self.vocab_size:
-                    changes[row, column] = change_of_log_value(values[row, gene], action, amount)
+                    changes[rows, column] = change_of_log_value(values[rows, gene], action, amount)
         features = {"perturbation_ids": ids, "perturbation_values": changes, "perturbation_mask": mask}
         if return_tensors == "pt":
             features = {name: torch.from_numpy(array) for name, array in features.items()}

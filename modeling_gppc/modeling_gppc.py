@@ -433,6 +433,19 @@ class GppcForPerturbationPrediction(GppcPreTrainedModel):
             decoder_last_hidden_state=output.last_hidden_state,
         )
 
+    def levels(self, encoded: GppcEncoderOutput | None = None) -> torch.Tensor:
+        """
+        Log values of encoded cells, `(B, vocab_size)`; where a gene was not measured, what the rest of the cell suggests.
+
+        Without cells the mean of the cells that the linear response was fitted on, `(1, vocab_size)`: of a screen, its
+        controls.
+        """
+        response = self.model.linear_response
+        if encoded is None:
+            return response.gene_mean[None]
+        expected = response.gene_mean + encoded.factor_mean.to(response.loadings.dtype) @ response.loadings.T
+        return torch.where(encoded.measured, encoded.state_values, expected.to(encoded.state_values.dtype))
+
     @torch.no_grad()
     def respond(
         self,
@@ -447,12 +460,13 @@ class GppcForPerturbationPrediction(GppcPreTrainedModel):
         """
         What changes when expression is imposed: the prediction with the imposed levels minus that without.
 
-        The only place that subtracts. Both predictions are asked for in one frame, at the same familiarity; a model of
-        a CRISPR screen answers with what its perturbations were seen to do, see [`GppcScreenResponse`].
+        The only place that subtracts. Both predictions are asked for in one frame, at the same familiarity. A model of
+        a CRISPR screen answers with what its perturbations were seen to do, see [`GppcScreenResponse`]; its answer does
+        not depend on the cells, beyond the level of the imposed genes in them.
 
         Args:
-            encoded ([`GppcEncoderOutput`], *optional*): Cells, from `encode`. A model of a screen answers for its own
-                control cells and does not read them.
+            encoded ([`GppcEncoderOutput`], *optional*): Cells, from `encode`. Only a model of a screen answers without,
+                for its own control cells.
             perturbation_ids (`torch.LongTensor` of shape `(B, K)`): Genes whose expression is imposed. A model of a
                 screen also knows ids beyond the vocabulary, see [`GppcFeatureExtractor.target_index`].
             perturbation_values (`torch.FloatTensor` of shape `(B, K)`): Change of their log values.
@@ -467,35 +481,72 @@ class GppcForPerturbationPrediction(GppcPreTrainedModel):
         Example:
 
         ```python
-        controls = model.model.linear_response.gene_mean[None]  # mean log values of a screen's control cells
-        features = extractor.perturbation_features("STAT1=ko", controls)
-        model.respond(**features).change  # of every gene of the model, (1, vocab_size)
+        features = extractor.perturbation_features("STAT1=ko", model.levels())  # in the mean control cell of a screen
+        model.respond(**features).change  # of the log value of every gene, (1, vocab_size)
         ```
         """
         if perturbation_ids is None or perturbation_values is None:
             raise ValueError("`perturbation_ids` and `perturbation_values` are missing; wanted both, of shape (B, K).")
+        if encoded is None and self.screen_response is None:
+            raise ValueError("`encoded` is missing; only a model of a screen knows the cells that it answers for.")
+        rows = len(perturbation_ids)
+        if encoded is not None and state_index is None:
+            states = len(encoded.state_values)
+            state_index = torch.arange(rows, device=perturbation_ids.device) if states == rows else None
+            state_index = torch.zeros_like(perturbation_ids[:, 0]) if states == 1 else state_index
+        if pairing_ids is None:
+            default = self.config.pairings.index(self.config.default_pairing)
+            pairing_ids = torch.full((rows,), default, dtype=torch.long, device=perturbation_ids.device)
+        mask = torch.ones_like(perturbation_ids) if perturbation_mask is None else perturbation_mask
         if self.screen_response is not None:
-            mask = torch.ones_like(perturbation_ids) if perturbation_mask is None else perturbation_mask
             output = self.screen_response(self.model.linear_response, perturbation_ids, perturbation_values, mask)
             if query_ids is not None:
                 output.change, output.variance = output.change[:, query_ids], output.variance[:, query_ids]
+            if encoded is not None:
+                output.expression = self._unperturbed(encoded, pairing_ids, query_ids, state_index) + output.change
             return output
-        if encoded is None:
-            raise ValueError("`encoded` is missing; only a model of a screen knows the cells that it answers for.")
-        given = {
-            "pairing_ids": pairing_ids,
-            "query_ids": query_ids,
-            "state_index": state_index,
-            "with_variance": False,
-        }
-        after = self.decode(encoded, perturbation_ids, perturbation_values, perturbation_mask, **given)
-        none = perturbation_ids[:, :0]
-        before = self.decode(encoded, none, perturbation_values[:, :0], none, **given, familiarity=after.familiarity)
-        variance = (USUAL_DRIFT * self.model.linear_response.deviation()) ** 2
-        variance = (variance if query_ids is None else variance[query_ids]).expand_as(after.logits)
-        return GppcResponseOutput(
-            change=after.logits - before.logits, variance=variance, familiarity=after.familiarity
+        after = self.decode(
+            encoded,
+            perturbation_ids,
+            perturbation_values,
+            perturbation_mask,
+            pairing_ids,
+            query_ids,
+            state_index,
+            with_variance=False,
         )
+        before = self._unperturbed(encoded, pairing_ids, query_ids, state_index, after.familiarity)
+        variance = (USUAL_DRIFT * self.model.linear_response.deviation()) ** 2
+        variance = variance if query_ids is None else variance[query_ids]
+        # Nothing perturbed: nothing changes, surely. And what is imposed changes by what is imposed.
+        asked = mask.bool().any(dim=1, keepdim=True)
+        at = {"query_ids": query_ids, "perturbation_ids": perturbation_ids, "mask": mask}
+        at["vocab_size"] = self.config.vocab_size
+        return GppcResponseOutput(
+            change=impose((after.logits - before) * asked, levels=perturbation_values, **at),
+            variance=impose(variance * asked, levels=torch.zeros_like(perturbation_values), **at),
+            expression=after.logits,
+            familiarity=after.familiarity,
+        )
+
+    def _unperturbed(self, encoded, pairing_ids, query_ids, state_index, familiarity=None) -> torch.Tensor:
+        """Prediction without a perturbation for rows `(B,)` of states and pairings, at their familiarity (1 if absent).
+
+        The mean is linear in the familiarity: each state and pairing is decoded twice, however many rows share it.
+        """
+        pairs, row = torch.unique(torch.stack([state_index, pairing_ids]), dim=1, return_inverse=True)
+        none, whole = (
+            self.decode(
+                encoded,
+                pairing_ids=pairs[1],
+                query_ids=query_ids,
+                state_index=pairs[0],
+                familiarity=torch.full_like(pairs[0], share, dtype=torch.float32),
+                with_variance=False,
+            ).logits[row]
+            for share in (0.0, 1.0)
+        )
+        return whole if familiarity is None else torch.lerp(none, whole, familiarity[:, None])
 
     def forward(
         self,

@@ -29,6 +29,8 @@ class GppcResponseOutput(ModelOutput):
     Args:
         change (`torch.FloatTensor` of shape `(P, Q)`): Change of the log value of every queried gene.
         variance (`torch.FloatTensor` of shape `(P, Q)`): Variance of the true mean change about it; 0 where imposed.
+        expression (`torch.FloatTensor` of shape `(P, Q)`, *optional*): Expected log value afterwards, where cells were
+            given.
         source (`torch.LongTensor` of shape `(P,)`, *optional*): Where the answer comes from, an index into `SOURCES`;
             absent for a model that was not fitted on a screen.
         familiarity (`torch.FloatTensor` of shape `(P,)`, *optional*): As in [`GppcOutput`]; absent for a screen.
@@ -36,6 +38,7 @@ class GppcResponseOutput(ModelOutput):
 
     change: torch.FloatTensor | None = None
     variance: torch.FloatTensor | None = None
+    expression: torch.FloatTensor | None = None
     source: torch.LongTensor | None = None
     familiarity: torch.FloatTensor | None = None
 

@@ -106,11 +106,12 @@ class ScreenModel:
     def _cells(self, context: ScreenContext, columns: np.ndarray, found: np.ndarray):
         """What the model answers for: encoded cells and their log values. A model of a screen has its own controls."""
         if self.model.screen_response is not None:
-            return None, self.model.model.linear_response.gene_mean[None].numpy()
+            return None, self.model.levels()
         screen = context.screen
         controls = screen.cells_of(CONTROL)
         controls = controls[np.random.default_rng(0).permutation(len(controls))[:N_CELLS]]
         state = np.zeros((len(controls), self.extractor.vocab_size), dtype=np.float32)
         measured = np.zeros(state.shape, dtype=bool)
         state[:, columns[found]], measured[:, columns[found]] = screen.values[controls][:, found], True
-        return self.model.encode(**self.extractor.from_values(state, measured)), state
+        encoded = self.model.encode(**self.extractor.from_values(state, measured))
+        return encoded, self.model.levels(encoded)
