@@ -12,6 +12,9 @@ from data_scripts.cells.column_names import find_column, numbers, texts
 from data_scripts.cells.screen_labels import CONTROL, Perturbation, read_labels
 from data_scripts.cells.screen_options import ScreenOptions
 
+# Covariates that are batches: 1 in the cells of one, 0 in all others.
+BATCH_PREFIX = "batch "
+
 
 @dataclasses.dataclass
 class Screen:
@@ -34,6 +37,7 @@ class Screen:
         guide_efficiency (`dict[str, float]`): Stated by the user; see [`ScreenOptions`].
         name (`str`): Of the file.
         notes (`list[str]`): What was read otherwise than it stands in the file, a line each.
+        normalization (`str`), target_sum (`float`): How the values were made, see `normalize_counts`.
     """
 
     values: np.ndarray
@@ -52,6 +56,8 @@ class Screen:
     guide_efficiency: dict[str, float] = dataclasses.field(default_factory=dict)
     name: str = "screen"
     notes: list[str] = dataclasses.field(default_factory=list)
+    normalization: str = "log1p"
+    target_sum: float = 10_000.0
 
     @property
     def is_control(self) -> np.ndarray:
@@ -166,6 +172,8 @@ def read_screen(source: str | Path | anndata.AnnData, options: ScreenOptions | N
         guide_efficiency=dict(options.guide_efficiency),
         name="screen" if isinstance(source, anndata.AnnData) else Path(source).stem,
         notes=cells.notes,
+        normalization="none" if options.value_kind == "log" else "log1p",
+        target_sum=options.target_sum,
     )
 
 
@@ -195,7 +203,7 @@ def _covariates(obs: pd.DataFrame, library: np.ndarray | None, batch: np.ndarray
     mito = find_column(obs, "p_mito")
     if mito:
         columns.append(("mitochondrial share", _finite(obs, mito)))
-    columns += [(f"batch {name}", (batch == name).astype(float)) for name in np.unique(batch)[1:]]
+    columns += [(f"{BATCH_PREFIX}{name}", (batch == name).astype(float)) for name in np.unique(batch)[1:]]
     if not columns:
         return np.zeros((len(obs), 0)), []
     return np.stack([values for _, values in columns], axis=1), [name for name, _ in columns]

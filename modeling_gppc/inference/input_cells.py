@@ -90,8 +90,8 @@ def input_cells(
         counts=counts,
         value_kind=options.value_kind,
         gene_index=index[known],
-        library_size=None if rates or options.value_kind == "log" else library.sizes,
-        library_source="none" if options.value_kind == "log" else "sum" if rates else library.source,
+        library_size=None if rates or library.source == "none" else library.sizes,
+        library_source="sum" if rates else library.source,
         unknown=_unknown_genes([cells.genes.names[gene] for gene in np.flatnonzero(index < 0)], extractor),
         warnings=warnings,
     )

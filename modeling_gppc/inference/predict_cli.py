@@ -31,11 +31,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_flags(parser, ReadOptions)
     parser.add_argument("--pairing", help="context shared before and after (default: the model's)")
     parser.add_argument("--genes", nargs="+", metavar="GENE", help="predict only these (default: all the model knows)")
-    parser.add_argument(
-        "--reference",
-        default="unperturbed",
-        help="delta is the difference from: `unperturbed`, or `held` (the same genes at the cell's own level)",
-    )
     parser.add_argument("--batch-size", type=int, default=256, help="rows the model sees at once (256)")
     parser.add_argument("--device", help="cpu, cuda, ... (default: the first accelerator, else cpu)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
@@ -57,7 +52,6 @@ def run(arguments: argparse.Namespace) -> int:
         overwrite=arguments.overwrite,
         pairing=arguments.pairing,
         genes=arguments.genes,
-        reference=arguments.reference,
         batch_size=arguments.batch_size,
         device=arguments.device,
         progress=not arguments.quiet,

@@ -6,6 +6,9 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
+from modeling_gppc.evaluation.fine_tuned_model import FineTunedModel, relatives
+from modeling_gppc.evaluation.folder_model import FolderModel, read_run
+from modeling_gppc.evaluation.in_context_model import InContextModel
 from test_screen_evaluation import N_GENES, make_adata
 
 import train
@@ -16,9 +19,6 @@ from data_scripts.pairs.leak_guards import guard_model, model_leaks
 from data_scripts.pairs.pair_folder import PairFolder
 from gppc.cli import main
 from modeling_gppc.evaluation.evaluate_options import EvaluateOptions
-from modeling_gppc.evaluation.fine_tuned_model import FineTunedModel, relatives
-from modeling_gppc.evaluation.folder_model import FolderModel, read_run
-from modeling_gppc.evaluation.in_context_model import InContextModel
 from modeling_gppc.evaluation.screen_baselines import ScreenContext
 from modeling_gppc.evaluation.screen_evaluation import evaluate_screen, score_prediction_pearson
 from modeling_gppc.evaluation.screen_runs import shuffled_null
