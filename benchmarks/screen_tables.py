@@ -28,7 +28,7 @@ from modeling_gppc.evaluation.evaluate_options import EvaluateOptions
 from modeling_gppc.evaluation.report import markdown_table
 from modeling_gppc.evaluation.screen_evaluation import evaluate_screen
 from modeling_gppc.evaluation.screen_report import write_evaluation
-from modeling_gppc.feature_extraction_gppc import close_matches
+from modeling_gppc.normalization_gppc import close_matches
 
 TERM_COLUMNS = ("term", "GO_ID", "go_id", "GO ID")
 SYMBOL_COLUMNS = ("symbol", "Symbol", "gene_symbol", "gene_name", "hgnc_symbol")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from modeling_gppc.feature_extraction_gppc import close_matches
+from modeling_gppc.normalization_gppc import close_matches
 
 
 def read_yaml(path: str | Path) -> dict:

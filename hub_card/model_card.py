@@ -12,7 +12,7 @@ from string import Template
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from modeling_gppc.evaluation.transfer_scorecard import TRANSFER_FILE, transfer_scorecard
-from modeling_gppc.feature_extraction_gppc import close_matches
+from modeling_gppc.normalization_gppc import close_matches
 
 TEMPLATES = Path(__file__).parent / "templates"
 # Stands for the repository's name until a push replaces it in what it uploads.

@@ -13,8 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from hub_card.hub_upload import Retries
 from hub_card.model_card import write_model_card
 from hub_card.push import push_model
-from modeling_gppc.feature_extraction_gppc import GppcFeatureExtractor
-from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
+from modeling_gppc import GppcFeatureExtractor, GppcForPerturbationPrediction
 from modeling_gppc.pipeline_gppc import PerturbationPredictionPipeline
 from modeling_gppc.training.run_folder import write_json
 

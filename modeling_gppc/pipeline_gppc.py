@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from transformers import AutoModel, Pipeline
 
-from .feature_extraction_gppc import change_of_log_value, close_matches
+from .normalization_gppc import change_of_log_value, close_matches
 
 TASK = "perturbation-prediction"
 REFERENCES = ("unperturbed", "held")

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from modeling_gppc.feature_extraction_gppc import close_matches
+from modeling_gppc.normalization_gppc import close_matches
 
 # Names by which the usual collections (scPerturb, pertpy, cell-eval, GEARS, Census) call their columns, best first.
 STANDARD_COLUMNS = {

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from data_scripts.cells.screens import Screen
-from modeling_gppc.feature_extraction_gppc import close_matches
+from modeling_gppc.normalization_gppc import close_matches
 
 
 @dataclasses.dataclass

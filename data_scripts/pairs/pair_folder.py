@@ -19,7 +19,7 @@ from data_scripts.pairs.shard_files import (
     write_bytes_atomically,
     write_table_atomically,
 )
-from modeling_gppc.feature_extraction_gppc import close_matches
+from modeling_gppc.normalization_gppc import close_matches
 
 MANIFEST = "manifest.json"
 FILE_FORMATS = ("arrow", "parquet")

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from data_scripts.pairs.schema import SPLITS
-from modeling_gppc.feature_extraction_gppc import close_matches
+from modeling_gppc.normalization_gppc import close_matches
 
 
 def _check(condition: bool, name: str, value, wanted: str) -> None:

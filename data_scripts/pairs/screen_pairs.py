@@ -9,7 +9,7 @@ import pyarrow as pa
 from data_scripts.cells.screens import CONTROL, Screen
 from data_scripts.pairs.pair_folder import PairFolder, write_pair_folder
 from data_scripts.pairs.schema import GENE_SCHEMA, PAIR_SCHEMA
-from modeling_gppc.feature_extraction_gppc import close_matches
+from modeling_gppc.normalization_gppc import close_matches
 
 # Names of the contexts that the two cells of a pair share.
 SCREEN_PAIRING, CONTROL_PAIRING = "screen", "same_type"

@@ -26,7 +26,7 @@ from data_scripts.cells.gene_mapping import (
 from data_scripts.store import census_layout
 from data_scripts.store.census_source import CensusSource, row_blocks, sources_from_file
 from data_scripts.store.obs_columns import census_obs, find_obs_columns, library_sizes
-from modeling_gppc.feature_extraction_gppc import check_raw_counts, close_matches
+from modeling_gppc.normalization_gppc import check_raw_counts, close_matches
 
 __all__ = ["CensusReport", "CensusSource", "sources_from_file", "write_census"]
 

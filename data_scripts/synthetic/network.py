@@ -14,7 +14,7 @@ from scipy.special import expit, ndtri
 from scipy.stats import qmc
 
 from data_scripts.synthetic.network_config import SyntheticConfig
-from modeling_gppc.feature_extraction_gppc import close_matches
+from modeling_gppc.normalization_gppc import close_matches
 
 TARGET_SUM = 10_000.0
 # Log rate of a gene that is knocked out: exp(-30) molecules are none, and 0 * -30 is not NaN.

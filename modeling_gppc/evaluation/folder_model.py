@@ -12,8 +12,9 @@ from data_scripts.pairs.screen_pairs import SCREEN_PAIRING
 from modeling_gppc.evaluation.response_size import ResponseSize
 from modeling_gppc.evaluation.screen_baselines import ScreenContext, no_change
 from modeling_gppc.evaluation.screen_scores import ScreenPrediction, scored_genes
-from modeling_gppc.feature_extraction_gppc import GppcFeatureExtractor, close_matches
+from modeling_gppc.feature_extraction_gppc import GppcFeatureExtractor
 from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
+from modeling_gppc.normalization_gppc import close_matches
 from modeling_gppc.outputs_gppc import GppcOutput
 
 

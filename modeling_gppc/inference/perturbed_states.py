@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from modeling_gppc.feature_extraction_gppc import change_of_log_value
 from modeling_gppc.inference.prediction_plan import Prediction
+from modeling_gppc.normalization_gppc import change_of_log_value
 
 
 def predicted_blocks(prediction: Prediction, batch_size: int) -> Iterator[tuple[int, slice, dict[str, np.ndarray]]]:
