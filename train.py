@@ -42,6 +42,7 @@ from transformers.utils import logging as transformers_logging
 
 from data_scripts.batches.data_collator import PairCollator
 from data_scripts.batches.pair_dataset import PairDataset
+from data_scripts.files import write_json
 from data_scripts.pairs.pair_folder import PairFolder
 from hub_card.model_card import write_model_card
 from hub_card.push_during_training import HubPush
@@ -57,7 +58,7 @@ from modeling_gppc.training.arguments import RunOptions, build_parser, parse_opt
 from modeling_gppc.training.checkpoints import last_checkpoint
 from modeling_gppc.training.launch import broadcast_buffers, leave, main_first, start_processes
 from modeling_gppc.training.prepare_data import prepare_pairs
-from modeling_gppc.training.run_folder import claim_folder, write_json
+from modeling_gppc.training.run_folder import claim_folder
 from modeling_gppc.training.screen_data import keep_departure_if_it_responds, refit_on_all_controls, screen_entry
 from modeling_gppc.training.start_from import start_from, what_was_read
 from modeling_gppc.training.stream_rows import open_stream
@@ -161,6 +162,8 @@ def save(
     if screen_entry(folder).get("refit"):
         refit_on_all_controls(model, folder, options.training.linear_start_iterations, options.seed)
         pipeline.save_pretrained(out)
+    for weights in out.glob("*.safetensors"):  # safetensors leaves them to their owner alone
+        weights.chmod((out / "config.json").stat().st_mode)
     write_results(results, out / "results.json")
     write_json(run_facts(trainer, options, folder, seconds), out / "run.json")
     write_json(trainer.state.log_history, out / "training_log.json")
