@@ -105,10 +105,14 @@ def test_fine_tuned_folders_are_scored_on_what_they_did_not_see(folds, file, tmp
     assert targets and {tuple(row["perturbation_gene_ids"]) for row in pairs if row["pairing"] == "screen"} == {
         (int(label[1:]),) for label in seen[0]["train_perturbations"]
     }
-    assert evaluate(file, tmp_path / "out", "--mode", "fine-tuned", "--model", *folds) == 0
+    assert (
+        evaluate(file, tmp_path / "out", "--mode", "fine-tuned", "--model", folds[0], "--more_models", *folds[1:]) == 0
+    )
     summary = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert summary["n_perturbations"] == 6 and summary["methods"]["gppc"]["reads_perturbed_cells"]
-    assert evaluate(file, tmp_path / "twice", "--mode", "fine-tuned", "--model", folds[0], folds[0]) == 2
+    assert (
+        evaluate(file, tmp_path / "twice", "--mode", "fine-tuned", "--model", folds[0], "--more_models", folds[0]) == 2
+    )
     assert "two folders hold out the same perturbation" in capsys.readouterr().err
     assert evaluate(file, tmp_path / "context", "--model", folds[0]) == 2
     assert "wants a model trained on controls" in capsys.readouterr().err

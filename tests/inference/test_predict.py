@@ -362,7 +362,7 @@ def command(folder, tmp_path, **changed):
         ({"library_size_key": "too_small"}, r"`library_size_key` 'too_small' is 1 for cell `cell0`"),
         ({"pairing": "same_typ"}, r"`pairing` is 'same_typ'.*did you mean `same_type`"),
         ({"genes": "LYZZ"}, r"gene `LYZZ` is not among"),
-        ({"reference": "none"}, r"`reference` is 'none'; wanted one of unperturbed, held"),
+        ({"reference": "none"}, r"`reference` is 'none'; wanted one of 'unperturbed', 'held'"),
         ({"batch_size": 0}, r"`batch_size` is 0"),
     ],
 )
