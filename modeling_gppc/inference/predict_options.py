@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from data_scripts.command_line import POSITIONAL
 
@@ -25,8 +24,6 @@ class PredictOptions:
         library_size_key (`str`, *optional*): Column of obs with counts over all genes; found when absent, else their sum.
         pairing (`str`, *optional*): Context that the cell before and the cell after share; else the model's.
         genes (`list[str]`, *optional*): Predict these genes only; else all that the model knows.
-        reference (`str`, *optional*, defaults to `"unperturbed"`): What delta is the difference from: the unperturbed
-            prediction, or `held`: the same genes imposed at the cell's own level.
         batch_size (`int`, *optional*, defaults to 256): Rows that the model sees at once.
         device (`str`, *optional*): cpu, cuda, ...; else the first accelerator, or the CPU.
         quiet (`bool`, *optional*, defaults to `False`): No progress bar, no summary.
@@ -42,7 +39,6 @@ class PredictOptions:
     library_size_key: str | None = None
     pairing: str | None = None
     genes: list[str] | None = None
-    reference: Literal["unperturbed", "held"] = "unperturbed"
     batch_size: int = 256
     device: str | None = None
     quiet: bool = False

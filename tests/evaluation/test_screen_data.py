@@ -2,14 +2,14 @@
 
 import numpy as np
 import pytest
+from modeling_gppc.evaluation.folder_model import read_run
+from modeling_gppc.evaluation.in_context_model import InContextModel
 from test_screen_evaluation import make_adata
 
 import train
 from data_scripts.cells.screens import ScreenOptions, read_screen
 from data_scripts.pairs.pair_folder import PairFolder
 from data_scripts.pairs.splits import guard_splits
-from modeling_gppc.evaluation.folder_model import read_run
-from modeling_gppc.evaluation.in_context_model import InContextModel
 from modeling_gppc.fitting.factor_model import choose_rank
 from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
 from modeling_gppc.training import screen_data

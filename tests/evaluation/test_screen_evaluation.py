@@ -8,6 +8,8 @@ import pandas as pd
 import pytest
 import scipy.stats
 import torch
+from modeling_gppc.evaluation.in_context_model import InContextModel
+from modeling_gppc.evaluation.response_size import ResponseSize, batch_drift
 
 from data_scripts.cells.screen_cells import keep_genes, technical_residuals
 from data_scripts.cells.screen_splits import combination_folds, held_out_group, perturbation_folds
@@ -16,8 +18,6 @@ from gppc.cli import main
 from modeling_gppc.configuration_gppc import GppcConfig
 from modeling_gppc.evaluation import metrics
 from modeling_gppc.evaluation.evaluate_options import EvaluateOptions
-from modeling_gppc.evaluation.in_context_model import InContextModel
-from modeling_gppc.evaluation.response_size import ResponseSize, batch_drift
 from modeling_gppc.evaluation.screen_baselines import (
     ScreenContext,
     additive,

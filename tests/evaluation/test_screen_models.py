@@ -6,6 +6,9 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
+from modeling_gppc.evaluation.fine_tuned_model import FineTunedModel, relatives
+from modeling_gppc.evaluation.folder_model import FolderModel, read_run
+from modeling_gppc.evaluation.in_context_model import InContextModel
 from test_screen_evaluation import N_GENES, make_adata
 
 import train
@@ -16,9 +19,6 @@ from data_scripts.pairs.leak_guards import guard_model, model_leaks
 from data_scripts.pairs.pair_folder import PairFolder
 from gppc.cli import main
 from modeling_gppc.evaluation.evaluate_options import EvaluateOptions
-from modeling_gppc.evaluation.fine_tuned_model import FineTunedModel, relatives
-from modeling_gppc.evaluation.folder_model import FolderModel, read_run
-from modeling_gppc.evaluation.in_context_model import InContextModel
 from modeling_gppc.evaluation.screen_baselines import ScreenContext
 from modeling_gppc.evaluation.screen_evaluation import evaluate_screen, score_prediction_pearson
 from modeling_gppc.evaluation.screen_runs import shuffled_null
@@ -105,14 +105,10 @@ def test_fine_tuned_folders_are_scored_on_what_they_did_not_see(folds, file, tmp
     assert targets and {tuple(row["perturbation_gene_ids"]) for row in pairs if row["pairing"] == "screen"} == {
         (int(label[1:]),) for label in seen[0]["train_perturbations"]
     }
-    assert (
-        evaluate(file, tmp_path / "out", "--mode", "fine-tuned", "--model", folds[0], "--more_models", *folds[1:]) == 0
-    )
+    assert evaluate(file, tmp_path / "out", "--mode", "fine-tuned", "--model", *folds) == 0
     summary = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert summary["n_perturbations"] == 6 and summary["methods"]["gppc"]["reads_perturbed_cells"]
-    assert (
-        evaluate(file, tmp_path / "twice", "--mode", "fine-tuned", "--model", folds[0], "--more_models", folds[0]) == 2
-    )
+    assert evaluate(file, tmp_path / "twice", "--mode", "fine-tuned", "--model", folds[0], folds[0]) == 2
     assert "two folders hold out the same perturbation" in capsys.readouterr().err
     assert evaluate(file, tmp_path / "context", "--model", folds[0]) == 2
     assert "wants a model trained on controls" in capsys.readouterr().err

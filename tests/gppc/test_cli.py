@@ -17,8 +17,6 @@ from gppc.cli import COMMANDS, main
 ROOT = Path(__file__).resolve().parents[2]
 # What takes seconds to import.
 SLOW = ("torch", "transformers", "pandas", "anndata", "scipy", "tiledbsoma", "datasets", "matplotlib")
-# Commands whose options do not load what reads AnnData.
-LIGHT = sorted(set(COMMANDS) - {"evaluate"})
 
 
 def fields_below(cls, prefix=""):
@@ -97,7 +95,7 @@ def in_a_fresh_process(code):
         ["--help"],
         ["--version"],
         ["bild-pairs"],
-        *([command, "--help"] for command in LIGHT),
+        *([command, "--help"] for command in COMMANDS),
         ["make-census", "store", "a.h5ad", "--organsim", "x"],
         ["build-pairs", "out", "--panel.n_gene", "5"],
         ["predict", "model", "cells.h5ad", "--perturb", "A=ko"],
@@ -121,14 +119,11 @@ def test_what_needs_no_computation_answers_at_once(words):
         "data_scripts.pairs.pair_options",
         "data_scripts.synthetic.network_config",
         "modeling_gppc.inference.predict_options",
+        "modeling_gppc.evaluation.evaluate_options",
     ],
 )
 def test_options_modules_load_nothing_slow(module):
     assert in_a_fresh_process(f"import {module}")[1] == []
-
-
-def test_the_options_of_evaluate_load_no_torch():
-    assert not {"torch", "transformers"} & set(in_a_fresh_process("import modeling_gppc.evaluation.evaluate_cli")[1])
 
 
 def test_a_class_asked_for_is_registered():
