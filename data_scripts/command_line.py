@@ -82,9 +82,11 @@ def flags_of(*classes: type, prefix: str = "") -> dict[str, Flag]:
 
 
 def kind_of(hint) -> typing.Any:
-    """The type that an option has where it is not `None`; the first one of several."""
-    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    return next(kind for kind in typing.get_args(hint) if kind is not types.NoneType) if union else hint
+    """The type that an option has where it is not `None`; `Any` where it may have several."""
+    if typing.get_origin(hint) not in (typing.Union, types.UnionType):
+        return hint
+    kinds = [kind for kind in typing.get_args(hint) if kind is not types.NoneType]
+    return kinds[0] if len(kinds) == 1 else typing.Any
 
 
 def container_of(hint) -> type | None:

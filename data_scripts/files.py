@@ -49,6 +49,12 @@ def write_json(content, path: str | Path) -> Path:
     return write_text(json.dumps(content, indent=2) + "\n", path)
 
 
+def share_weights(folder: str | Path) -> None:
+    """Gives the weights in a model folder the permissions of its configuration; safetensors wrote them for their owner."""
+    for weights in Path(folder).glob("*.safetensors"):
+        weights.chmod((Path(folder) / "config.json").stat().st_mode)
+
+
 def make_durable(path: Path) -> None:
     """Waits until a file or folder is on disk, so that a rename never outlives what it names."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -65,6 +65,7 @@ class Options(Base):
         pair (`tuple[int, ...]`): Numbers.
         shares (`dict[str, float]`): Gene to share.
         anything (`dict`): See [`Keys`].
+        either (`int` or `str`, *optional*): A number, or a word.
         inner, absent ([`Inner`]): Nested.
     """
 
@@ -77,6 +78,7 @@ class Options(Base):
     pair: tuple[int, ...] = ()
     shares: dict[str, float] = dataclasses.field(default_factory=dict)
     anything: dict[str, Any] = dataclasses.field(default_factory=dict, metadata={"keys": Keys})
+    either: int | str | None = None
     inner: Inner = dataclasses.field(default_factory=Inner)
     absent: Inner | None = None
 
@@ -124,6 +126,8 @@ GOOD = {
     "mapping by a name below": ("--shares.A 0.5", "shares", {"A": 0.5}),
     "mapping of anything": ("--anything.a.b [1]", "anything", {"a": {"b": [1]}}),
     "key with a class": ("--anything.width 4", "anything", {"width": 4}),
+    "one of two types": ("--either 3", "either", 3),
+    "the other of two types": ("--either all", "either", "all"),
     "nested": ("--inner.high 3", "inner", Inner(high=3.0)),
     "nested, dashes": ("--inner.entries {a:~1} {b:~2}", "inner.entries", [{"a": 1}, {"b": 2}]),
     "nested as a mapping": ("--inner {low:~3}", "inner", Inner(low=3.0)),
@@ -232,6 +236,7 @@ def test_help_tells_every_option_its_type_meaning_and_default():
         "--shares NAME=VALUE ... Gene to share. (default: {})",
         "--anything NAME=VALUE ... See `Keys`. (default: {})",
         "anything: Keys of a mapping. --anything.width INTEGER How wide. (default: 3)",
+        "--either VALUE A number, or a word. (default: null)",
         "inner: Things inside. --inner.low NUMBER Bounds, over two lines. (default: 0.5)",
         "absent: Things inside. --absent.low NUMBER Bounds, over two lines. (default: 0.5)",
     ):
