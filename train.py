@@ -42,6 +42,7 @@ from transformers.utils import logging as transformers_logging
 
 from data_scripts.batches.data_collator import PairCollator
 from data_scripts.batches.pair_dataset import PairDataset
+from data_scripts.files import share_weights, write_json
 from data_scripts.pairs.pair_folder import PairFolder
 from hub_card.model_card import write_model_card
 from hub_card.push_during_training import HubPush
@@ -57,7 +58,7 @@ from modeling_gppc.training.arguments import RunOptions, build_parser, parse_opt
 from modeling_gppc.training.checkpoints import last_checkpoint
 from modeling_gppc.training.launch import broadcast_buffers, leave, main_first, start_processes
 from modeling_gppc.training.prepare_data import prepare_pairs
-from modeling_gppc.training.run_folder import claim_folder, write_json
+from modeling_gppc.training.run_folder import claim_folder
 from modeling_gppc.training.screen_run import fit_screen_run
 from modeling_gppc.training.start_from import start_from, what_was_read
 from modeling_gppc.training.stream_rows import open_stream
@@ -153,6 +154,7 @@ def save(
     # Writes the model, the feature extractor, their code and the pipeline's.
     pipeline = PerturbationPredictionPipeline(model=model, feature_extractor=extractor, device=model.device)
     pipeline.save_pretrained(out)
+    share_weights(out)
     results = evaluate_run(
         model, folder, options.evaluation, seed=options.seed, network=load_network_of(options.output_dir)
     )

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import struct
 from collections.abc import Iterable, Mapping
@@ -11,8 +10,9 @@ from string import Template
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from data_scripts.files import write_json, write_text
 from modeling_gppc.evaluation.transfer_scorecard import TRANSFER_FILE, transfer_scorecard
-from modeling_gppc.feature_extraction_gppc import close_matches
+from modeling_gppc.normalization_gppc import close_matches
 
 TEMPLATES = Path(__file__).parent / "templates"
 # Stands for the repository's name until a push replaces it in what it uploads.
@@ -331,19 +331,10 @@ def add_transfer(folder: str | Path, evaluations: Iterable[str | Path]) -> Path:
         Path of the card.
     """
     folder = Path(folder)
-    text = json.dumps(transfer_scorecard(folder, evaluations), indent=2)
-    write_text(folder / TRANSFER_FILE, f"{text}\n")
+    write_json(transfer_scorecard(folder, evaluations), folder / TRANSFER_FILE)
     return write_model_card(folder)
 
 
 def write_model_card(folder: str | Path) -> Path:
     """Renders the card of a run folder into its `README.md` and returns the path; see [`render_model_card`]."""
-    return write_text(Path(folder) / "README.md", render_model_card(folder))
-
-
-def write_text(path: Path, text: str) -> Path:
-    """Writes a file under a temporary name and moves it into place."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-    return path
+    return write_text(render_model_card(folder), Path(folder) / "README.md")

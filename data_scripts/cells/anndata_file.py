@@ -16,7 +16,7 @@ from scipy import sparse
 from data_scripts.cells.column_names import STANDARD_NAMES, find_column, numbers
 from data_scripts.cells.gene_mapping import FileGenes, read_file_genes
 from data_scripts.cells.read_options import ReadOptions
-from modeling_gppc.feature_extraction_gppc import check_raw_counts, close_matches, normalize_counts
+from modeling_gppc.normalization_gppc import check_raw_counts, close_matches, normalize_counts
 
 FORMATS = (".h5ad", ".zarr", ".h5")
 # Stored values of a block of cells, about. Memory is a few times this; a store has a fragment for every block.

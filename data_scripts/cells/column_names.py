@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import numpy as np
 import pandas as pd
 
-from modeling_gppc.feature_extraction_gppc import close_matches
+from modeling_gppc.normalization_gppc import close_matches
 
 # What a column holds -> its usual names (Census, scanpy, Seurat, scPerturb, pertpy, cell-eval, GEARS), most specific
 # first; case is ignored. An option that names a column is called like its entry here, with `_column` behind it.

@@ -11,7 +11,7 @@ import pandas as pd
 
 from data_scripts.cells.column_names import STANDARD_NAMES, find_column, texts
 from data_scripts.cells.read_options import ReadOptions
-from modeling_gppc.feature_extraction_gppc import bare_gene_name, close_matches
+from modeling_gppc.normalization_gppc import bare_gene_name, close_matches
 
 # Census name -> (label, NCBI taxonomy id, prefix of its Ensembl gene ids).
 ORGANISMS = {

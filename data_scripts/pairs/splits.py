@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from data_scripts.pairs.pair_options import SplitOptions
 from data_scripts.pairs.schema import SPLITS
-from modeling_gppc.feature_extraction_gppc import close_matches
+from modeling_gppc.normalization_gppc import close_matches
 
 
 def stable_uniform(seed: int, column: str, values: Sequence) -> np.ndarray:

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from data_scripts.cells.column_names import find_column
-from data_scripts.cells.read_options import ReadOptions
+from data_scripts.cells.read_options import CensusReadOptions
 from data_scripts.store.census_layout import TERM_COLUMNS
 
 DEFAULTS = {"suspension_type": "cell", "tissue_type": "tissue"}
@@ -16,32 +16,7 @@ DEFAULTS = {"suspension_type": "cell", "tissue_type": "tissue"}
 LABELS = {"donor_id": "donor", **{name: name for name in (*TERM_COLUMNS, *DEFAULTS)}}
 
 
-@dataclasses.dataclass
-class CensusOptions(ReadOptions):
-    """
-    How to read cells for a store.
-
-    Args:
-        cell_type_column (`str`, *optional*): Column of obs with the cell type; `unknown` where there is none, as for
-            the columns below.
-        donor_column (`str`, *optional*): Column of obs with the donor.
-        assay_column (`str`, *optional*): Column of obs with the assay.
-        tissue_column (`str`, *optional*): Column of obs with the tissue.
-        sex_column (`str`, *optional*): Column of obs with the sex.
-        disease_column (`str`, *optional*): Column of obs with the disease.
-        development_stage_column (`str`, *optional*): Column of obs with the development stage.
-    """
-
-    cell_type_column: str | None = None
-    donor_column: str | None = None
-    assay_column: str | None = None
-    tissue_column: str | None = None
-    sex_column: str | None = None
-    disease_column: str | None = None
-    development_stage_column: str | None = None
-
-
-def find_labels(obs: pd.DataFrame, options: CensusOptions, where: str) -> dict[str, str]:
+def find_labels(obs: pd.DataFrame, options: CensusReadOptions, where: str) -> dict[str, str]:
     """Which column of the file feeds which column of Census.
 
     Raises:

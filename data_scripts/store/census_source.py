@@ -10,7 +10,7 @@ import numpy as np
 
 from data_scripts.cells.anndata_file import CellFile, check_path, open_cells
 from data_scripts.cells.column_names import find_column, texts
-from data_scripts.store.census_obs import CensusOptions
+from data_scripts.cells.read_options import CensusReadOptions
 
 
 @dataclass
@@ -28,7 +28,7 @@ class CensusSource:
         load (`Callable[[], AnnData]`, *optional*): Returns the cells, the same ones at every call.
         path (`str` or `Path`, *optional*): A file; see [`open_cells`] for its formats.
         rows (`np.ndarray`, *optional*): Only these cells, a mask of shape `(n_obs,)`.
-        options ([`CensusOptions`], *optional*): What is where.
+        options ([`CensusReadOptions`], *optional*): What is where.
         title (`str`, *optional*): Title of the data set for people.
     """
 
@@ -37,7 +37,7 @@ class CensusSource:
     load: Callable[[], anndata.AnnData] | None = None
     path: str | Path | None = None
     rows: np.ndarray | None = None
-    options: CensusOptions = field(default_factory=CensusOptions)
+    options: CensusReadOptions = field(default_factory=CensusReadOptions)
     title: str = ""
 
     def __post_init__(self):
@@ -62,13 +62,13 @@ class CensusSource:
 
 
 def sources_from_file(
-    path: str | Path, options: CensusOptions | None = None, dataset_column: str | None = None
+    path: str | Path, options: CensusReadOptions | None = None, dataset_column: str | None = None
 ) -> list[CensusSource]:
     """The data sets of one file.
 
     Args:
         path (`str` or `Path`): The file.
-        options ([`CensusOptions`], *optional*): What is where.
+        options ([`CensusReadOptions`], *optional*): What is where.
         dataset_column (`str`, *optional*): Column of obs that names the data set of each cell; the file is split by it,
             and each part counts as having measured every gene of the file. Without it the file is one data set, named
             by `dataset_id` or `dataset` of obs if that holds one value, else by the file.
@@ -76,7 +76,7 @@ def sources_from_file(
     Raises:
         ValueError: If the file is absent or unreadable, or the column does not exist.
     """
-    path, options = Path(path), options or CensusOptions()
+    path, options = Path(path), options or CensusReadOptions()
     whole = CensusSource(path=path, dataset_id=path.stem, options=options)
     with whole.cells() as cells:
         column = find_column(cells.obs, "dataset", dataset_column, where=f"obs of {whole.where}")

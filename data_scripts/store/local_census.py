@@ -23,12 +23,13 @@ from data_scripts.cells.gene_mapping import (
     read_gene_table,
     shared_symbols,
 )
+from data_scripts.files import write_atomically
 from data_scripts.store import census_layout
-from data_scripts.store.census_obs import CensusOptions, census_obs, find_labels
+from data_scripts.store.census_obs import census_obs, find_labels
 from data_scripts.store.census_source import CensusSource, sources_from_file
-from modeling_gppc.feature_extraction_gppc import close_matches
+from modeling_gppc.normalization_gppc import close_matches
 
-__all__ = ["CensusOptions", "CensusReport", "CensusSource", "sources_from_file", "write_census"]
+__all__ = ["CensusReport", "CensusSource", "sources_from_file", "write_census"]
 
 # What a store holds of each kind of values. Layer `raw` is whole numbers for everyone who reads it.
 LAYERS = {"counts": ("raw", "normalized"), "estimated_counts": ("normalized",), "log": ("log_values",)}
@@ -62,11 +63,9 @@ class CensusReport:
 
     def write_genes(self, path: str | Path) -> Path:
         """Writes `genes` as CSV and returns the path."""
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        self.genes.to_csv(temporary, index=False)
-        os.replace(temporary, path)
-        return path
+        with write_atomically(path) as temporary:
+            self.genes.to_csv(temporary, index=False)
+        return Path(path)
 
     def summary(self, n_examples: int = 5) -> str:
         """A few lines for people: what was written, and which genes could not be mapped."""

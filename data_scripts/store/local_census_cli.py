@@ -1,70 +1,67 @@
 """`gppc make-census`: AnnData files into a local store in Census layout."""
 
-import argparse
+import dataclasses
 from pathlib import Path
+from typing import Literal
 
-from data_scripts.cells.gene_mapping import ORGANISMS, UNMAPPED
-from data_scripts.cells.read_options import add_flags, options_from_flags
-from data_scripts.store.census_obs import CensusOptions
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags; columns that are not named are found by their usual names."""
-    parser.add_argument("store", metavar="STORE", type=Path, help="folder of the new store")
-    parser.add_argument(
-        "files", metavar="FILE", type=Path, nargs="+", help="cells: .h5ad, .zarr, or .h5 of 10x Genomics"
-    )
-    parser.add_argument(
-        "--organism", default="homo_sapiens", metavar="NAME", help=f"one of {', '.join(ORGANISMS)} (%(default)s)"
-    )
-    parser.add_argument(
-        "--gene-table",
-        type=Path,
-        action="append",
-        metavar="FILE",
-        help="csv, tsv or parquet with symbols and Ensembl ids (lengths and biotypes if it has them); may be repeated",
-    )
-    parser.add_argument(
-        "--unmapped",
-        choices=UNMAPPED,
-        default="keep",
-        help="genes without Ensembl id: keep them under their names, drop them, or stop (%(default)s)",
-    )
-    parser.add_argument("--dataset-column", metavar="COLUMN", help="obs column that splits a file into data sets")
-    add_flags(parser, CensusOptions)
-    parser.add_argument(
-        "--keep-obs", nargs="+", default=[], metavar="COLUMN", help="further obs columns to carry along"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace a store of that name")
+from data_scripts.cells.read_options import CensusReadOptions
+from data_scripts.command_line import POSITIONAL
 
 
-def run(arguments: argparse.Namespace) -> int:
+@dataclasses.dataclass
+class CensusOptions:
+    """
+    Files and the store that they are written into.
+
+    Args:
+        store (`str`): Folder of the new store.
+        files (`list[str]`): Cells: .h5ad, .zarr, or .h5 of 10x Genomics.
+        organism (`str`, *optional*, defaults to `"homo_sapiens"`): Census name of the species.
+        gene_table (`list[str]`, *optional*): Tables (csv, tsv or parquet) with symbols and Ensembl ids, lengths and
+            biotypes if they have them.
+        unmapped (`str`, *optional*, defaults to `"keep"`): What happens to genes without Ensembl id: keep them under
+            their names, drop them, or stop.
+        dataset_column (`str`, *optional*): Column of obs that splits a file into data sets.
+        keep_obs (`list[str]`, *optional*): Further columns of obs to carry along.
+        overwrite (`bool`, *optional*, defaults to `False`): Replace a store of that name.
+    """
+
+    store: str = dataclasses.field(metadata=POSITIONAL)
+    files: list[str] = dataclasses.field(metadata=POSITIONAL)
+    organism: str = "homo_sapiens"
+    gene_table: list[str] = dataclasses.field(default_factory=list)
+    unmapped: Literal["keep", "drop", "error"] = "keep"
+    dataset_column: str | None = None
+    keep_obs: list[str] = dataclasses.field(default_factory=list)
+    overwrite: bool = False
+
+    def __post_init__(self):
+        seen = set()
+        for path in map(Path, self.files):
+            if path.resolve() in seen:
+                raise ValueError(f"file {path} is given twice; give every file once.")
+            seen.add(path.resolve())
+
+
+OPTIONS = (CensusOptions, CensusReadOptions)
+
+
+def run(options: CensusOptions, reading: CensusReadOptions) -> None:
     """Writes the store and `STORE.genes.csv` beside it, and prints what happened."""
-    # Imported here: these libraries take seconds to import, and `gppc --help` should not wait for them.
-    from .local_census import sources_from_file, write_census
+    # Imported here: these libraries take seconds to import, and help texts should not wait for them.
+    from data_scripts.store.local_census import sources_from_file, write_census
 
-    seen = set()
-    for path in arguments.files:
-        if path.resolve() in seen:
-            raise ValueError(f"file {path} is given twice; give every file once.")
-        seen.add(path.resolve())
-    options = options_from_flags(CensusOptions, vars(arguments))
-    sources = [
-        source
-        for path in arguments.files
-        for source in sources_from_file(path, options, dataset_column=arguments.dataset_column)
-    ]
+    sources = [source for path in options.files for source in sources_from_file(path, reading, options.dataset_column)]
     report = write_census(
-        arguments.store,
+        options.store,
         sources,
-        organism=arguments.organism,
-        gene_table=arguments.gene_table,
-        unmapped=arguments.unmapped,
-        keep_obs=arguments.keep_obs,
-        overwrite=arguments.overwrite,
+        organism=options.organism,
+        gene_table=options.gene_table,
+        unmapped=options.unmapped,
+        keep_obs=options.keep_obs,
+        overwrite=options.overwrite,
         progress=True,
     )
     table = report.write_genes(report.store.with_name(f"{report.store.name}.genes.csv"))
     print(report.summary())
     print(f"  every gene of every data set, and how it was mapped: {table}")
-    return 0

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from modeling_gppc.feature_extraction_gppc import close_matches
+from modeling_gppc.normalization_gppc import close_matches
 
 FORMS = ("linear", "count")
 

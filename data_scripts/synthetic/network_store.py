@@ -9,7 +9,8 @@ import pandas as pd
 import scipy.sparse as sp
 from tqdm import tqdm
 
-from data_scripts.store.local_census import CensusOptions, CensusReport, CensusSource, write_census
+from data_scripts.cells.read_options import CensusReadOptions
+from data_scripts.store.local_census import CensusReport, CensusSource, write_census
 from data_scripts.synthetic.network import GeneNetwork, SyntheticConfig, make_network
 from data_scripts.synthetic.network_cells import dataset_sizes, iterate_cells, make_var
 
@@ -69,7 +70,7 @@ def write_synthetic(
 
 def _write_parts(network: GeneNetwork, folder: Path, progress: bool) -> list[CensusSource]:
     """Draws the cells into files of at most `PART_CHUNKS` chunks."""
-    sources, options = [], CensusOptions(value_kind=VALUE_KINDS[network.config.form])
+    sources, options = [], CensusReadOptions(value_kind=VALUE_KINDS[network.config.form])
     with tqdm(total=network.config.n_cells, desc="drawing cells", unit="cell", disable=not progress) as bar:
         for dataset, size in enumerate(dataset_sizes(network).tolist()):
             var = make_var(network, network.measured[dataset])

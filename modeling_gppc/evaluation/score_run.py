@@ -13,7 +13,7 @@ from modeling_gppc.evaluation.model_predictor import ModelPredictor
 from modeling_gppc.evaluation.pair_arrays import PairArrays, sample_rows
 from modeling_gppc.evaluation.pair_floors import fit_floors
 from modeling_gppc.evaluation.pair_scores import MODEL_METHOD, OPTIMUM, assemble_results, named_splits, score_split
-from modeling_gppc.feature_extraction_gppc import close_matches
+from modeling_gppc.normalization_gppc import close_matches
 from modeling_gppc.training.arguments import EvaluationOptions
 
 # Fewer training pairs than this do not make a floor of their own.

@@ -12,7 +12,8 @@ from scipy import sparse
 from data_scripts.cells.anndata_file import open_cells
 from data_scripts.cells.gene_mapping import FileGenes
 from data_scripts.cells.read_options import ReadOptions
-from modeling_gppc.feature_extraction_gppc import GppcFeatureExtractor, close_matches
+from modeling_gppc.feature_extraction_gppc import GppcFeatureExtractor
+from modeling_gppc.normalization_gppc import close_matches
 
 # Close matches are sought for so many of the unknown genes; every search compares against the whole vocabulary.
 MAX_SEARCHED = 100

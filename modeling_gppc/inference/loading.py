@@ -8,10 +8,9 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModel
 
-import modeling_gppc  # noqa: F401  (registers the classes, so that no code from the checkpoint is run)
-from modeling_gppc.configuration_gppc import GppcConfig
-from modeling_gppc.feature_extraction_gppc import GppcFeatureExtractor, close_matches
-from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
+# From the package, which registers the classes, so that no code from the checkpoint is run.
+from modeling_gppc import GppcConfig, GppcFeatureExtractor, GppcForPerturbationPrediction
+from modeling_gppc.normalization_gppc import close_matches
 
 # What save_pretrained writes; any one of the weight files will do.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")

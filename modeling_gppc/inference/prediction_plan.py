@@ -13,10 +13,11 @@ import pandas as pd
 import torch
 
 from data_scripts.cells.read_options import ReadOptions
-from modeling_gppc.feature_extraction_gppc import GppcFeatureExtractor, close_matches
+from modeling_gppc.feature_extraction_gppc import GppcFeatureExtractor
 from modeling_gppc.inference.input_cells import InputCells, input_cells
 from modeling_gppc.inference.loading import load_model
 from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
+from modeling_gppc.normalization_gppc import close_matches
 
 # Columns of obs that a prediction adds; columns of these names in the input are kept with `input_` in front.
 ADDED_COLUMNS = ("perturbation", "source_cell", "familiarity")

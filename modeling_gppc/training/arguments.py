@@ -18,7 +18,7 @@ from data_scripts.options import from_mapping, read_yaml
 from data_scripts.pairs.pair_options import PairOptions
 from data_scripts.synthetic.network import SyntheticConfig
 from modeling_gppc.configuration_gppc import GppcConfig
-from modeling_gppc.feature_extraction_gppc import close_matches
+from modeling_gppc.normalization_gppc import close_matches
 from modeling_gppc.training.screen_run_options import ScreenRunOptions
 
 CONFIGS = Path(__file__).parent / "configs"

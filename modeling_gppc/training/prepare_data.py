@@ -63,7 +63,8 @@ def open_pairs(path: str | Path) -> PairFolder:
 
 def write_store(store: Path, options: RunOptions, progress: bool) -> None:
     """Writes the cells of `options.data` into a local store."""
-    from data_scripts.store.local_census import CensusOptions, CensusSource, write_census
+    from data_scripts.cells.read_options import CensusReadOptions
+    from data_scripts.store.local_census import CensusSource, write_census
 
     data = options.data
     if data.synthetic is not None:
@@ -82,7 +83,7 @@ def write_store(store: Path, options: RunOptions, progress: bool) -> None:
             raise ValueError(f"`data.files` holds two files named {repeated[0]!r}; their names tell data sets apart.")
         columns = {name: getattr(data, name) for name in ("library_size_column", "cell_type_column", "donor_column")}
         sources = [
-            CensusSource(path=file, dataset_id=name, options=CensusOptions(**columns))
+            CensusSource(path=file, dataset_id=name, options=CensusReadOptions(**columns))
             for file, name in zip(data.files, names)
         ]
     write_census(store, sources, organism=options.pairs.query.organism, progress=progress)

@@ -2,9 +2,9 @@
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 
+from data_scripts.files import write_json
 from modeling_gppc.training.arguments import RunOptions
 
 OPTIONS_FILE = "options.json"
@@ -81,10 +81,3 @@ def first_difference(theirs, mine, free: tuple[str, ...] = FREE, where: str = ""
                 return difference
         return None
     return None if theirs == mine else f"`{where}` is {theirs!r} there and {mine!r} here"
-
-
-def write_json(content, path: Path) -> None:
-    """Writes a JSON file under a temporary name and moves it into place."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, path)

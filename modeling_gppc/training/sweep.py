@@ -17,14 +17,15 @@ from transformers.trainer_utils import SaveStrategy
 
 from data_scripts.batches.data_collator import PairCollator
 from data_scripts.batches.pair_dataset import PairDataset
+from data_scripts.files import write_json
 from data_scripts.options import from_mapping, read_yaml
 from data_scripts.pairs.pair_folder import PairFolder
-from modeling_gppc.feature_extraction_gppc import close_matches
 from modeling_gppc.fitting.fit_linear_response import initialize_linear_response
 from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
+from modeling_gppc.normalization_gppc import close_matches
 from modeling_gppc.training.arguments import CONFIGS, RunOptions, find_config, merge, read_flags
 from modeling_gppc.training.prepare_data import prepare_pairs
-from modeling_gppc.training.run_folder import first_difference, write_json
+from modeling_gppc.training.run_folder import first_difference
 from modeling_gppc.training.sweep_report import write_report
 from modeling_gppc.training.throughput import Throughput
 from modeling_gppc.training.trainer import GppcTrainer, make_trainer

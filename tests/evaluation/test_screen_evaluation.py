@@ -10,6 +10,7 @@ import scipy.stats
 import torch
 from modeling_gppc.evaluation.in_context_model import InContextModel
 from modeling_gppc.evaluation.response_size import ResponseSize, batch_drift
+from modeling_gppc.training.response_check import ResponseCheck
 
 from data_scripts.cells.screen_cells import keep_genes, technical_residuals
 from data_scripts.cells.screen_splits import combination_folds, held_out_group, perturbation_folds
@@ -41,7 +42,6 @@ from modeling_gppc.evaluation.screen_scores import (
 from modeling_gppc.evaluation.transfer_scorecard import transfer_scorecard
 from modeling_gppc.feature_extraction_gppc import GppcFeatureExtractor
 from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
-from modeling_gppc.training.response_check import ResponseCheck
 
 N_GENES = 30
 

@@ -14,9 +14,10 @@ from scipy import sparse
 from tiny_model import GENES, SYMBOLS, tiny_extractor, tiny_model, tiny_pipeline
 
 from gppc import cli
-from modeling_gppc.feature_extraction_gppc import GppcFeatureExtractor, normalize_counts
+from modeling_gppc.feature_extraction_gppc import GppcFeatureExtractor
 from modeling_gppc.inference.loading import load_model
 from modeling_gppc.inference.predict import predict_anndata, predict_file
+from modeling_gppc.normalization_gppc import normalize_counts
 
 N_CELLS = 7
 # What the cells name: nine genes of the model by symbol, one by id, two that it does not know.
@@ -238,7 +239,9 @@ def test_columns_of_one_gene():
     """Those that the file calls one gene are added up; of two names that are one gene to the model, the id counts."""
     cells = make_cells()
     cells.var["ensembl_id"] = [*GENES[:10], "", GENES[2]]
-    with pytest.warns(UserWarning, match="1 genes of `cells` stand in several columns, whose counts are added up: CD3D"):
+    with pytest.warns(
+        UserWarning, match="1 genes of `cells` stand in several columns, whose counts are added up: CD3D"
+    ):
         added = predict(cells, "IRF1=x2")
     by_hand = make_cells()[:, :11].copy()
     by_hand.X[:, 2] += cells.X[:, 11]

@@ -5,8 +5,9 @@ from dataclasses import replace
 
 import pytest
 
+from data_scripts.files import write_json
 from modeling_gppc.training.arguments import DataOptions, RunOptions, TrainingOptions
-from modeling_gppc.training.run_folder import OPTIONS_FILE, claim_folder, first_difference, holds_work, write_json
+from modeling_gppc.training.run_folder import OPTIONS_FILE, claim_folder, first_difference, holds_work
 
 
 def options(folder, **changes) -> RunOptions:

@@ -5,14 +5,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse
+from data_scripts.pairs.screen_pairs import match_controls, screen_pair_table, write_screen_pairs
 
-from data_scripts.cells.screen_labels import is_control_word, read_modality, split_label
 from data_scripts.cells.column_names import find_column
-from data_scripts.cells.read_options import options_from_flags
+from data_scripts.cells.screen_labels import is_control_word, read_modality, split_label
 from data_scripts.cells.screen_options import ScreenOptions
 from data_scripts.cells.screens import read_screen
+from data_scripts.command_line import read_options
 from data_scripts.pairs.pair_folder import PairFolder
-from data_scripts.pairs.screen_pairs import match_controls, screen_pair_table, write_screen_pairs
 
 GENES = ["STAT1", "IRF1", "MYC", "HLA-A", "ACTB"]
 
@@ -95,7 +95,7 @@ def test_target_changes_measured_and_stated_stay_apart():
     cells, controls = screen.cells_of("STAT1"), screen.cells_of("control")
     assert column == 0 and form == "measured"
     assert change == pytest.approx(screen.values[cells, 0].mean() - screen.values[controls, 0].mean(), abs=1e-6)
-    stated = read_screen(adata, options_from_flags(ScreenOptions, {"guide_efficiency": ["STAT1=0.8"]}))
+    stated = read_screen(adata, ScreenOptions(guide_efficiency={"STAT1": 0.8}))
     ((_, change, form),) = stated.target_changes("STAT1")
     level = screen.values[controls, 0].mean()
     assert form == "stated" and change == pytest.approx(np.log1p(0.2 * np.expm1(level)) - level, abs=1e-5)
@@ -149,7 +149,7 @@ def test_what_is_set_aside_is_counted():
     assert said["labels spelt differently were merged, nothing was lost"][1] == "STAT1 = stat1"
     assert list(screen.perturbations) == ["STAT1"] and screen.perturbations["STAT1"].modality == "CRISPRi"
     assert "set aside: 20 cells" in screen.summary()
-    mapped = read_screen(adata, options_from_flags(ScreenOptions, {"label_genes": ["enh:chr1.5=MYC"]}))
+    mapped = read_screen(adata, ScreenOptions(label_genes={"enh:chr1.5": "MYC"}))
     assert set(mapped.perturbations) == {"STAT1", "MYC"}
     cytokines = make_screen(["control", "IFNB1"], perturbation_type="cytokine")
     with pytest.raises(ValueError, match="no perturbation left: not a gene"):
@@ -159,13 +159,13 @@ def test_what_is_set_aside_is_counted():
 
 def test_bad_options_are_named():
     for flags, words in (
-        ({"guide_efficiency": ["STAT1=2"]}, "between 0 and 1"),
-        ({"guide_efficiency": ["STAT1"]}, "is not LABEL=SHARE"),
-        ({"value_kind": "raw"}, "wanted one of counts, estimated_counts, log"),
-        ({"min_cells": 1}, "wanted >= 2"),
+        (["--guide-efficiency", "STAT1=2"], "between 0 and 1"),
+        (["--guide-efficiency", "STAT1"], "`guide_efficiency` is 'STAT1'; wanted NAME=VALUE"),
+        (["--value-kind", "raw"], "wanted one of counts, estimated_counts, log"),
+        (["--min-cells", "1"], "wanted >= 2"),
     ):
         with pytest.raises(ValueError, match=words):
-            options_from_flags(ScreenOptions, flags)
+            read_options(flags, ScreenOptions)
     with pytest.raises(ValueError, match="is not a column of obs"):
         read_screen(make_screen(), ScreenOptions(perturbation_column="pertubation"))
     with pytest.raises(ValueError, match="does not exist"):

@@ -9,8 +9,9 @@ import tiledbsoma
 from scipy import sparse
 
 from data_scripts.cells import anndata_file
+from data_scripts.cells.read_options import CensusReadOptions
 from data_scripts.store import census_layout
-from data_scripts.store.local_census import CensusOptions, CensusSource, sources_from_file, write_census
+from data_scripts.store.local_census import CensusSource, sources_from_file, write_census
 from gppc.cli import main
 
 HUMAN = "homo_sapiens"
@@ -246,7 +247,7 @@ def test_symbols_join_genes_across_files(tmp_path):
 def test_log_values_come_back_bit_by_bit(tmp_path):
     values = np.random.default_rng(1).normal(size=(50, 9)).astype(np.float32)
     adata = anndata.AnnData(values, var=pd.DataFrame(index=GENES))
-    log = CensusOptions(value_kind="log")
+    log = CensusReadOptions(value_kind="log")
     report = write_census(tmp_path / "log", [CensusSource(adata, "linear", options=log)])
     with cellxgene_census.open_soma(uri=str(report.store)) as census:
         assert set(census["census_data"][HUMAN].ms["RNA"].X) == {"log_values"}
@@ -313,12 +314,19 @@ def bad(**changes) -> anndata.AnnData:
         (bad(), {"cell_type_column": "celltypes"}, "`cell_type_column` is 'celltypes'.*did you mean `cell_type`"),
         (bad(), {"donor_column": "who"}, "`donor_column` is 'who', which is not a column of obs"),
         (bad(), {"library_size_column": "n_count"}, "`library_size_column` is 'n_count'.*`n_counts_full`"),
-        (bad(), {"library_size_column": "score"}, "`library_size_column` 'score' of data set 'bad' is .* for cell `cell"),
+        (
+            bad(),
+            {"library_size_column": "score"},
+            "`library_size_column` 'score' of data set 'bad' is .* for cell `cell",
+        ),
         (bad(), {"layer": "counts"}, "`layer` is 'counts', which data set 'bad' does not have"),
     ],
 )
 def test_bad_cells_are_refused_before_anything_is_written(tmp_path, adatas, adata, options, message):
-    sources = [CensusSource(adatas["second"], "good"), CensusSource(adata, "bad", options=CensusOptions(**options))]
+    sources = [
+        CensusSource(adatas["second"], "good"),
+        CensusSource(adata, "bad", options=CensusReadOptions(**options)),
+    ]
     with pytest.raises(ValueError, match=message):
         write_census(tmp_path / "store", sources)
     assert list(tmp_path.iterdir()) == []
@@ -404,7 +412,11 @@ def test_terms_and_labels(tmp_path):
     assert found.obs["cell_type_ontology_term_id"].tolist() == ["CL:0000236", "CL:0000084", "unknown"]
     assert found.obs["tissue_general"].tolist() == found.obs["tissue"].tolist() == ["blood", "blood", "lung"]
     assert found.obs["tissue_ontology_term_id"].tolist() == ["local:blood", "local:blood", "local:lung"]
-    _, found = read_x(write_census(tmp_path / "b", [CensusSource(adata, "d", options=CensusOptions(cell_type_column="mine"))]).store)
+    _, found = read_x(
+        write_census(
+            tmp_path / "b", [CensusSource(adata, "d", options=CensusReadOptions(cell_type_column="mine"))]
+        ).store
+    )
     assert found.obs["cell_type_ontology_term_id"].tolist() == ["local:b", "local:t", "local:t"]
 
 
@@ -441,7 +453,7 @@ def test_command(tmp_path, adatas, capsys):
     store = tmp_path / "store"
     (tmp_path / "lengths.csv").write_text(f"symbol,ensembl_id,length\nS3,{GENES[3]},5\n")
     flags = ["--donor-column", "batch", "--keep-obs", "score", "--gene-table", str(tmp_path / "lengths.csv")]
-    assert main(["make-census", *flags, str(store), *files]) == 0
+    assert main(["make-census", str(store), *files, *flags]) == 0
     output = capsys.readouterr().out
     assert "23 cells x 8 genes, 2 data sets" in output
     assert "donor from batch" in output
