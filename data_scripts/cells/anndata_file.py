@@ -318,7 +318,7 @@ def _open(path: Path, stack: contextlib.ExitStack, where: str):
         matrices = {"X": group["X"]} if "X" in group else {}
         if "layers" in group:
             matrices |= {name: group["layers"][name] for name in group["layers"]}
-        raw = (group["raw"]["X"], anndata.io.read_elem(group["raw"]["var"])) if "raw" in group else None
+        raw = (group["raw/X"], anndata.io.read_elem(group["raw/var"])) if "raw/X" in group else None
     except (OSError, KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
