@@ -106,6 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     folder = build_pairs(options, arguments.out, arguments.num_proc, dask=arguments.dask)
     print(describe(folder.manifest["report"]))
+    print(folder.describe_splits())
     print(
         f"{len(folder.gene_ids):,} genes, {len(folder.panels)} sets of measured genes, digest {folder.manifest['digest']}"
     )

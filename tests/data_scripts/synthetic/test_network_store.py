@@ -93,7 +93,7 @@ def test_config_file_then_flags_then_set(tmp_path):
         (["--set", "n_gene=5"], "`n_gene` is not an option; did you mean `n_genes`"),
         (["--set", "n_genes"], "wanted NAME=VALUE"),
         (["--set", "dropout=much"], "`dropout` is 'much'"),
-        (["--genes", "2"], "`n_genes` is 2; wanted at least 3"),
+        (["--genes", "2"], "`n_genes` is 2; wanted a number >= 3"),
     ],
 )
 def test_bad_flags_end_with_one_line(tmp_path, capsys, flags, message):
