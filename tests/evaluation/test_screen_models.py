@@ -15,6 +15,7 @@ from data_scripts.cells.screens import ScreenOptions, read_screen
 from data_scripts.pairs.leak_guards import guard_model, model_leaks
 from data_scripts.pairs.pair_folder import PairFolder
 from gppc.cli import main
+from gppc.run_options import parse_options
 from modeling_gppc.evaluation.evaluate_options import EvaluateOptions
 from modeling_gppc.evaluation.fine_tuned_model import FineTunedModel, relatives
 from modeling_gppc.evaluation.folder_model import FolderModel, read_run
@@ -25,7 +26,7 @@ from modeling_gppc.evaluation.screen_runs import shuffled_null
 from modeling_gppc.evaluation.screen_scores import ScreenPrediction, observe, score_prediction
 from modeling_gppc.fitting.gene_features import read_gene_features
 from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
-from modeling_gppc.training.arguments import CONFIGS, parse_options
+from modeling_gppc.training.arguments import CONFIGS
 
 SMALL = [
     *("--model.num_factors", "3", "--model.hidden_size", "8", "--model.intermediate_size", "16"),

@@ -19,13 +19,13 @@ from data_scripts.batches.data_collator import PairCollator
 from data_scripts.batches.pair_dataset import PairDataset
 from data_scripts.options import from_mapping, read_yaml
 from data_scripts.pairs.pair_folder import PairFolder
+from gppc.run_options import RunOptions
+from gppc.sweep_report import write_report
 from modeling_gppc.feature_extraction_gppc import close_matches
 from modeling_gppc.fitting.fit_linear_response import initialize_linear_response
 from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
-from modeling_gppc.training.arguments import CONFIGS, RunOptions, find_config, merge, read_flags
-from modeling_gppc.training.prepare_data import prepare_pairs
+from modeling_gppc.training.arguments import CONFIGS, find_config, merge, read_flags
 from modeling_gppc.training.run_folder import first_difference, write_json
-from modeling_gppc.training.sweep_report import write_report
 from modeling_gppc.training.throughput import Throughput
 from modeling_gppc.training.trainer import GppcTrainer, make_trainer
 
@@ -337,7 +337,7 @@ def run_sweep(
 
     out = claim_sweep(sweep, resume)
     options = sweep.run_options({})
-    folder = prepare_pairs(dataclasses.replace(options, output_dir=str(out)))
+    folder = dataclasses.replace(options, output_dir=str(out)).prepare_pairs()
     if sweep.objective_pairing is not None and sweep.objective_pairing not in folder.pairings:
         raise ValueError(
             f"`objective_pairing` is {sweep.objective_pairing!r}"
