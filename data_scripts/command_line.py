@@ -75,7 +75,7 @@ def argument_texts(cls: type) -> dict[str, str]:
         section = inspect.cleandoc(base.__doc__ or "").partition("Args:\n")[2]
         lines = itertools.takewhile(lambda line: not line or line.startswith(" "), section.splitlines())
         for entry in re.split(r"(?:^|\n) {4}(?=\w)", "\n".join(lines))[1:]:
-            entry = re.sub(r"\[(`\w+`)\]", r"\1", " ".join(entry.split()))
+            entry = re.sub(r"\[(`[\w.]+`)\]", r"\1", " ".join(entry.split()))
             # `first (`int`), second, third (`float`, *optional*): text`
             head = re.match(r"\w+(?: \([^)]*\))?(?:, \w+(?: \([^)]*\))?)*[:.]", entry)
             if head:

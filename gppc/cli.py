@@ -17,6 +17,7 @@ COMMANDS = {
     ),
     "build-pairs": ("data_scripts.pairs.build_pairs_cli", "turn a Census query into pair rows (Arrow / Parquet)"),
     "predict": ("modeling_gppc.inference.predict_cli", "predict expression after perturbations of an AnnData's cells"),
+    "score": ("gppc.score_cli", "score a trained run on its test pairs again"),
     "evaluate": (
         "modeling_gppc.evaluation.evaluate_cli",
         "score predicted responses of a CRISPR screen beside every baseline",

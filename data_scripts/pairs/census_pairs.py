@@ -180,6 +180,7 @@ def finish(plan: PairPlan) -> None:
             "options": options,
             "identity": plan.content["identity"],
             "splits": splits,
+            "split_by": plan.content["split_by"],
             "report": report,
             **({"train_split": "a random sample of the pairs; training streams all of them"} if sampled else {}),
         },
