@@ -281,7 +281,7 @@ def test_a_logger_that_is_not_installed(monkeypatch):
 def test_shipped_configs_are_valid(path):
     # The store or the screen is the caller's.
     flags = {name: ["--pairs.query.uri", "cells.soma"] for name in ("own", "pbmc")}
-    flags |= {name: ["--data.screen", "screen.h5ad"] for name in ("screen_in_context", "screen_fine_tuned")}
+    flags["screen"] = ["--data.screen", "screen.h5ad"]
     options = parse_options(path.stem, flags.get(path.stem, []))
     assert isinstance(options, RunOptions) and options.output_dir.startswith("runs/")
     assert json.loads(json.dumps(options.model)) == options.model
@@ -344,4 +344,4 @@ def test_help_lists_every_option_with_its_meaning(capsys):
 def test_help_of_a_sweep_lists_its_options(capsys):
     assert train_module().main(["--sweep", "default", "--help"]) == 0
     text = capsys.readouterr().out
-    assert "--n_trials INTEGER" in text and "--training.max_steps" not in text
+    assert "--n_trials INTEGER" in text and "\n  --training.max_steps " not in text
