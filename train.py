@@ -19,10 +19,10 @@ Cells of the public Census, written as pairs first, or straight from the store:
     accelerate launch train.py --config census_naive_b
     accelerate launch train.py --config census_naive_b --data.stream true
 
-A CRISPR screen, adapted to on its control cells, or fine-tuned on some of its perturbations; `gppc evaluate` scores it:
+A CRISPR screen, all its perturbations or, to be scored by `gppc evaluate`, one model a fold:
 
-    accelerate launch train.py --config screen_in_context --data.screen SCREEN.h5ad
-    accelerate launch train.py --config screen_fine_tuned --data.screen SCREEN.h5ad --data.screen_options.fold 0
+    accelerate launch train.py --config screen --data.screen SCREEN.h5ad
+    accelerate launch train.py --config screen --data.screen SCREEN.h5ad --screen.fold all --output_dir runs/folds
 
 Go on after an interruption with the same command and --resume. Score a finished run again with `gppc score`.
 
@@ -36,6 +36,7 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import PartialState
@@ -43,8 +44,11 @@ from transformers.utils import logging as transformers_logging
 
 from data_scripts.batches.data_collator import PairCollator
 from data_scripts.batches.pair_dataset import PairDataset
+from data_scripts.command_line import help_text, read_flags, run_command
+from data_scripts.files import share_weights, write_json
+from data_scripts.options import from_mapping, part_of
 from data_scripts.pairs.pair_folder import PairFolder
-from gppc.run_options import RunOptions, parse_options
+from gppc.run_options import LaunchOptions, RunOptions, run_options
 from hub_card.model_card import write_model_card
 from hub_card.push import push_model
 from hub_card.push_during_training import HubPush, check_push
@@ -52,13 +56,13 @@ from modeling_gppc import GppcForPerturbationPrediction
 from modeling_gppc.evaluation.plots import plot_learning_curve
 from modeling_gppc.evaluation.score_run import check_scoring, load_network_of, score_model
 from modeling_gppc.fitting.fit_linear_response import initialize_linear_response, keep_departure_if_it_pays
+from modeling_gppc.inference.loading import feature_extractor_of
 from modeling_gppc.pipeline_gppc import PerturbationPredictionPipeline
-from modeling_gppc.training.arguments import build_parser
 from modeling_gppc.training.checkpoints import last_checkpoint
 from modeling_gppc.training.launch import broadcast_buffers, leave, main_first, start_processes
 from modeling_gppc.training.run_facts import run_facts
-from modeling_gppc.training.run_folder import claim_folder, write_json
-from modeling_gppc.training.screen_data import keep_departure_if_it_responds, refit_on_all_controls, screen_entry
+from modeling_gppc.training.run_folder import claim_folder
+from modeling_gppc.training.screen_run import fit_screen_run
 from modeling_gppc.training.stream_rows import open_stream
 from modeling_gppc.training.trainer import MODEL_FOLDER, GppcTrainer, make_trainer
 
@@ -104,11 +108,9 @@ def train(
             )
         broadcast_buffers(state, model)
     if push_to is not None:
-        trainer.add_callback(HubPush(push_to, folder.feature_extractor(), lambda: facts(trainer, options, folder)))
+        trainer.add_callback(HubPush(push_to, feature_extractor_of(folder), lambda: facts(trainer, options, folder)))
     trainer.train_or_load(checkpoint)
     kept = model.model is None or keep_departure_if_it_pays(model, trainer.state.log_history)
-    if kept and screen_entry(folder).get("train_on") == "controls":
-        kept = keep_departure_if_it_responds(model, folder)
     if not kept and state.is_main_process:
         print("The learned departure did not pay on validation cells; the model is its linear response alone.")
     return trainer
@@ -116,16 +118,16 @@ def train(
 
 def facts(trainer: GppcTrainer, options: RunOptions, folder: PairFolder) -> dict:
     """What the card says about the run, as of now."""
-    command = shlex.join(["accelerate", "launch", "train.py", *sys.argv[1:]])
-    return run_facts(trainer, folder, options.data, options.training.start_from, command)
+    return run_facts(trainer, folder, options.data, options.training.start_from, command())
 
 
 def save(trainer: GppcTrainer, model: GppcForPerturbationPrediction, options: RunOptions, folder: PairFolder) -> Path:
     """Writes the model with all that is known of it before it is scored; returns its folder."""
     out = Path(options.output_dir) / MODEL_FOLDER
-    extractor = folder.feature_extractor()
+    extractor = feature_extractor_of(folder)
     # Writes model and feature extractor with their code and the pipeline's.
     PerturbationPredictionPipeline(model=model, feature_extractor=extractor, device=model.device).save_pretrained(out)
+    share_weights(out)
     write_json(facts(trainer, options, folder), out / "run.json")
     write_json(trainer.state.log_history, out / "training_log.json")
     plot_learning_curve(trainer.state.log_history, out / "figures" / "learning_curve.png")
@@ -144,54 +146,78 @@ def score(model: GppcForPerturbationPrediction, options: RunOptions, folder: Pai
         raise
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs one training; bad input ends with one line and exit status 2."""
-    arguments, flags = build_parser(__doc__).parse_known_args(argv)
-    transformers_logging.set_verbosity_error()
-    state = None
-    try:
-        if arguments.sweep is not None:
-            from gppc.sweep import read_sweep, run_sweep
+def run_screen(options: RunOptions) -> None:
+    """Fits a CRISPR screen and writes a model folder with its card, or one a fold."""
+    data = options.data
+    for out in fit_screen_run(data.screen, data.screen_options, options.screen, options.output_dir):
+        run = json.loads((out / "run.json").read_text())
+        write_json(run | {"command": command(), "seed": options.screen.seed}, out / "run.json")
+        write_model_card(out)
+        print(f"Model folder: {out}")
 
-            out = run_sweep(read_sweep(arguments.sweep, flags), RunOptions.make_model, arguments.resume)
-            print(f"{(out / 'sweep.md').read_text()}\nSweep folder: {out}; best options: {out / 'best.yaml'}")
-            return 0
-        # 1. Everything that can be known is checked before anything long.
-        options = parse_options(arguments.config, flags)
-        options.check_files()
-        check_push(arguments.push_to_hub, arguments.hub_strategy)
-        state = start_processes(options.training.use_cpu)
+
+def command() -> str:
+    """The command that started the run."""
+    return shlex.join(["accelerate", "launch", "train.py", *sys.argv[1:]])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one training; bad input ends with one line and exit status 2, an interruption with 130."""
+    words = sys.argv[1:] if argv is None else argv
+    return run_command("train.py", lambda: run(words))
+
+
+def run(words: Sequence[str]) -> int | None:
+    """Runs what the words of a command line say."""
+    kind = RunOptions
+    if any(word.partition("=")[0] == "--sweep" for word in words):
+        from gppc.sweep import SweepOptions, read_sweep, run_sweep
+
+        kind = SweepOptions
+    if {"-h", "--help"} & set(words):
+        print(help_text("train.py", __doc__, LaunchOptions, kind))
+        return 0
+    changes = read_flags(words, LaunchOptions, kind)
+    launch, changes = from_mapping(LaunchOptions, part_of(changes, LaunchOptions)), part_of(changes, kind)
+    transformers_logging.set_verbosity_error()
+    if launch.sweep is not None:
+        out = run_sweep(read_sweep(launch.sweep, changes), RunOptions.make_model, launch.resume)
+        print(f"{(out / 'sweep.md').read_text()}\nSweep folder: {out}; best options: {out / 'best.yaml'}")
+        return 0
+    # 1. Everything that can be known is checked before anything long.
+    options = run_options(launch.config, changes)
+    options.check_files()
+    check_push(launch.push_to_hub, launch.hub_strategy)
+    state = start_processes(options.training.use_cpu)
+    try:
         mine, content = state.is_main_process, dataclasses.asdict(options)
-        main_first(state, lambda: mine and claim_folder(content, arguments.resume, state.num_processes))
+        main_first(state, lambda: mine and claim_folder(content, launch.resume, state.num_processes))
+        if options.data.screen is not None:
+            if mine:
+                run_screen(options)
+            return 0
         # 2. Cells become pairs, and what depends on the cells is checked.
         folder = main_first(state, lambda: options.prepare_pairs(progress=mine))
         check_scoring(folder, options.evaluation)
         if mine:
             print(folder.describe_splits())
         # 3. Training.
-        push_to = arguments.push_to_hub if arguments.hub_strategy == "every_save" else None
-        trainer = train(options, folder, state, arguments.resume, push_to)
+        push_to = launch.push_to_hub if launch.hub_strategy == "every_save" else None
+        trainer = train(options, folder, state, launch.resume, push_to)
         model = trainer.whole_model()
         if mine:
             # 4. What was learned is saved before it is scored.
             out = save(trainer, model, options, folder)
             # 5. Scores, and the way to others.
             score(model, options, folder, out)
-            if screen_entry(folder).get("refit"):
-                refit_on_all_controls(model, folder, options.training.linear_start_iterations, options.seed)
-                model.save_pretrained(out)
             print(f'Model folder: {out}\nLoad it with AutoModel.from_pretrained("{out}", trust_remote_code=True)')
-            if arguments.push_to_hub is not None:
-                print(json.dumps(push_model(out, arguments.push_to_hub).__dict__, default=str))
+            if launch.push_to_hub is not None:
+                print(json.dumps(push_model(out, launch.push_to_hub).__dict__, default=str))
         state.wait_for_everyone()
-    except (ValueError, OSError) as error:
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"train.py: error: {error}", file=sys.stderr)
-        return 2
     finally:
         # Among several, `leave` ends the process: its group's end joins Gloo's threads and holds the interpreter's lock,
         # which these may be waiting for.
-        if state is not None and state.num_processes == 1:
+        if state.num_processes == 1:
             state.destroy_process_group()
     return 0
 

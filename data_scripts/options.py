@@ -1,5 +1,6 @@
 """Strict reading of option dataclasses from YAML or JSON mappings."""
 
+import copy
 import dataclasses
 import math
 import types
@@ -10,7 +11,7 @@ from typing import Annotated
 
 import yaml
 
-from modeling_gppc.feature_extraction_gppc import close_matches
+from modeling_gppc.normalization_gppc import close_matches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +82,10 @@ def read_yaml(path: str | Path) -> dict:
     """Reads a YAML file that holds a mapping.
 
     Raises:
-        ValueError: If the file is not valid YAML or does not hold a mapping.
+        ValueError: If there is no such file, it is not valid YAML or does not hold a mapping.
     """
+    if not Path(path).is_file():
+        raise ValueError(f"`config` {path} is not a file; wanted a YAML file of options.")
     try:
         content = yaml.safe_load(Path(path).read_text())
     except yaml.YAMLError as error:
@@ -117,10 +120,37 @@ def from_mapping(cls: type, mapping: Mapping, where: str = ""):
         if key not in fields:
             raise ValueError(f"`{prefix}{key}` is not an option{close_matches(str(key), fields)}.")
         arguments[key] = _convert(hints[key], value, f"{prefix}{key}")
-    try:
-        return cls(**arguments)
-    except TypeError as error:  # a required option is missing
-        raise ValueError(f"`{where or cls.__name__}`: {error}.") from error
+    for name, field in fields.items():
+        if name not in arguments and field.default is field.default_factory is dataclasses.MISSING:
+            raise ValueError(f"`{prefix}{name}` is missing; it has no default.")
+    return cls(**arguments)
+
+
+def join_options(mapping: Mapping, *classes: type) -> list:
+    """Builds several dataclasses from one mapping; a key goes to every class that has a field of that name.
+
+    Raises:
+        ValueError: As [`from_mapping`].
+    """
+    known = [field.name for cls in classes for field in dataclasses.fields(cls)]
+    for key in mapping:
+        if key not in known:
+            raise ValueError(f"`{key}` is not an option{close_matches(str(key), known)}")
+    return [from_mapping(cls, part_of(mapping, cls)) for cls in classes]
+
+
+def part_of(mapping: Mapping, cls: type) -> dict:
+    """The entries of a mapping that are named like fields of a dataclass."""
+    return {field.name: mapping[field.name] for field in dataclasses.fields(cls) if field.name in mapping}
+
+
+def merge(base: Mapping, changes: Mapping) -> dict:
+    """`base` with `changes` laid over it, mapping by mapping."""
+    merged = copy.deepcopy(dict(base))
+    for key, value in changes.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = merge(merged[key], value) if both else copy.deepcopy(value)
+    return merged
 
 
 def _convert(hint, value, where: str):

@@ -1,23 +1,25 @@
 """Everything a training run needs to know: defaults, overridden by a YAML file, overridden by flags."""
 
 import functools
+import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers import set_seed
 
-from data_scripts.options import Seed, check_numbers, from_mapping, read_yaml
+from data_scripts.command_line import read_flags
+from data_scripts.options import Seed, check_numbers, from_mapping, merge, read_yaml
 from data_scripts.pairs.pair_folder import PairFolder
 from data_scripts.pairs.pair_options import PairOptions
-from modeling_gppc.configuration_gppc import GppcConfig
+from modeling_gppc.configuration_gppc import SIZES, GppcConfig
 from modeling_gppc.evaluation.score_options import EvaluationOptions
-from modeling_gppc.feature_extraction_gppc import close_matches
 from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
-from modeling_gppc.training.arguments import DataOptions, TrainingOptions, find_config, merge, read_flags
+from modeling_gppc.normalization_gppc import close_matches
+from modeling_gppc.training.arguments import DataOptions, TrainingOptions, find_config
 from modeling_gppc.training.prepare_data import check_files, prepare_pairs
-from modeling_gppc.training.screen_data import screen_entry
+from modeling_gppc.training.screen_run_options import ScreenRunOptions
 from modeling_gppc.training.start_from import check_start, start_from
 from modeling_gppc.training.stream_rows import sample_rows
 
@@ -39,6 +41,46 @@ def sources_of(mapping: Mapping) -> dict[str, Any]:
     return {name: value for name, value in found.items() if value is not None}
 
 
+# What `model` may say: `size`, and every field of `GppcConfig` that the data do not decide.
+ModelOptions = make_dataclass(
+    "ModelOptions",
+    [("size", str | None, None)]
+    + [
+        (entry.name, entry.type, entry.default)
+        for entry in fields(GppcConfig)
+        if entry.name in GppcConfig.__annotations__ and entry.name not in ("model_type", *DERIVED_MODEL_FIELDS)
+    ],
+)
+ModelOptions.__doc__ = (
+    "The model; see `GppcConfig`.\n\nArgs:\n    size (`str`, *optional*): "
+    f"One of {', '.join(SIZES)}, see docs/model.md. The other options override what it says."
+    + inspect.cleandoc(GppcConfig.__doc__).partition("Args:")[2]
+)
+
+
+@dataclass
+class LaunchOptions:
+    """
+    What is run.
+
+    Args:
+        config (`str`, *optional*): YAML file of the options below, or the name of a shipped one; a flag overrides the file.
+            Without it `own` where a flag names cells, else `default`.
+        resume (`bool`, *optional*, defaults to `False`): Go on from the last checkpoint of the same run.
+        push_to_hub (`str`, *optional*): Hub repository that the finished model is pushed to.
+        hub_strategy (`str`, *optional*, defaults to `"end"`): Push at the end only, or the model of every saved
+            checkpoint as well.
+        sweep (`str`, *optional*): Search options instead of training once: a YAML file, or the name of a shipped one;
+            `--sweep NAME --help` lists its options.
+    """
+
+    config: str | None = None
+    resume: bool = False
+    push_to_hub: str | None = None
+    hub_strategy: Literal["end", "every_save"] = "end"
+    sweep: str | None = None
+
+
 @dataclass
 class RunOptions:
     """
@@ -47,7 +89,7 @@ class RunOptions:
     Args:
         output_dir (`str`): Folder of the run: store and pairs it makes, checkpoints, and `model`, what is kept.
         seed (`int`): Of weights, order of pairs and bootstrap; pairs have `pairs.seed`.
-        data, pairs, training, evaluation: See the classes and [`PairOptions`].
+        data, pairs, screen, training, evaluation: See the classes, [`PairOptions`] and [`ScreenRunOptions`].
         model (`dict`): Fields of [`GppcConfig`] other than those the data decide; `size` names a size of
             [`GppcConfig.from_size`], which the other fields override.
     """
@@ -56,19 +98,19 @@ class RunOptions:
     seed: Seed = 0
     data: DataOptions = field(default_factory=DataOptions)
     pairs: PairOptions = field(default_factory=PairOptions)
-    model: dict[str, Any] = field(default_factory=dict)
+    screen: ScreenRunOptions = field(default_factory=ScreenRunOptions)
+    model: dict[str, Any] = field(default_factory=dict, metadata={"keys": ModelOptions})
     training: TrainingOptions = field(default_factory=TrainingOptions)
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
 
     def __post_init__(self):
         check_numbers(self)
-        derived = ("model_type", *DERIVED_MODEL_FIELDS)
-        fields = ["size", *(name for name in GppcConfig.__annotations__ if name not in derived)]
+        known = [entry.name for entry in fields(ModelOptions)]
         for name in self.model:
             if name in DERIVED_MODEL_FIELDS:
                 raise ValueError(f"`model.{name}` follows from the data; leave it out.")
-            if name not in fields:
-                raise ValueError(f"`model.{name}` is not an option{close_matches(name, fields)}.")
+            if name not in known:
+                raise ValueError(f"`model.{name}` is not an option{close_matches(name, known)}.")
         self.model_config(vocab_size=2, pairings=list(self.pairs.matching.pairings))
         given = sources_of({"data": vars(self.data), "pairs": {"query": vars(self.pairs.query)}})
         if len(given) != 1:
@@ -92,15 +134,13 @@ class RunOptions:
                         f"{close_matches(name, pairings)}"
                     )
 
-    def model_config(self, vocab_size: int, pairings: list[str], num_factors: int | None = None) -> GppcConfig:
-        """The model's configuration; `num_factors` is what the data chose, where `model` does not say.
+    def model_config(self, vocab_size: int, pairings: list[str]) -> GppcConfig:
+        """The model's configuration.
 
         Raises:
             ValueError: Naming the option whose value does not fit.
         """
         settings = dict(self.model)
-        if num_factors is not None and "size" not in settings:
-            settings.setdefault("num_factors", num_factors)
         settings.setdefault("default_pairing", "same_type" if "same_type" in pairings else pairings[0])
         size = settings.pop("size", None)
         build = GppcConfig if size is None else functools.partial(GppcConfig.from_size, size)
@@ -112,7 +152,7 @@ class RunOptions:
     def make_model(self, folder: PairFolder) -> GppcForPerturbationPrediction:
         """A model of the folder's genes with fresh weights, or with those of the model that the run starts from."""
         set_seed(self.seed)
-        config = self.model_config(folder.genes.num_rows, folder.pairings, screen_entry(folder).get("n_factors"))
+        config = self.model_config(folder.genes.num_rows, folder.pairings)
         config._attn_implementation = self.training.attn_implementation
         if self.training.start_from is not None:
             return start_from(self.training.start_from, config, folder.gene_ids, folder.gene_symbols)
@@ -134,25 +174,22 @@ class RunOptions:
             self.data,
             self.pairs,
             self.output_dir,
-            seed=self.seed,
-            num_factors=self.model.get("num_factors"),
             train_rows=sample_rows(self.pairs, self.training) if self.data.stream else None,
             progress=progress,
         )
 
 
-def parse_options(config: str | None, flags: Sequence[str]) -> RunOptions:
-    """Options of a YAML file overridden by flags. A source of cells among the flags replaces the file's.
+def run_options(config: str | None, changes: Mapping) -> RunOptions:
+    """Options of a YAML file with changes laid over it. A source of cells among the changes replaces the file's.
 
     Args:
-        config (`str`, *optional*): The file, or the name of a shipped one. Without one it is `own` where a flag names a
-            source of cells (the folder of the run is then named after that source), else `default`.
-        flags (`Sequence[str]`): `--section.name value`.
+        config (`str`, *optional*): The file, or the name of a shipped one. Without one it is `own` where the changes name
+            a source of cells (the folder of the run is then named after that source), else `default`.
+        changes (`Mapping`): Option names to values, nested.
 
     Raises:
         ValueError: For an unknown file, option or value, naming the option and close matches.
     """
-    changes = read_flags(flags)
     given = sources_of(changes)
     path = find_config(config or (OWN_CONFIG if given else DEFAULT_CONFIG))
     mapping = merge(read_yaml(path), NO_SOURCE) if given else read_yaml(path)
@@ -160,3 +197,8 @@ def parse_options(config: str | None, flags: Sequence[str]) -> RunOptions:
     source = source[0] if isinstance(source, list) and source else source
     mapping.setdefault("output_dir", f"runs/{Path(source).stem if isinstance(source, str) else path.stem}")
     return from_mapping(RunOptions, merge(mapping, changes))
+
+
+def parse_options(config: str | None, flags: Sequence[str]) -> RunOptions:
+    """[`run_options`] with changes as flags: `["--training.max_steps", "500"]`."""
+    return run_options(config, read_flags(flags, RunOptions))

@@ -10,13 +10,12 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from data_scripts.files import write_json
 from hub_card.hub_upload import Retries, check_target
 from hub_card.model_card import write_model_card
 from hub_card.push import push_model
-from modeling_gppc.feature_extraction_gppc import GppcFeatureExtractor
-from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
+from modeling_gppc import GppcFeatureExtractor, GppcForPerturbationPrediction
 from modeling_gppc.pipeline_gppc import PerturbationPredictionPipeline
-from modeling_gppc.training.run_folder import write_json
 
 logger = logging.getLogger(__name__)
 # Where the files of an upload wait, in the run's folder: the checkpoint itself may be gone before they are sent.

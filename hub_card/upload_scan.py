@@ -22,6 +22,7 @@ MODEL_FILES = (
     "layers_gppc.py",
     "linear_response_gppc.py",
     "modeling_gppc.py",
+    "normalization_gppc.py",
     "origin_form_gppc.py",
     "outputs_gppc.py",
     "pipeline_gppc.py",

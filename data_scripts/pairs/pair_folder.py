@@ -11,15 +11,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
+from data_scripts.files import write_json
 from data_scripts.pairs.schema import GENE_SCHEMA, PAIR_SCHEMA, PANEL_SCHEMA, SCHEMA_VERSION, SPLITS
 from data_scripts.pairs.shard_files import (
     file_digest,
     read_decoded,
     read_table,
-    write_bytes_atomically,
     write_table_atomically,
 )
-from modeling_gppc.feature_extraction_gppc import GppcFeatureExtractor, close_matches
+from modeling_gppc.normalization_gppc import close_matches
 
 MANIFEST = "manifest.json"
 FILE_FORMATS = ("arrow", "parquet")
@@ -105,7 +105,7 @@ def finish_pair_folder(path: str | Path, genes: pa.Table, panels: np.ndarray, ma
         **manifest,
         "digest": hashlib.blake2b("|".join(digests).encode(), digest_size=16).hexdigest(),
     }
-    write_bytes_atomically((json.dumps(content, indent=2) + "\n").encode(), path / MANIFEST)
+    write_json(content, path / MANIFEST)
 
 
 class PairFolder:
@@ -183,19 +183,6 @@ class PairFolder:
     def splits(self) -> list[str]:
         """Names of the splits that hold pairs."""
         return [name for name in SPLITS if self.manifest["splits"].get(name, {}).get("n_pairs", 0) > 0]
-
-    def feature_extractor(self) -> GppcFeatureExtractor:
-        """What does to cells what was done to those of these pairs."""
-        manifest = self.manifest
-        per_length = manifest["normalization"] == "log_tpm"
-        return GppcFeatureExtractor(
-            gene_ids=self.gene_ids,
-            gene_symbols=self.gene_symbols,
-            normalization=manifest["normalization"],
-            target_sum=manifest["target_sum"],
-            gene_lengths=self.genes.column("feature_length").to_pylist() if per_length else None,
-            organism=manifest["organism"],
-        )
 
     def describe_splits(self) -> str:
         """One line: what the splits were made by, and the pairs of each."""

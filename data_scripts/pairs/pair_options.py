@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from data_scripts.options import Count, CountOrZero, NotNegative, Positive, Range, Seed, Share, check_numbers
 from data_scripts.pairs.schema import SPLITS
-from modeling_gppc.feature_extraction_gppc import close_matches
+from modeling_gppc.normalization_gppc import close_matches
 
 
 def _check(condition: bool, name: str, value, wanted: str) -> None:
@@ -158,7 +158,7 @@ class PerturbationOptions:
         distribution (`str`, *optional*, defaults to `"uniform"`): Number of genes: `uniform` between the two bounds,
             `geometric` from `min_genes` on (mean `mean_genes`, cut at `max_genes`) or `fixed` at `max_genes`.
         min_genes (`int`, *optional*, defaults to 1): 0 allows pairs with nothing revealed.
-        max_genes (`int`, *optional*, defaults to 5).
+        max_genes (`int`, *optional*, defaults to 5): At most so many.
         mean_genes (`float`, *optional*, defaults to 2): For `geometric`.
         weighting (`str`, *optional*, defaults to `"uniform"`): Genes differing between the cells are drawn `uniform`
             or in proportion to their absolute `change`.

@@ -11,9 +11,10 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
+from data_scripts.files import write_atomically, write_json
 from data_scripts.options import from_mapping
 from data_scripts.pairs.gene_selection import find_genes, gene_lengths_of, read_gene_list
-from data_scripts.pairs.pair_folder import MANIFEST, write_bytes_atomically, write_table_atomically
+from data_scripts.pairs.pair_folder import MANIFEST, write_table_atomically
 from data_scripts.pairs.pair_options import PairOptions
 from data_scripts.pairs.pair_shard import CellTable
 from data_scripts.pairs.schema import CONTEXT_COLUMNS, SCHEMA_VERSION, SPLITS
@@ -230,7 +231,7 @@ class PairPlan:
             "n_cells": len(query.obs),
             "bounds": shard_bounds(query.obs["soma_joinid"].to_numpy(), options.shard_cells).tolist(),
         }
-        write_bytes_atomically((json.dumps(content) + "\n").encode(), work / PLAN)
+        write_json(content, work / PLAN)
         return cls(out)
 
     @cached_property
@@ -330,8 +331,5 @@ class PairPlan:
 
 def write_array(path: Path, array: np.ndarray) -> None:
     """Writes a `.npy` file atomically."""
-    import io
-
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    write_bytes_atomically(buffer.getvalue(), path)
+    with write_atomically(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, array, allow_pickle=False)

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from data_scripts.pairs.pair_options import SplitOptions, SplitRule
 from data_scripts.pairs.schema import SPLITS
-from modeling_gppc.feature_extraction_gppc import close_matches
+from modeling_gppc.normalization_gppc import close_matches
 
 HELD_OUT = 0.1  # of the cells, at least, for test and as many again for validation, where no rules are given
 

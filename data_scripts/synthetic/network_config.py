@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from data_scripts.options import Count, NotNegative, Positive, Range, Seed, Share, check_numbers
-from modeling_gppc.feature_extraction_gppc import close_matches
+from modeling_gppc.normalization_gppc import close_matches
 
 FORMS = ("linear", "count")
 

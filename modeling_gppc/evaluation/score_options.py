@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from data_scripts.options import Count, check_numbers
-from modeling_gppc.feature_extraction_gppc import close_matches
+from modeling_gppc.normalization_gppc import close_matches
 
 
 @dataclass
@@ -36,6 +36,9 @@ class EvaluationOptions:
         from modeling_gppc.evaluation.pair_floors import FLOORS  # with the libraries that fit them
 
         check_numbers(self, "evaluation")
-        for name in self.floors or ():
+        if self.floors is None:
+            return
+
+        for name in self.floors:
             if name not in FLOORS:
                 raise ValueError(f"`evaluation.floors` names {name!r}, which is none{close_matches(name, FLOORS)}")

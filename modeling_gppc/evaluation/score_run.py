@@ -25,7 +25,8 @@ from modeling_gppc.evaluation.pair_scores import (
 from modeling_gppc.evaluation.plots import plot_scores
 from modeling_gppc.evaluation.report import render_results
 from modeling_gppc.evaluation.score_options import EvaluationOptions
-from modeling_gppc.feature_extraction_gppc import close_matches
+from modeling_gppc.inference.loading import feature_extractor_of
+from modeling_gppc.normalization_gppc import close_matches
 
 # Fewer training pairs than this do not make a floor of their own.
 MIN_FLOOR_PAIRS = 1_000
@@ -48,7 +49,7 @@ def check_scoring(folder: PairFolder, options: EvaluationOptions) -> None:
     for name in options.splits or ():
         if name not in parts:
             raise ValueError(f"`evaluation.splits` names `{name}`{close_matches(name, parts)}")
-    perturbed_rows(folder.feature_extractor(), folder, options.perturbation)
+    perturbed_rows(feature_extractor_of(folder), folder, options.perturbation)
 
 
 def score_model(
@@ -73,7 +74,7 @@ def score_model(
     plot_scores(results, out / "figures" / "scores.png")
     text = render_results(results)
     if model.model is not None:
-        prediction = first_prediction(model, folder.feature_extractor(), folder, options.perturbation)
+        prediction = first_prediction(model, feature_extractor_of(folder), folder, options.perturbation)
         prediction.plot(out / "figures" / "first_prediction.png")
         text += f"\n\n{prediction.text()}"
     return text

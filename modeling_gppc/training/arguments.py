@@ -1,25 +1,20 @@
 """Options of data and training, and how a YAML file and flags are read."""
 
-import argparse
-import copy
 import importlib.util
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-import yaml
 from transformers import SchedulerType, get_scheduler
 
+from data_scripts.cells.screen_options import ScreenOptions
 from data_scripts.options import Count, CountOrZero, NotNegative, Positive, Range, check_numbers
 from data_scripts.synthetic.network import SyntheticConfig
-from modeling_gppc.feature_extraction_gppc import close_matches
-from modeling_gppc.training.screen_data import ScreenTrainingOptions
+from modeling_gppc.normalization_gppc import close_matches
 
 CONFIGS = Path(__file__).parent / "configs"
 REPORTERS = ("tensorboard", "trackio", "wandb")
-HUB_STRATEGIES = ("end", "every_save")
 
 
 @dataclass
@@ -33,8 +28,8 @@ class DataOptions:
         files (`list[str]`, *optional*): AnnData files of raw counts; written into a local store first. The name of a
             file without its ending is its data set's name.
         synthetic (`SyntheticConfig`, *optional*): Cells from a known gene network; written into a local store first.
-        screen (`str`, *optional*): AnnData file of a CRISPR screen, to be adapted to or fine-tuned on.
-        screen_options (`ScreenTrainingOptions`, *optional*): What of it is trained on.
+        screen (`str`, *optional*): AnnData file of a CRISPR screen; `screen` says what is fitted on it.
+        screen_options (`ScreenOptions`, *optional*): How it is read.
         stream (`bool`, *optional*, defaults to `False`): Train straight from the store: pairs are read, matched and
             collated ahead in the background, partners are drawn anew in every epoch. Written are only the validation
             and test pairs, and the sample of training pairs that the closed-form start is fitted on.
@@ -50,7 +45,7 @@ class DataOptions:
     files: list[str] | None = None
     synthetic: SyntheticConfig | None = None
     screen: str | None = None
-    screen_options: ScreenTrainingOptions = field(default_factory=ScreenTrainingOptions)
+    screen_options: ScreenOptions = field(default_factory=ScreenOptions)
     stream: bool = False
     stream_pool_shards: Count = 2
     num_proc: Count = 1
@@ -179,68 +174,3 @@ def find_config(name: str) -> Path:
             return path
     shipped = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
     raise ValueError(f"`config` {name} does not exist{close_matches(Path(name).stem, shipped)}")
-
-
-def merge(base: Mapping, changes: Mapping) -> dict:
-    """`base` with `changes` laid over it, mapping by mapping."""
-    merged = copy.deepcopy(dict(base))
-    for key, value in changes.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = merge(merged[key], value) if both else copy.deepcopy(value)
-    return merged
-
-
-def read_flags(flags: Sequence[str]) -> dict:
-    """`--section.name value` or `--section.name=value` flags as nested mappings; values are read as YAML.
-
-    Raises:
-        ValueError: For something that is no flag, or a flag without a value.
-    """
-    changes: dict = {}
-    position = 0
-    while position < len(flags):
-        flag = flags[position]
-        if not flag.startswith("--"):
-            raise ValueError(f"`{flag}` is not a flag; wanted `--name value`, e.g. `--training.max_steps 500`.")
-        name, equals, text = flag[2:].partition("=")
-        if not equals:
-            position += 1
-            if position >= len(flags):
-                raise ValueError(f"`--{name}` has no value; wanted `--{name} VALUE`.")
-            text = flags[position]
-        position += 1
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ValueError(f"`--{name}` has the value {text!r}, which is not valid YAML.") from error
-        *sections, last = name.replace("-", "_").split(".")
-        inner = changes
-        for section in sections:
-            inner = inner.setdefault(section, {})
-        inner[last] = value
-    return changes
-
-
-def build_parser(description: str) -> argparse.ArgumentParser:
-    """Parser of the few flags that are not options of the run."""
-    parser = argparse.ArgumentParser(
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Every option of the YAML file is a flag too: --training.max_steps 500, --pairs.panel.n_genes 2000.",
-    )
-    parser.add_argument(
-        "--config",
-        help="YAML file, or the name of a shipped one (default: `own` with cells of your own, else `default`)",
-    )
-    parser.add_argument(
-        "--sweep", metavar="YAML", help="search options instead of training once; see docs/training.md"
-    )
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of the same run")
-    parser.add_argument("--push_to_hub", metavar="REPO", help="push the finished model to this Hub repository")
-    parser.add_argument(
-        "--hub_strategy",
-        choices=HUB_STRATEGIES,
-        default=HUB_STRATEGIES[0],
-        help="push at the end only, or the model of every saved checkpoint as well",
-    )
-    return parser

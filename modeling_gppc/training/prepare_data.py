@@ -3,12 +3,10 @@
 import dataclasses
 from pathlib import Path
 
-from data_scripts.pairs.gene_selection import read_gene_list
 from data_scripts.pairs.pair_folder import PairFolder
 from data_scripts.pairs.pair_options import PairOptions
 from data_scripts.pairs.splits import guard_splits
 from modeling_gppc.training.arguments import DataOptions
-from modeling_gppc.training.screen_data import prepare_screen_pairs
 
 # Census and SOMA libraries are imported where cells are read: a run on finished pairs needs none of them.
 
@@ -27,6 +25,8 @@ def check_files(data: DataOptions, pairs: PairOptions) -> None:
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"`data.files` holds two files named {name!r}; their names tell data sets apart.")
+    from data_scripts.pairs.gene_selection import read_gene_list
+
     for path in (pairs.panel.file, pairs.perturbation.genes_file):
         if path is not None:
             read_gene_list(path)
@@ -37,8 +37,6 @@ def prepare_pairs(
     pairs: PairOptions,
     out: str | Path,
     *,
-    seed: int = 0,
-    num_factors: int | None = None,
     train_rows: int | None = None,
     progress: bool = True,
 ) -> PairFolder:
@@ -48,8 +46,6 @@ def prepare_pairs(
         data (`DataOptions`): Where cells come from.
         pairs (`PairOptions`): How cells become pairs.
         out (`str` or `Path`): Folder of the run, in which `cells` and `pairs` are written.
-        seed (`int`, *optional*, defaults to 0): Divides the cells of a screen.
-        num_factors (`int`, *optional*): Factors of the model, where they are stated; chosen for a screen otherwise.
         train_rows (`int`, *optional*): Training rows to write beside a stream, about; all of them without it.
         progress (`bool`, *optional*, defaults to `True`): Whether to show progress bars.
 
@@ -59,8 +55,6 @@ def prepare_pairs(
     if data.pairs is not None:
         return open_pairs(data.pairs)
     out = Path(out)
-    if data.screen is not None:
-        return prepare_screen_pairs(data.screen, data.screen_options, out / "pairs", seed, num_factors)
     from data_scripts.pairs.census_pairs import build_pairs
 
     if pairs.query.uri is None and pairs.query.census_version is None:

@@ -1,9 +1,10 @@
 """The folder of a run: which run it holds, and whether that one may go on."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
+
+from data_scripts.files import write_json
 
 OPTIONS_FILE = "options.json"
 WORKERS = "training.dataloader_num_workers"
@@ -79,10 +80,3 @@ def first_difference(theirs, mine, free: tuple[str, ...] = FREE, where: str = ""
                 return difference
         return None
     return None if theirs == mine else f"`{where}` is {theirs!r} there and {mine!r} here"
-
-
-def write_json(content, path: Path) -> None:
-    """Writes a JSON file under a temporary name and moves it into place."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, path)

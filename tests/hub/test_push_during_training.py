@@ -12,12 +12,12 @@ from huggingface_hub import ModelCard, constants
 from safetensors.torch import load
 from tiny_runs import arguments, distance, last_weights, logged, train_module, write_run_pairs
 
+from data_scripts.files import write_json
 from hub_card import push_during_training as hub_push
 from hub_card.hub_upload import Retries
 from hub_card.model_card import render_model_card
 from hub_card.push_during_training import STAGED, HubPush
 from hub_card.upload_scan import ABSOLUTE_PATH, SECRETS
-from modeling_gppc.training.run_folder import write_json
 from modeling_gppc.training.trainer import GppcTrainer
 
 FLAGS = {

@@ -1,7 +1,7 @@
 """Options of a run from files and flags; bad input ends with one line and status 2 before anything is made."""
 
+import dataclasses
 import json
-from pathlib import Path
 
 import anndata
 import numpy as np
@@ -9,10 +9,11 @@ import pytest
 import scipy.sparse as sp
 from tiny_runs import ROWS, train_module, write_run_pairs
 
+from data_scripts.command_line import argument_texts, kind_of, read_flags, sections_of
 from data_scripts.store.local_census import CensusSource, write_census
-from gppc.run_options import RunOptions, parse_options
+from gppc.run_options import LaunchOptions, ModelOptions, RunOptions, parse_options
 from modeling_gppc.training import arguments as arguments_module
-from modeling_gppc.training.arguments import CONFIGS, TrainingOptions, build_parser, find_config, merge, read_flags
+from modeling_gppc.training.arguments import CONFIGS, TrainingOptions, find_config
 from modeling_gppc.training.run_folder import holds_work
 
 
@@ -66,11 +67,11 @@ BAD = {
     "unknown config": (["--config", "pmbc", "--data.pairs", "PAIRS"], ["`config` pmbc", "did you mean `pbmc`"]),
     "unknown key": (
         ["--data.pairs", "PAIRS", "--training.learning_rat", "0.1"],
-        ["`training.learning_rat`", "did you mean `learning_rate`"],
+        ["`--training.learning_rat`", "did you mean `training.learning_rate`"],
     ),
     "unknown section": (
         ["--data.pairs", "PAIRS", "--trainin.max_steps", "3"],
-        ["`trainin`", "did you mean `training`"],
+        ["`--trainin.max_steps`", "did you mean `training.max_steps`"],
     ),
     "wrong type": (
         ["--data.pairs", "PAIRS", "--training.max_steps", "many"],
@@ -308,7 +309,7 @@ def test_configs_are_found_by_name_and_by_path(tmp_path):
     ],
 )
 def test_flags_are_nested_yaml(flags, found):
-    assert read_flags(flags) == found
+    assert read_flags(flags, RunOptions) == found
 
 
 def test_flags_lie_over_the_file_and_the_file_over_defaults(tmp_path):
@@ -320,28 +321,27 @@ def test_flags_lie_over_the_file_and_the_file_over_defaults(tmp_path):
     assert options.output_dir == "runs/own"
 
 
-def test_merge_leaves_both_as_they_are():
-    base, changes = {"a": {"b": 1, "c": [1]}}, {"a": {"c": [2]}, "d": {}}
-    assert merge(base, changes) == {"a": {"b": 1, "c": [2]}, "d": {}}
-    assert base == {"a": {"b": 1, "c": [1]}} and changes == {"a": {"c": [2]}, "d": {}}
-
-
-def test_help_tells_commands(capsys):
-    parser = build_parser(train_module().__doc__)
-    with pytest.raises(SystemExit):
-        parser.parse_args(["--help"])
+def test_help_lists_every_option_with_its_meaning(capsys):
+    assert train_module().main(["--help"]) == 0
     text = capsys.readouterr().out
-    for word in (
-        "accelerate launch train.py --config linear",
-        "--resume",
-        "--push_to_hub",
-        "--training.max_steps 500",
-    ):
-        assert word in text
+    assert "accelerate launch train.py --config linear" in text and "--resume" in text
+    sections = list(sections_of(LaunchOptions, RunOptions))
+    assert {"data.", "data.synthetic.", "pairs.query.", "pairs.splits.", "screen.", "model.", "training."} <= {
+        prefix for prefix, _, _ in sections
+    }
+    n_options = 0
+    for prefix, cls, fields in sections:
+        texts = argument_texts(cls)
+        assert not prefix or f"\n{prefix[:-1]}:\n" in text
+        for field, hint in fields:
+            if not dataclasses.is_dataclass(kind_of(hint)):
+                n_options += 1
+                assert f"\n  --{prefix}{field.name} " in text and texts[field.name], field.name
+    assert n_options > 100 and text.count("(default:") == n_options
+    assert {entry.name for entry in dataclasses.fields(ModelOptions)} > {"size", "hidden_size", "layer_norm_eps"}
 
 
-def test_every_training_option_is_documented():
-    documented = TrainingOptions.__doc__
-    for name in TrainingOptions.__dataclass_fields__:
-        assert name in documented, name
-    assert Path(arguments_module.__file__).is_file()
+def test_help_of_a_sweep_lists_its_options(capsys):
+    assert train_module().main(["--sweep", "default", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "--n_trials INTEGER" in text and "--training.max_steps" not in text

@@ -5,10 +5,11 @@ from dataclasses import asdict, replace
 
 import pytest
 
+from data_scripts.files import write_json
 from gppc.run_options import RunOptions
 from modeling_gppc.evaluation.score_options import EvaluationOptions
 from modeling_gppc.training.arguments import DataOptions, TrainingOptions
-from modeling_gppc.training.run_folder import OPTIONS_FILE, claim_folder, first_difference, holds_work, write_json
+from modeling_gppc.training.run_folder import OPTIONS_FILE, claim_folder, first_difference, holds_work
 
 
 def options(folder, **changes) -> dict:
