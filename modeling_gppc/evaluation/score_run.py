@@ -42,8 +42,8 @@ def check_scoring(folder: PairFolder, options: EvaluationOptions) -> None:
     for name in SPLITS:
         if name not in folder.splits:
             raise ValueError(
-                f"`pairs` hold no {name} pair ({folder.describe_splits()}); wanted some in each of "
-                f"{', '.join(SPLITS)}: change `pairs.splits`, or give more cells."
+                f"`pairs` hold no {name} pair; wanted some in each of {', '.join(SPLITS)}: give more cells, or other "
+                f"`pairs.splits`. {folder.describe_splits()}"
             )
     parts = _parts(folder.split("test"))
     for name in options.splits or ():
