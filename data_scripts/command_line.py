@@ -101,12 +101,9 @@ def help_text(command: str, description: str, *classes: type) -> str:
             # The fields of a nested class are options themselves.
             if not dataclasses.is_dataclass(kind_of(hint)) and name not in told:
                 default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-                shown = (
-                    default
-                    if isinstance(default, str) or required
-                    else json.dumps(default, default=dataclasses.asdict)
-                )
-                text = f"{texts.get(field.name, '')} ({'required' if required else f'default: {shown}'})"
+                if not required and not isinstance(default, str):
+                    default = json.dumps(default, default=dataclasses.asdict)
+                text = f"{texts.get(field.name, '')} ({'required' if required else f'default: {default}'})"
                 group.add_argument(f"--{name}", metavar=value_name(hint), help=text.replace("%", "%%"))
                 told.add(name)
     parser.usage = " ".join([*usage, "[--name value ...]"])
@@ -118,14 +115,8 @@ def value_name(hint) -> str:
     kind = kind_of(hint)
     if typing.get_origin(kind) is typing.Literal:
         return f"{{{','.join(map(str, typing.get_args(kind)))}}}"
-    names = {
-        bool: "[true|false]",
-        int: "INTEGER",
-        float: "NUMBER",
-        str: "TEXT",
-        list: "VALUE ...",
-        dict: "NAME=VALUE ...",
-    }
+    names = {bool: "[true|false]", int: "INTEGER", float: "NUMBER", str: "TEXT"}
+    names |= {list: "VALUE ...", dict: "NAME=VALUE ..."}
     return names.get(container_of(hint) or kind, "VALUE")
 
 

@@ -1,7 +1,6 @@
 """The `gppc` command: each sub-command is a module with `OPTIONS`, its option classes, and `run`, which takes one of each."""
 
 import importlib
-import importlib.metadata
 import sys
 
 from data_scripts.command_line import ConfigFile, help_text, read_options, run_command
@@ -40,7 +39,9 @@ def run(command: str, words: list[str]) -> int | None:
         print("\n".join(f"  {name:<16}{summary}" for name, (_, summary) in COMMANDS.items()))
         return 0
     if command == "--version":
-        print(f"gppc {importlib.metadata.version('gppc')}")
+        from importlib.metadata import version
+
+        print(f"gppc {version('gppc')}")
         return 0
     if command not in COMMANDS:
         raise ValueError(f"`{command}` is not a command{close_matches(command, COMMANDS)}")
