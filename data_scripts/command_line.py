@@ -5,14 +5,14 @@ import dataclasses
 import inspect
 import itertools
 import json
-import operator
 import os
 import re
 import sys
 import types
 import typing
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import yaml
 
@@ -35,64 +35,37 @@ class ConfigFile:
     config: str | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Flag:
+def sections_of(*classes: type, prefix: str = "") -> Iterator[tuple[str, type, list[tuple[dataclasses.Field, Any]]]]:
+    """Yields option dataclasses and those nested in them, each with its prefix (`training.`), its fields and their types.
+
+    A `dict` field may name the class whose fields are its keys: `metadata={"keys": CLASS}`.
     """
-    One option.
-
-    Args:
-        name (`str`): Dotted name, e.g. `training.max_steps`.
-        hint: Its type.
-        default: Its default; `MISSING` where it must be given.
-        text (`str`): What the docstring of its class says of it.
-        section (`tuple[str, str]`): Heading in the help text, and the line below.
-        positional (`bool`): Whether its value may stand without the flag.
-    """
-
-    name: str
-    hint: typing.Any
-    default: typing.Any
-    text: str
-    section: tuple[str, str]
-    positional: bool
-
-
-def flags_of(*classes: type, prefix: str = "") -> dict[str, Flag]:
-    """Flags of option dataclasses by name: one a field, nested dataclasses with dotted names.
-
-    A `dict` field may name the class whose fields are its keys: `metadata={"keys": CLASS}`. A field that several classes
-    have is one flag for all of them.
-    """
-    flags: dict[str, Flag] = {}
     for cls in classes:
-        nested: dict[str, Flag] = {}
-        hints, texts = typing.get_type_hints(cls), argument_texts(cls)
-        summary = inspect.cleandoc(cls.__doc__ or "").partition("\n")[0]
-        section = (prefix.rstrip("."), summary) if prefix else (summary.rstrip("."), "")
-        for field in filter(operator.attrgetter("init"), dataclasses.fields(cls)):
-            name, hint = f"{prefix}{field.name}", hints[field.name]
-            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-            flag = Flag(name, hint, default, texts.get(field.name, ""), section, "positional" in field.metadata)
-            flags.setdefault(name, flag)
+        hints = typing.get_type_hints(cls)
+        fields = [(field, hints[field.name]) for field in dataclasses.fields(cls) if field.init]
+        yield prefix, cls, fields
+        for field, hint in fields:
             inner = field.metadata.get("keys", kind_of(hint))
             if dataclasses.is_dataclass(inner):
-                nested |= flags_of(inner, prefix=f"{name}.")
-        flags |= nested
-    return flags
+                yield from sections_of(inner, prefix=f"{prefix}{field.name}.")
 
 
-def kind_of(hint) -> typing.Any:
+def flags_of(*classes: type) -> dict[str, Any]:
+    """Dotted name -> type of every option; a field that several classes have is one option of all of them."""
+    return {f"{prefix}{field.name}": hint for prefix, _, fields in sections_of(*classes) for field, hint in fields}
+
+
+def kind_of(hint) -> Any:
     """The type that an option has where it is not `None`; `Any` where it may have several."""
     if typing.get_origin(hint) not in (typing.Union, types.UnionType):
         return hint
     kinds = [kind for kind in typing.get_args(hint) if kind is not types.NoneType]
-    return kinds[0] if len(kinds) == 1 else typing.Any
+    return kinds[0] if len(kinds) == 1 else Any
 
 
 def container_of(hint) -> type | None:
     """`list` or `dict` where a flag takes several words."""
-    origin = typing.get_origin(kind_of(hint)) or kind_of(hint)
-    return {list: list, tuple: list, dict: dict}.get(origin)
+    return {list: list, tuple: list, dict: dict}.get(typing.get_origin(kind_of(hint)))
 
 
 def argument_texts(cls: type) -> dict[str, str]:
@@ -102,7 +75,7 @@ def argument_texts(cls: type) -> dict[str, str]:
         section = inspect.cleandoc(base.__doc__ or "").partition("Args:\n")[2]
         lines = itertools.takewhile(lambda line: not line or line.startswith(" "), section.splitlines())
         for entry in re.split(r"(?:^|\n) {4}(?=\w)", "\n".join(lines))[1:]:
-            entry = re.sub(r"\[(`\w+`)\]", r"\1", " ".join(entry.split()))
+            entry = re.sub(r"\[(`[\w.]+`)\]", r"\1", " ".join(entry.split()))
             # `first (`int`), second, third (`float`, *optional*): text`
             head = re.match(r"\w+(?: \([^)]*\))?(?:, \w+(?: \([^)]*\))?)*[:.]", entry)
             if head:
@@ -113,27 +86,28 @@ def argument_texts(cls: type) -> dict[str, str]:
 
 def help_text(command: str, description: str, *classes: type) -> str:
     """Every option of a command with its type, meaning and default, under the headings of its classes."""
-    flags = flags_of(*classes)
-    names = [_place(flag) for flag in flags.values() if flag.positional]
     parser = argparse.ArgumentParser(
-        usage=" ".join([command, *names, "[--name value ...]"]),
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        add_help=False,
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False
     )
-    for section, members in itertools.groupby(flags.values(), key=lambda flag: flag.section):
-        group = parser.add_argument_group(*section)
-        for flag in members:
-            if not dataclasses.is_dataclass(kind_of(flag.hint)):  # its fields are flags themselves
-                default = "required" if flag.default is dataclasses.MISSING else f"default: {_shown(flag.default)}"
-                text = f"{flag.text} ({default})".replace("%", "%%")
-                group.add_argument(f"--{flag.name}", metavar=value_name(flag.hint), help=text)
+    usage, told = [command], set()
+    for prefix, cls, fields in sections_of(*classes):
+        texts, summary = argument_texts(cls), inspect.cleandoc(cls.__doc__).partition("\n")[0]
+        group = parser.add_argument_group(*((prefix[:-1], summary) if prefix else (summary.rstrip("."), "")))
+        for field, hint in fields:
+            name, required = f"{prefix}{field.name}", field.default is field.default_factory is dataclasses.MISSING
+            if "positional" in field.metadata:
+                place = name.upper() + (" ..." if container_of(hint) else "")
+                usage.append(place if required else f"[{place}]")
+            # The fields of a nested class are options themselves.
+            if not dataclasses.is_dataclass(kind_of(hint)) and name not in told:
+                default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+                if not required and not isinstance(default, str):
+                    default = json.dumps(default, default=dataclasses.asdict)
+                text = f"{texts.get(field.name, '')} ({'required' if required else f'default: {default}'})"
+                group.add_argument(f"--{name}", metavar=value_name(hint), help=text.replace("%", "%%"))
+                told.add(name)
+    parser.usage = " ".join([*usage, "[--name value ...]"])
     return parser.format_help()
-
-
-def _place(flag: Flag) -> str:
-    name = flag.name.upper() + (" ..." if container_of(flag.hint) else "")
-    return name if flag.default is dataclasses.MISSING else f"[{name}]"
 
 
 def value_name(hint) -> str:
@@ -141,19 +115,9 @@ def value_name(hint) -> str:
     kind = kind_of(hint)
     if typing.get_origin(kind) is typing.Literal:
         return f"{{{','.join(map(str, typing.get_args(kind)))}}}"
-    names = {
-        bool: "[true|false]",
-        int: "INTEGER",
-        float: "NUMBER",
-        str: "TEXT",
-        list: "VALUE ...",
-        dict: "NAME=VALUE ...",
-    }
+    names = {bool: "[true|false]", int: "INTEGER", float: "NUMBER", str: "TEXT"}
+    names |= {list: "VALUE ...", dict: "NAME=VALUE ..."}
     return names.get(container_of(hint) or kind, "VALUE")
-
-
-def _shown(value) -> str:
-    return value if isinstance(value, str) else json.dumps(value, default=dataclasses.asdict)
 
 
 def read_flags(words: Sequence[str], *classes: type) -> dict:
@@ -167,7 +131,7 @@ def read_flags(words: Sequence[str], *classes: type) -> dict:
         ValueError: For an unknown flag (with close matches), one without a value, or a word that belongs to no flag.
     """
     flags, left, loose = flags_of(*classes), deque(words), deque()
-    given: dict[str, tuple[typing.Any, list[str]]] = {}
+    given: dict[str, tuple[Any, list[str]]] = {}
     while left:
         word = left.popleft()
         if not word.startswith("--"):
@@ -185,11 +149,11 @@ def read_flags(words: Sequence[str], *classes: type) -> dict:
             if not texts:
                 raise ValueError(f"`--{name}` has no value; wanted `--{name} {value_name(hint)}`.")
         given.setdefault(name, (hint, []))[1].extend(texts)
-    for flag in flags.values():
-        if flag.positional and flag.name not in given and loose:
-            given[flag.name] = (flag.hint, _take(loose, flag.hint))
+    for field in itertools.chain.from_iterable(map(dataclasses.fields, classes)):
+        if "positional" in field.metadata and field.name not in given and loose:
+            given[field.name] = (flags[field.name], _take(loose, flags[field.name]))
     if loose:
-        raise ValueError(f"`{loose[0]}` is not a flag; wanted `--name value`, e.g. `--{next(reversed(flags))} VALUE`.")
+        raise ValueError(f"`{loose[0]}` is not a flag; wanted `--name value`, e.g. `--{next(iter(flags))} VALUE`.")
     changes: dict = {}
     for name in sorted(given, key=lambda name: name.count(".")):
         value = _read(name, *given[name])
@@ -199,17 +163,17 @@ def read_flags(words: Sequence[str], *classes: type) -> dict:
     return changes
 
 
-def hint_of(name: str, flags: Mapping[str, Flag]) -> typing.Any:
+def hint_of(name: str, flags: Mapping[str, Any]) -> Any:
     """The type of an option, or of an entry in one that is a mapping.
 
     Raises:
         ValueError: If there is none, with those of the same last name, or close matches.
     """
     if name in flags:
-        return flags[name].hint
-    for known, flag in flags.items():
-        if container_of(flag.hint) is dict and name.startswith(f"{known}."):
-            return typing.get_args(kind_of(flag.hint))[1]
+        return flags[name]
+    for known, hint in flags.items():
+        if container_of(hint) is dict and name.startswith(f"{known}."):
+            return typing.get_args(kind_of(hint))[1]
     last = name.rpartition(".")[2]
     same = [f"`{known}`" for known in flags if known.rpartition(".")[2] == last]
     hint = f"; did you mean {' or '.join(same)}?" if same else close_matches(name, flags)

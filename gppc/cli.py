@@ -1,7 +1,6 @@
 """The `gppc` command: each sub-command is a module with `OPTIONS`, its option classes, and `run`, which takes one of each."""
 
 import importlib
-import importlib.metadata
 import sys
 
 from data_scripts.command_line import ConfigFile, help_text, read_options, run_command
@@ -17,6 +16,7 @@ COMMANDS = {
     ),
     "build-pairs": ("data_scripts.pairs.build_pairs_cli", "turn a Census query into pair rows (Arrow / Parquet)"),
     "predict": ("modeling_gppc.inference.predict_cli", "predict expression after perturbations of an AnnData's cells"),
+    "score": ("gppc.score_cli", "score a trained run on its test pairs again"),
     "evaluate": (
         "modeling_gppc.evaluation.evaluate_cli",
         "score predicted responses of a CRISPR screen beside every baseline",
@@ -39,7 +39,9 @@ def run(command: str, words: list[str]) -> int | None:
         print("\n".join(f"  {name:<16}{summary}" for name, (_, summary) in COMMANDS.items()))
         return 0
     if command == "--version":
-        print(f"gppc {importlib.metadata.version('gppc')}")
+        from importlib.metadata import version
+
+        print(f"gppc {version('gppc')}")
         return 0
     if command not in COMMANDS:
         raise ValueError(f"`{command}` is not a command{close_matches(command, COMMANDS)}")

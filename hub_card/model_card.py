@@ -137,6 +137,9 @@ def progress_text(unfinished: Mapping) -> str:
     return f"{text}\n"
 
 
+NOT_SCORED = "This checkpoint has not been scored yet: `gppc score` does it beside the pairs that it was trained on.\n"
+
+
 def score_tables(results: Mapping) -> str:
     """One Markdown table a split: methods down, the [`METRICS`] that were computed across, with their intervals."""
     tables = []
@@ -269,11 +272,11 @@ def render_model_card(folder: str | Path) -> str:
     """Renders the card of a run folder.
 
     Args:
-        folder (`str` or `Path`): Holds `config.json`, `preprocessor_config.json`, `results.json` (scores and floors by
-            split) and `run.json` (the facts of [`RUN_FACTS`], and those of [`OPTIONAL_FACTS`] that are known); where
-            that says `unfinished` (`step`, `max_steps` and, if known, `eval_mse`, `eval_linear_mse`, `eval_r2`), there
-            are no results yet and the card says so; also `transfer.json` where screens were
-            scored; see [`add_transfer`].
+        folder (`str` or `Path`): Holds `config.json`, `preprocessor_config.json` and `run.json` (the facts of
+            [`RUN_FACTS`], and those of [`OPTIONAL_FACTS`] that are known); where that says `unfinished` (`step`,
+            `max_steps` and, if known, `eval_mse`, `eval_linear_mse`, `eval_r2`), the card says how far training is.
+            A finished model that was scored has `results.json` (scores and floors by split), and `transfer.json`
+            where screens were scored; see [`add_transfer`].
 
     Returns:
         `str`: The Markdown text with its metadata block.
@@ -287,9 +290,9 @@ def render_model_card(folder: str | Path) -> str:
     run = read_json(folder / "run.json")
     check_run(run)
     unfinished = run.get("unfinished")
-    # A model of a screen has no pairs to be scored on; `gppc evaluate` scores it.
-    scored = not unfinished and not run.get("screen")
+    scored = not unfinished and (folder / "results.json").is_file()
     results = read_results(folder / "results.json") if scored else None
+    why = SCREEN_TEXT if run.get("screen") else NOT_SCORED
     name = portable(str(run.get("name") or "GPPC"))
     data = ModelCardData(
         license="apache-2.0",
@@ -309,7 +312,7 @@ def render_model_card(folder: str | Path) -> str:
         facts=_facts(run, config, folder),
         normalization=normalization,
         target_sum=target_sum,
-        scores=score_tables(results) if results else progress_text(unfinished) if unfinished else SCREEN_TEXT,
+        scores=score_tables(results) if results else progress_text(unfinished) if unfinished else why,
         figures=_figures(folder),
         transfer=_transfer(folder),
         vocab_size=shown(len(preprocessor.get("gene_ids", ()))),

@@ -1,5 +1,7 @@
 """Configuration of a GPPC model."""
 
+import math
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
@@ -155,6 +157,19 @@ class GppcConfig(PreTrainedConfig):
         """Checks that sizes fit each other; called by `@strict` after construction."""
         if self.architecture not in ARCHITECTURES:
             raise ValueError(f"`architecture` is {self.architecture!r}; wanted one of {', '.join(ARCHITECTURES)}.")
+        for name, least, below in (
+            ("num_attention_heads", 1, math.inf),
+            ("intermediate_size", 1, math.inf),
+            ("encoder_layers", 0, math.inf),
+            ("decoder_layers", 0, math.inf),
+            ("hidden_dropout_prob", 0, 1),
+            ("attention_probs_dropout_prob", 0, 1),
+            ("variance_loss_weight", 0, math.inf),
+            ("initializer_range", 0, math.inf),
+            ("layer_norm_eps", 0, math.inf),
+        ):
+            if not least <= getattr(self, name) < below:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; wanted at least {least} and below {below}.")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"`hidden_size` is {self.hidden_size}; wanted a multiple of `num_attention_heads` "

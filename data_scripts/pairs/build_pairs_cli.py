@@ -57,6 +57,7 @@ def run(build: BuildOptions, options: PairOptions) -> None:
 
     folder = build_pairs(options, build.out, build.num_proc, dask=build.dask)
     print(describe(folder.manifest["report"]))
+    print(folder.describe_splits())
     print(
         f"{len(folder.gene_ids):,} genes, {len(folder.panels)} sets of measured genes, digest {folder.manifest['digest']}"
     )

@@ -165,7 +165,8 @@ def finish(plan: PairPlan) -> None:
     if sampled:
         report["splits"] = {SPLITS[0]: {"cells": plan.n_training_cells}, **report["splits"]}
     if not any(entry["n_pairs"] for entry in splits.values()):
-        raise ValueError(f"no cell found a partner ({report['splits']}); relax `pairings` or `min_shared_genes`.")
+        reasons = sorted({reason for entry in report["splits"].values() for reason in entry["cells_unpaired"]})
+        raise ValueError(f"no cell found a partner ({', '.join(reasons)}); relax `pairings` or `min_shared_genes`.")
     options = dataclasses.asdict(plan.options)
     finish_pair_folder(
         plan.out,
@@ -180,6 +181,7 @@ def finish(plan: PairPlan) -> None:
             "options": options,
             "identity": plan.content["identity"],
             "splits": splits,
+            "split_by": plan.content["split_by"],
             "report": report,
             **({"train_split": "a random sample of the pairs; training streams all of them"} if sampled else {}),
         },

@@ -184,6 +184,11 @@ class PairFolder:
         """Names of the splits that hold pairs."""
         return [name for name in SPLITS if self.manifest["splits"].get(name, {}).get("n_pairs", 0) > 0]
 
+    def describe_splits(self) -> str:
+        """One line: what the splits were made by, and the pairs of each."""
+        counts = ", ".join(f"{name} {self.manifest['splits'][name]['n_pairs']:,} pairs" for name in self.splits)
+        return f"Splits by {self.manifest.get('split_by', 'whoever wrote the pairs')}: {counts}."
+
     def split(self, name: str) -> pa.Table:
         """Rows of a split in `PAIR_SCHEMA`: memory-mapped shards, one after the other, nothing copied.
 

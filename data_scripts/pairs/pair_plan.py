@@ -18,7 +18,7 @@ from data_scripts.pairs.pair_folder import MANIFEST, write_table_atomically
 from data_scripts.pairs.pair_options import PairOptions
 from data_scripts.pairs.pair_shard import CellTable
 from data_scripts.pairs.schema import CONTEXT_COLUMNS, SCHEMA_VERSION, SPLITS
-from data_scripts.pairs.splits import assign_splits, columns_of, held_out_gene_split
+from data_scripts.pairs.splits import assign_splits, columns_of, default_rules, describe_rules, held_out_gene_split
 from data_scripts.store.cell_stream import tile_boundary
 from data_scripts.store.census_query import CellQuery, open_experiment, open_query
 
@@ -217,9 +217,15 @@ class PairPlan:
             written["query"]["uri"] = str(Path(options.query.uri).resolve())
         if "census_version" in query.source:
             written["query"]["census_version"] = query.source["census_version"]  # the alias may move meanwhile
+        split_by = "the given rules"
+        if options.splits.rules is None:
+            rules = default_rules(query.obs, options.splits.seed)
+            written["splits"]["rules"] = [dataclasses.asdict(rule) for rule in rules]
+            split_by = describe_rules(rules)
         content = {
             "identity": identity,
             "options": written,
+            "split_by": split_by,
             "source": query.source,
             "dataset_ids": dataset_ids,
             "n_cells": len(query.obs),

@@ -200,6 +200,8 @@ def fine_tuned(
         if options.folders:
             outputs[MODEL] = ScreenModel.load(options.folders[index], options.change).predict(context)
         elif fits_here:
+            if len(fold.train) < 2:
+                raise ValueError(f"`folds`: {fold.name} trains on {len(fold.train)} perturbations; use fewer folds.")
             fitted = fit_screen(screen, fold.train, options, features, controls)
             outputs[MODEL] = ScreenModel(*fitted, options.change).predict(context)
         rows = [row[label] for label in fold.test]

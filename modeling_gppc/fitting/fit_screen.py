@@ -31,19 +31,13 @@ def fit_screen(
 
     Args:
         screen (`Screen`): Only control cells and cells of `labels` are read; all its targets may be asked about.
-        labels (`Sequence[str]`): Perturbations that are seen; none for a model of the controls alone.
+        labels (`Sequence[str]`): Perturbations that are seen; none for a model of the controls alone. One alone says
+            nothing of others, which are then predicted not to respond.
         options ([`ScreenFitOptions`], *optional*): How.
         features ([`GeneFeatures`], *optional*): Read from `options.gene_features`.
         controls ([`ControlFit`], *optional*): Of the same screen, where several models share it.
-
-    Raises:
-        ValueError: If exactly one perturbation is seen, or a label is not in the screen.
     """
     options = options or ScreenFitOptions()
-    if len(labels) == 1:
-        raise ValueError(
-            f"`labels` holds one perturbation ({labels[0]}); wanted none, or at least 2: use fewer folds."
-        )
     controls = controls or fit_controls(screen, options.n_factors, options.seed)
     extractor = screen_extractor(screen, labels, features, controls)
     inputs = target_inputs(screen, labels, extractor)

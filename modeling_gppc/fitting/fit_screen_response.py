@@ -56,7 +56,7 @@ def fit_screen_response(
         part ([`GppcScreenResponse`]): Its `counted` and `held` are set.
         linear_response ([`GppcLinearResponse`]): Of the control cells.
         screen (`Screen`): Only the controls and the cells of `labels` are read.
-        labels (`Sequence[str]`): The T perturbations that are seen, at least 2.
+        labels (`Sequence[str]`): The T perturbations that are seen.
         inputs (`tuple`): Target ids, changes and mask of the T perturbations, each `(T, K)`.
         likeness (`np.ndarray`): Of every gene that may be asked about to each perturbation, `(V + E, T)`.
         replicates (`str`, *optional*, defaults to `"batch"`): What replicates differ in: `"batch"` or `"cell_line"`.

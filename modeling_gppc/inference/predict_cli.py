@@ -43,10 +43,12 @@ def summary(prediction, mean_delta: np.ndarray) -> str:
         pairs = ", ".join(f"{gene} ({match}?)" for gene, match in zip(matched["gene"], matched["close_match"]))
         lines.append(f"unknown, with the closest name: {pairs}")
     symbols = prediction.var["gene_symbol"].to_numpy()
+    sources = dict(zip(prediction.texts, prediction.uns.get("sources", ())))
     for text, spec, column in list(zip(prediction.texts, prediction.parsed, mean_delta.T))[:MAX_SHOWN]:
         others = ~np.isin(prediction.query, [gene for gene, _, _ in spec])
         order = [gene for gene in np.argsort(-np.abs(column), kind="stable") if others[gene]][:TOP_GENES]
-        lines.append(f"{text}: " + ", ".join(f"{symbols[gene]} {column[gene]:+.3f}" for gene in order))
+        source = f" ({sources[text].partition(':')[0]})" if text in sources else ""
+        lines.append(f"{text}{source}: " + ", ".join(f"{symbols[gene]} {column[gene]:+.3f}" for gene in order))
     if len(prediction.texts) > MAX_SHOWN:
         lines.append(f"... and {len(prediction.texts) - MAX_SHOWN} more perturbations")
     return "\n".join(lines)

@@ -18,6 +18,7 @@ from modeling_gppc.inference.input_cells import InputCells, input_cells
 from modeling_gppc.inference.loading import load_model
 from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
 from modeling_gppc.normalization_gppc import close_matches
+from modeling_gppc.screen_response_gppc import SOURCES
 
 # Columns of obs that a prediction adds; columns of these names in the input are kept with `input_` in front.
 ADDED_COLUMNS = ("perturbation", "source_cell", "familiarity")
@@ -146,6 +147,8 @@ def prepare_prediction(
         "perturbed_genes": counts,
         "warnings": np.array(prediction.warnings, dtype=object),
     }
+    if network.config.use_screen_response:
+        prediction.uns["sources"] = np.array(answer_sources(network, extractor, texts), dtype=object)
     return prediction
 
 
@@ -165,6 +168,16 @@ def parse_perturbations(
         text, times = Counter(texts).most_common(1)[0]
         raise ValueError(f"`perturbations` names {text!r} {times} times; give it once.")
     return texts, [extractor.parse_perturbation(text) for text in texts]
+
+
+def answer_sources(
+    model: GppcForPerturbationPrediction, extractor: GppcFeatureExtractor, texts: list[str]
+) -> list[str]:
+    """Where a model of a screen takes its answer to each perturbation from, in words; see `SOURCES`."""
+    features = extractor.perturbation_features(texts, model.levels().expand(len(texts), -1))
+    device = next(model.parameters()).device
+    source = model.respond(**{name: tensor.to(device) for name, tensor in features.items()}).source
+    return [SOURCES[index] for index in source.tolist()]
 
 
 def _output_obs(obs: pd.DataFrame, texts: list[str]) -> pd.DataFrame:

@@ -95,6 +95,7 @@ class GppcTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.eval_collator = eval_collator
         self.throughput = Throughput()
+        self.began = time.monotonic()
         self._writing = False
 
     @property

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import pytest
 
 from data_scripts.command_line import POSITIONAL, flags_of, help_text, read_flags, read_options, run_command
+from data_scripts.options import merge
 
 
 @dataclasses.dataclass
@@ -268,3 +269,9 @@ def test_a_command_ends_with_one_line(error, status, line, capsys, monkeypatch):
 def test_a_bug_is_no_bad_input():
     with pytest.raises(KeyError):
         run_command("gppc x", lambda: {}["a"])
+
+
+def test_merge_leaves_both_as_they_are():
+    base, changes = {"a": {"b": 1, "c": [1]}}, {"a": {"c": [2]}, "d": {}}
+    assert merge(base, changes) == {"a": {"b": 1, "c": [2]}, "d": {}}
+    assert base == {"a": {"b": 1, "c": [1]}} and changes == {"a": {"c": [2]}, "d": {}}

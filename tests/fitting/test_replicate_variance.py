@@ -71,6 +71,6 @@ def test_one_group_has_the_usual_variance():
 def test_intervals_hold_what_they_say_in_a_group_that_was_held_out(spread):
     """However far apart batches respond, and however far apart their controls lie."""
     screen = grouped_screen(4, spread)
-    options = EvaluateOptions(mode="fine-tuned", model="factor", hold_out="batch")
+    options = EvaluateOptions(mode="fine-tuned", hold_out="batch")
     methods = evaluate_screen(screen, options, progress=False).summary["methods"]
-    assert 0.85 <= methods["factor"]["coverage90"] <= 0.95
+    assert 0.85 <= methods["gppc"]["coverage90"] <= 0.95

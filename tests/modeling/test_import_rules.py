@@ -108,8 +108,6 @@ STRANGERS = {"modeling_gppc.training", "modeling_gppc.evaluation"}
 UPWARDS = {
     ("data_scripts/store/cell_stream.py", "data_scripts.pairs"),
     ("data_scripts/store/census_query.py", "data_scripts.pairs"),
-    ("modeling_gppc/evaluation/score_run.py", "modeling_gppc.training"),
-    ("modeling_gppc/training/sweep_report.py", "modeling_gppc.evaluation"),
     ("modeling_gppc/training/trainer.py", "hub_card"),
 }
 
