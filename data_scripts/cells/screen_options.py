@@ -1,8 +1,10 @@
 """Options of reading a CRISPR screen."""
 
 import dataclasses
+from typing import Annotated
 
 from data_scripts.cells.read_options import ReadOptions
+from data_scripts.options import Count, Positive, Range, Seed, Share, check_numbers
 
 
 @dataclasses.dataclass
@@ -29,19 +31,13 @@ class ScreenOptions(ReadOptions):
     batch_column: str | None = None
     cell_line_column: str | None = None
     control_labels: list[str] | None = None
-    target_sum: float = 10_000.0
+    target_sum: Positive = 10_000.0
     label_genes: dict[str, str] = dataclasses.field(default_factory=dict)
-    guide_efficiency: dict[str, float] = dataclasses.field(default_factory=dict)
-    min_cells: int = 10
-    max_cells: int | None = None
-    seed: int = 0
+    guide_efficiency: dict[str, Share] = dataclasses.field(default_factory=dict)
+    min_cells: Annotated[int, Range(2)] = 10  # a mean of fewer has no error
+    max_cells: Count | None = None
+    seed: Seed = 0
 
     def __post_init__(self):
         super().__post_init__()
-        if self.min_cells < 2:
-            raise ValueError(
-                f"`min_cells` is {self.min_cells}; a mean of fewer than 2 cells has no error: wanted >= 2."
-            )
-        for gene, share in self.guide_efficiency.items():
-            if not 0 <= share <= 1:
-                raise ValueError(f"`guide_efficiency` of `{gene}` is {share}; wanted a share between 0 and 1.")
+        check_numbers(self)

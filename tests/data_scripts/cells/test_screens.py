@@ -157,10 +157,10 @@ def test_what_is_set_aside_is_counted():
 
 def test_bad_options_are_named():
     for flags, words in (
-        (["--guide-efficiency", "STAT1=2"], "between 0 and 1"),
+        (["--guide-efficiency", "STAT1=2"], "`guide_efficiency` is .*2.0.*; wanted a number >= 0 and <= 1"),
         (["--guide-efficiency", "STAT1"], "`guide_efficiency` is 'STAT1'; wanted NAME=VALUE"),
         (["--value-kind", "raw"], "wanted one of 'counts', 'estimated_counts', 'log'"),
-        (["--min-cells", "1"], "wanted >= 2"),
+        (["--min-cells", "1"], "`min_cells` is 1; wanted a number >= 2"),
     ):
         with pytest.raises(ValueError, match=words):
             read_options(flags, ScreenOptions)
