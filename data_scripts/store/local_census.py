@@ -13,11 +13,10 @@ from scipy import sparse
 from tqdm import tqdm
 
 from data_scripts.cells.anndata_file import LibrarySizes
+from data_scripts.cells.column_names import numbers, texts
 from data_scripts.cells.gene_mapping import (
     UNMAPPED,
     FileGenes,
-    GeneTable,
-    check_organism,
     check_species,
     map_genes,
     read_gene_table,
@@ -92,13 +91,12 @@ class _Checked:
 
     source: CensusSource
     obs: pd.DataFrame
-    columns: dict[str, str]
+    labels: dict[str, str]
     genes: FileGenes
     library: LibrarySizes
     notes: list[str]
-    extra: pd.DataFrame
     mapping: pd.DataFrame | None = None
-    joinids: np.ndarray | None = None  # of each column; -1 where dropped
+    joinids: np.ndarray | None = None  # of each gene; -1 where dropped
 
 
 def write_census(
@@ -106,7 +104,7 @@ def write_census(
     sources: Iterable[CensusSource],
     *,
     organism: str = "homo_sapiens",
-    gene_table: str | Path | Sequence[str | Path] | GeneTable | None = None,
+    gene_table: str | Path | Sequence[str | Path] | None = None,
     unmapped: str = "keep",
     keep_obs: Sequence[str] = (),
     overwrite: bool = False,
@@ -125,8 +123,7 @@ def write_census(
         store (`str` or `Path`): Folder of the store.
         sources (`Iterable[CensusSource]`): The data sets; at most one lazy source is in memory at a time.
         organism (`str`, *optional*, defaults to `"homo_sapiens"`): Species, as Census names it.
-        gene_table (`str`, `Path`, a list of them, or `GeneTable`, *optional*): Symbols and Ensembl ids; see
-            [`read_gene_table`].
+        gene_table (`str`, `Path` or a list of them, *optional*): Symbols and Ensembl ids; see [`read_gene_table`].
         unmapped (`str`, *optional*, defaults to `"keep"`): `keep`, `drop` or `error`; see [`map_genes`].
         keep_obs (`Sequence[str]`, *optional*): Columns of obs to carry along besides those of Census.
         overwrite (`bool`, *optional*, defaults to `False`): Replace a store of that name.
@@ -140,11 +137,17 @@ def write_census(
             of several kinds of values, an existing store.
     """
     store = Path(store)
-    check_organism(organism)
+    check_species(organism)
     if unmapped not in UNMAPPED:
         raise ValueError(f"`unmapped` is {unmapped!r}; wanted one of {', '.join(UNMAPPED)}.")
-    _check_target(store, overwrite)
-    table = gene_table if isinstance(gene_table, GeneTable) else _read_tables(gene_table)
+    if store.exists() and not overwrite:
+        raise ValueError(f"`store` {store} exists already; choose another name or ask to overwrite it.")
+    if store.exists() and not (store / "census_info").is_dir():
+        raise ValueError(
+            f"`store` {store} exists and is not a Census-like store; it is not overwritten, choose another."
+        )
+    paths = [gene_table] if isinstance(gene_table, (str, Path)) else gene_table or []
+    table = pd.concat(map(read_gene_table, paths)) if paths else None
     checked = [
         _check_source(source, organism, keep_obs)
         for source in tqdm(sources, desc="checking cells", unit="file", disable=not progress)
@@ -154,13 +157,16 @@ def write_census(
     kinds = sorted({part.source.options.value_kind for part in checked})
     if len(kinds) > 1:
         raise ValueError(f"`value_kind` of the sources is {' and '.join(kinds)}; a store holds one kind of values.")
-    var, measured = _join_genes(checked, table, unmapped)
-    partial = store.with_name(f".{store.name}.partial-{os.getpid()}")
+    var = _join_genes(checked, table, unmapped)
+    partial, old = (store.with_name(f".{store.name}.{what}-{os.getpid()}") for what in ("partial", "old"))
     store.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        report = _write_store(partial, checked, var, measured, organism, LAYERS[kinds[0]], progress)
-        _move_into_place(partial, store)
+        report = _write_store(partial, checked, var, organism, keep_obs, progress)
+        if store.exists():
+            os.replace(store, old)
+        os.replace(partial, store)
+        shutil.rmtree(old, ignore_errors=True)
     except BaseException:  # also an interruption must not leave half a store behind
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -168,39 +174,11 @@ def write_census(
     return report
 
 
-def _read_tables(paths: str | Path | Sequence[str | Path] | None) -> GeneTable:
-    table = GeneTable()
-    for path in [paths] if isinstance(paths, (str, Path)) else paths or []:
-        table.add(read_gene_table(path))
-    return table
-
-
-def _check_target(store: Path, overwrite: bool) -> None:
-    if not store.exists():
-        return
-    if not overwrite:
-        raise ValueError(f"`store` {store} exists already; choose another name or ask to overwrite it.")
-    if not (store / "census_info").is_dir():
-        raise ValueError(
-            f"`store` {store} exists and is not a Census-like store; it is not overwritten, choose another."
-        )
-
-
-def _move_into_place(partial: Path, store: Path) -> None:
-    if store.exists():
-        old = store.with_name(f".{store.name}.old-{os.getpid()}")
-        os.replace(store, old)
-        os.replace(partial, store)
-        shutil.rmtree(old)
-    else:
-        os.replace(partial, store)
-
-
 def _check_source(source: CensusSource, organism: str, keep_obs: Sequence[str]) -> _Checked:
     where = source.where
     with source.cells() as cells:
-        check_species(cells.genes, organism, where)
-        columns = find_labels(cells.obs, source.options, where)
+        check_species(organism, cells.genes, where)
+        labels = find_labels(cells.obs, source.options, where)
         for name in keep_obs:
             if name in census_layout.OBS_TYPES:
                 raise ValueError(f"`keep_obs` names {name!r}, which is a column of every store already; leave it out.")
@@ -208,68 +186,42 @@ def _check_source(source: CensusSource, organism: str, keep_obs: Sequence[str]) 
                 raise ValueError(
                     f"`keep_obs` names {name!r}, which is not a column of obs of {where}{close_matches(name, cells.obs)}"
                 )
-        return _Checked(
-            source=source,
-            library=cells.check(),
-            obs=census_obs(cells.obs, columns, source.dataset_id),
-            columns=columns,
-            genes=cells.genes,
-            notes=cells.notes,
-            extra=cells.obs[list(keep_obs)].reset_index(drop=True),
-        )
+        library = cells.check()
+        obs = census_obs(cells.obs, labels, source.dataset_id)
+        obs = pd.concat([obs, cells.obs[list(keep_obs)].reset_index(drop=True)], axis=1).assign(raw_sum=library.sizes)
+        return _Checked(source, obs, labels, cells.genes, library, cells.notes)
 
 
-def _join_genes(
-    checked: Sequence[_Checked], table: GeneTable | None, unmapped: str
-) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
-    """Maps the genes of all sources, gives them joint ids, and returns var and the genes each data set measured."""
+def _join_genes(checked: Sequence[_Checked], table: pd.DataFrame | None, unmapped: str) -> pd.DataFrame:
+    """Maps the genes of all sources, gives them joint ids, and returns var."""
     shared = shared_symbols(part.genes for part in checked)
-    joinids: dict[str, int] = {}
-    rows: list[tuple] = []
-    measured: dict[str, np.ndarray] = {}
-    previous = None
     for part in checked:
-        dataset_id = part.source.dataset_id
         part.mapping = map_genes(part.genes, table, shared, unmapped=unmapped, where=part.source.where)
-        part.joinids = np.full(len(part.mapping), -1, dtype=np.int64)
-        for column, gene in enumerate(part.mapping.itertuples(index=False)):
-            if not gene.feature_id:
-                continue
-            joinid = joinids.setdefault(gene.feature_id, len(joinids))
-            if joinid == len(rows):
-                rows.append((gene.feature_id, gene.feature_name, gene.feature_type, gene.feature_length))
-            part.joinids[column] = joinid
-        present = np.sort(part.joinids[part.joinids >= 0])
-        seen = dataset_id in measured
-        if seen and (previous != dataset_id or not np.array_equal(measured[dataset_id], present)):
+    genes = pd.concat([part.mapping for part in checked])
+    genes = genes[genes["feature_id"] != ""].drop_duplicates("feature_id", ignore_index=True)
+    index, previous = pd.Index(genes["feature_id"]), {}
+    for place, part in enumerate(checked):
+        part.joinids = index.get_indexer(part.mapping["feature_id"])
+        last, joinids = previous.get(part.source.dataset_id, (place - 1, part.joinids))
+        if last != place - 1 or set(joinids) != set(part.joinids):
             raise ValueError(
-                f"`dataset_id` {dataset_id!r} stands for several sources; parts of one data set follow each other "
-                "and measure the same genes: give the data sets different names."
+                f"`dataset_id` {part.source.dataset_id!r} stands for several sources; parts of one data set follow each "
+                "other and measure the same genes: give the data sets different names."
             )
-        measured[dataset_id] = present
-        previous = dataset_id
-    var = pd.DataFrame(rows, columns=["feature_id", "feature_name", "feature_type", "feature_length"])
-    var["feature_type"] = var["feature_type"].replace("", "unknown")
-    return var, measured
+        previous[part.source.dataset_id] = place, part.joinids
+    var = genes[["feature_id", "feature_name", "feature_type", "feature_length"]]
+    return var.assign(feature_type=var["feature_type"].replace("", "unknown"), soma_joinid=np.arange(len(var)))
 
 
 def _write_store(
-    path: Path,
-    checked: Sequence[_Checked],
-    var: pd.DataFrame,
-    measured: dict[str, np.ndarray],
-    organism: str,
-    layers: Sequence[str],
-    progress: bool,
+    path: Path, checked: Sequence[_Checked], var: pd.DataFrame, organism: str, keep_obs: Sequence[str], progress: bool
 ) -> CensusReport:
-    n_obs = sum(len(part.obs) for part in checked)
-    n_vars = len(var)
+    obs, extra_types = _plain(pd.concat([part.obs for part in checked], ignore_index=True), keep_obs)
+    layers = LAYERS[checked[0].source.options.value_kind]
     census_layout.create_store(path, organism)
-    census_layout.create_x_layers(path, organism, layers, (n_obs, n_vars))
-    statistics = {name: np.zeros(n_obs) for name in ("nnz", "raw_mean_nnz", "raw_variance_nnz")}
-    gene_nnz = np.zeros(n_vars, dtype=np.int64)
-    first = 0
-    with tqdm(total=n_obs, desc="writing cells", unit="cell", disable=not progress) as bar:
+    census_layout.create_x_layers(path, organism, layers, (len(obs), len(var)))
+    statistics, gene_nnz, first = [], np.zeros(len(var), dtype=np.int64), 0
+    with tqdm(total=len(obs), desc="writing cells", unit="cell", disable=not progress) as bar:
         for part in checked:
             with part.source.cells() as cells:
                 if len(cells.obs) != len(part.obs):
@@ -279,50 +231,36 @@ def _write_store(
                     )
                 for start, block in cells.blocks():
                     block = _stored(block, part.joinids)
-                    rows = slice(first + start, first + start + block.shape[0])
-                    gene_nnz += np.bincount(block.indices, minlength=n_vars)
-                    for name, values in _row_statistics(block).items():
-                        statistics[name][rows] = values
-                    _write_block(path, organism, layers, block, part.library.sizes[start:], rows.start)
+                    gene_nnz += np.bincount(block.indices, minlength=len(var))
+                    statistics.append(_row_statistics(block))
+                    _write_block(path, organism, layers, block, part.library.sizes[start:], first + start)
                     bar.update(block.shape[0])
             first += len(part.obs)
-    obs = pd.concat([part.obs.astype({"dataset_id": str}) for part in checked], ignore_index=True)
-    extra, extra_types = _plain(pd.concat([part.extra for part in checked], ignore_index=True))
-    obs = pd.concat([obs, extra], axis=1)
-    obs["soma_joinid"] = np.arange(n_obs)
-    obs["raw_sum"] = np.concatenate([part.library.sizes for part in checked])
-    for name, values in statistics.items():
-        obs[name] = values.astype(np.int64) if name == "nnz" else values
+    obs = pd.concat([obs, pd.concat(statistics, ignore_index=True)], axis=1)
+    measured = {part.source.dataset_id: np.sort(part.joinids[part.joinids >= 0]) for part in checked}
     datasets = _dataset_table(checked, measured)
-    obs["n_measured_vars"] = obs["dataset_id"].map(datasets.set_index("dataset_id")["n_vars"]).astype(np.int64)
-    var["soma_joinid"] = np.arange(n_vars)
-    var["nnz"] = gene_nnz
-    var["n_measured_obs"] = np.int64(0)
+    n_measured = np.zeros(len(var), dtype=np.int64)
     for row in datasets.itertuples():
-        var.loc[measured[row.dataset_id], "n_measured_obs"] += row.n_obs
+        n_measured[measured[row.dataset_id]] += row.n_obs
+    sizes = datasets.set_index("dataset_id")["n_vars"]
+    obs["n_measured_vars"] = obs["dataset_id"].map(sizes).astype(np.int64)
+    obs["soma_joinid"] = np.arange(len(obs))
     census_layout.write_obs(path, organism, obs, extra_types)
-    census_layout.write_var(path, organism, var)
-    census_layout.write_presence(path, organism, list(measured.values()), n_vars)
+    census_layout.write_var(path, organism, var.assign(nnz=gene_nnz, n_measured_obs=n_measured))
+    census_layout.write_presence(path, organism, list(measured.values()), len(var))
     census_layout.write_info(path, organism, obs, datasets)
-    genes = pd.concat(
-        [part.mapping.assign(dataset_id=part.source.dataset_id) for part in checked], ignore_index=True
-    ).drop_duplicates(ignore_index=True)
-    genes = genes[["dataset_id", *(name for name in genes.columns if name != "dataset_id")]]
-    return CensusReport(store=path, n_obs=n_obs, n_vars=n_vars, datasets=datasets, genes=genes)
+    genes = [part.mapping.assign(dataset_id=part.source.dataset_id) for part in checked]
+    genes = pd.concat(genes).drop_duplicates(ignore_index=True)
+    return CensusReport(path, len(obs), len(var), datasets, genes[["dataset_id", *part.mapping.columns]])
 
 
 def _stored(block: sparse.csr_matrix, joinids: np.ndarray) -> sparse.csr_matrix:
     """The block in columns of the store: dropped genes and explicit zeros left out."""
-    block = block.astype(np.float32)
-    block.sum_duplicates()
-    kept = joinids >= 0
-    if not kept.all():
-        block = block[:, kept]
-        joinids = joinids[kept]
+    kept = np.flatnonzero(joinids >= 0)
+    block = block.astype(np.float32)[:, kept]
     block.eliminate_zeros()
-    width = int(joinids.max(initial=-1)) + 1
-    indices = joinids[block.indices]
-    return sparse.csr_matrix((block.data, indices, block.indptr), shape=(block.shape[0], width))
+    indices = joinids[kept][block.indices]
+    return sparse.csr_matrix((block.data, indices, block.indptr), shape=(block.shape[0], int(joinids.max()) + 1))
 
 
 def _write_block(
@@ -338,7 +276,7 @@ def _write_block(
         order = census_layout.write_x(path, organism, layer, block, first, order)
 
 
-def _row_statistics(block: sparse.csr_matrix) -> dict[str, np.ndarray]:
+def _row_statistics(block: sparse.csr_matrix) -> pd.DataFrame:
     """Number, mean and sample variance of the stored values of each row, as Census defines them."""
     nnz = np.diff(block.indptr)
     rows = np.repeat(np.arange(block.shape[0]), nnz)
@@ -347,41 +285,42 @@ def _row_statistics(block: sparse.csr_matrix) -> dict[str, np.ndarray]:
     mean = np.divide(total, nnz, out=np.zeros_like(total), where=nnz > 0)
     squares = np.bincount(rows, weights=(values - mean[rows]) ** 2, minlength=block.shape[0])
     variance = np.divide(squares, nnz - 1, out=np.zeros_like(total), where=nnz > 1)
-    return {"nnz": nnz, "raw_mean_nnz": mean, "raw_variance_nnz": variance}
+    return pd.DataFrame({"nnz": nnz.astype(np.int64), "raw_mean_nnz": mean, "raw_variance_nnz": variance})
 
 
-def _plain(extra: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, pa.DataType]]:
-    """Columns as truth values, whole numbers, numbers or else text, and their types in the store."""
-    columns, types = {}, {}
-    for name, column in extra.items():
-        if pd.api.types.is_bool_dtype(column) and not column.isna().any():
-            columns[name], types[name] = column.to_numpy(dtype=bool), pa.bool_()
-        elif pd.api.types.is_integer_dtype(column) and not column.isna().any():
-            columns[name], types[name] = column.to_numpy(dtype=np.int64), pa.int64()
-        elif pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column):
-            columns[name], types[name] = column.to_numpy(dtype=np.float64, na_value=np.nan), pa.float64()
+def _plain(obs: pd.DataFrame, names: Sequence[str]) -> tuple[pd.DataFrame, dict[str, pa.DataType]]:
+    """Some columns as truth values, whole numbers, numbers or else text, and their types in the store."""
+    types = dict.fromkeys(names, pa.large_string())
+    for name in names:
+        column, kinds = obs[name], pd.api.types
+        whole = not column.isna().any()
+        if kinds.is_bool_dtype(column) and whole:
+            types[name], obs[name] = pa.bool_(), column.to_numpy(dtype=bool)
+        elif kinds.is_integer_dtype(column) and whole:
+            types[name], obs[name] = pa.int64(), column.to_numpy(dtype=np.int64)
+        elif kinds.is_numeric_dtype(column) and not kinds.is_bool_dtype(column):
+            types[name], obs[name] = pa.float64(), numbers(column)
         else:
-            texts = column.astype(object).where(column.notna(), "unknown").astype(str)
-            columns[name], types[name] = texts.to_numpy(), pa.large_string()
-    return pd.DataFrame(columns, index=extra.index), types
+            obs[name] = [text or "unknown" for text in texts(column)]
+    return obs, types
 
 
 def _dataset_table(checked: Sequence[_Checked], measured: dict[str, np.ndarray]) -> pd.DataFrame:
     rows: dict[str, dict] = {}
     for part in checked:
-        source, mapping = part.source, part.mapping
+        source, mapped = part.source, part.mapping["mapped_by"] != "unmapped"
         row = rows.setdefault(
             source.dataset_id,
             {
                 "dataset_id": source.dataset_id,
                 "dataset_title": source.title or source.dataset_id,
-                "dataset_h5ad_path": Path(source.path).name if source.path is not None else "",
+                "dataset_h5ad_path": Path(source.path or "").name,
                 "n_obs": 0,
                 "n_vars": len(measured[source.dataset_id]),
-                "n_mapped": int((mapping["mapped_by"] != "unmapped").sum()),
-                "n_unmapped": int((mapping["mapped_by"] == "unmapped").sum()),
-                "cell_type_from": part.columns.get("cell_type", "nothing"),
-                "donor_from": part.columns.get("donor_id", "nothing"),
+                "n_mapped": int(mapped.sum()),
+                "n_unmapped": int((~mapped).sum()),
+                "cell_type_from": part.labels.get("cell_type", "nothing"),
+                "donor_from": part.labels.get("donor_id", "nothing"),
                 "library_from": part.library.source,
                 "notes": [],
             },
@@ -389,5 +328,4 @@ def _dataset_table(checked: Sequence[_Checked], measured: dict[str, np.ndarray])
         row["n_obs"] += len(part.obs)
         row["notes"] += [note for note in part.notes if note not in row["notes"]]
     frame = pd.DataFrame(list(rows.values()))
-    frame["dataset_total_cell_count"] = frame["n_obs"].astype(np.int64)
-    return frame
+    return frame.assign(dataset_total_cell_count=frame["n_obs"].astype(np.int64))

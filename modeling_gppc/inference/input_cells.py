@@ -93,7 +93,7 @@ def input_cells(
         gene_index=index[known],
         library_size=None if rates or library.source == "none" else library.sizes,
         library_source="sum" if rates else library.source,
-        unknown=_unknown_genes([cells.genes.names[gene] for gene in np.flatnonzero(index < 0)], extractor),
+        unknown=_unknown_genes(cells.genes.table["name"][index < 0].tolist(), extractor),
         warnings=warnings,
     )
 
@@ -102,38 +102,36 @@ def _match_genes(genes: FileGenes, extractor: GppcFeatureExtractor) -> tuple[np.
     """Vocabulary id of each gene of the file (-1 where unknown), and warnings."""
     times = Counter(extractor.gene_symbols)
     index = np.full(len(genes), -1, dtype=np.int64)
-    taken: set[int] = set()
-    shared, repeated = set(), []
+    own = genes.table["name"].tolist()
+    taken, shared, repeated = set(), set(), {}
     # Ids are surer than names, names surer than symbols.
-    for names in ([identifier or "" for identifier in genes.ids], genes.names, genes.symbols):
+    for names in (genes.table["id"], own, genes.table["symbol"]):
         # A symbol that stands for several genes of the model does not say which one was counted.
         shared.update(name for name in names if times[name] > 1)
         found = extractor.find_genes(["" if times[name] > 1 else name for name in names])
         for column in np.flatnonzero((index < 0) & (found >= 0)):
-            gene = int(found[column])
-            if gene in taken:
-                repeated.append(genes.names[column])
+            if found[column] in taken:
+                repeated[own[column]] = None
                 continue
-            taken.add(gene)
-            index[column] = gene
+            taken.add(found[column])
+            index[column] = found[column]
     warnings = []
     if shared:
         warnings.append(
             f"{len(shared)} symbols stand for several genes of the model and are not used without an id: "
             f"{_examples(sorted(shared))}."
         )
-    repeated = list(dict.fromkeys(repeated))
     if repeated:
         warnings.append(
             f"{len(repeated)} columns name a gene that another column names already; the first counts: "
-            f"{_examples(repeated)}."
+            f"{_examples(list(repeated))}."
         )
-    if not taken:
+    if (index < 0).all():
         folded = {symbol.casefold() for symbol in [*extractor.gene_symbols, *extractor.gene_ids]}
-        other_case = any(name.casefold() in folded for name in [*genes.names, *genes.symbols])
+        other_case = any(name.casefold() in folded for name in [*own, *genes.table["symbol"]])
         raise ValueError(
-            f"none of the {len(genes)} genes of the cells (e.g. `{genes.names[0]}`) is among the {extractor.vocab_size} "
-            f"genes of the model (e.g. `{extractor.gene_ids[0]}`, `{extractor.gene_symbols[0]}`; {extractor.organism}); "
+            f"none of the {len(genes)} genes of the cells (e.g. `{own[0]}`) is among the {extractor.vocab_size} genes of "
+            f"the model (e.g. `{extractor.gene_ids[0]}`, `{extractor.gene_symbols[0]}`; {extractor.organism}); "
             + (
                 "some differ in capitals only: are the cells of another species?"
                 if other_case

@@ -6,9 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_scripts.cells.gene_mapping import (
-    GeneTable,
     check_species,
-    gene_table_from_frame,
     map_genes,
     read_file_genes,
     read_gene_table,
@@ -22,6 +20,11 @@ STAT1, IRF1, CD4, MOUSE = "ENSG00000115415", "ENSG00000125347", "ENSG00000010610
 
 def var(index, **columns):
     return pd.DataFrame(columns, index=index)
+
+
+def gene_table(rows):
+    """Symbols and ids, approved ones first."""
+    return pd.DataFrame(rows, columns=["symbol", "id"]).assign(length=0, biotype="")
 
 
 @pytest.mark.parametrize(
@@ -53,14 +56,14 @@ def test_strip_version(name, wanted):
 )
 def test_ids_and_symbols_are_found_wherever_they_stand(frame):
     genes = read_file_genes(frame)
-    assert genes.ids == [STAT1, IRF1]
-    assert genes.symbols == ["STAT1", "IRF1"]
+    assert genes.keys == genes.table["id"].tolist() == [STAT1, IRF1]
+    assert genes.labels == ["STAT1", "IRF1"]
 
 
 def test_named_columns_win_and_must_exist():
     frame = var(["a"], symbol=["WRONG"], alias=["STAT1"], ensembl_id=[IRF1], mine=[STAT1])
     genes = read_file_genes(frame, ReadOptions(symbol_column="alias", gene_column="mine"))
-    assert (genes.ids, genes.symbols) == ([STAT1], ["STAT1"])
+    assert (genes.keys, genes.labels) == ([STAT1], ["STAT1"])
     with pytest.raises(
         ValueError, match=r"`symbol_column` is 'alis', which is not a column of var.*did you mean `alias`"
     ):
@@ -107,14 +110,14 @@ def test_no_genes_and_another_species():
         ([STAT1], "homo_sapien", "'homo_sapien', which is not a known species; did you mean `homo_sapiens`"),
     ):
         with pytest.raises(ValueError, match=message):
-            check_species(read_file_genes(var(names)), organism, "the file")
-    check_species(read_file_genes(var([MOUSE])), "mus_musculus", "the file")
+            check_species(organism, read_file_genes(var(names)))
+    check_species("mus_musculus", read_file_genes(var([MOUSE])))
 
 
 def test_missing_ids_in_a_column_are_not_ids():
     genes = read_file_genes(var(["STAT1", "X1", "X2"], ensembl_id=[STAT1, "", None], symbol=["STAT1", "", None]))
-    assert genes.ids == [STAT1, None, None]
-    assert genes.symbols == ["STAT1", "X1", "X2"]
+    assert genes.table["id"].tolist() == [STAT1, "", ""]
+    assert genes.labels == ["STAT1", "X1", "X2"]
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "parquet"])
@@ -134,10 +137,11 @@ def test_gene_table_files(tmp_path, kind):
     else:
         frame.to_csv(path, index=False, sep="," if kind == "csv" else "\t")
     table = read_gene_table(path)
-    assert table.ids == {"STAT1": STAT1, "OLD": CD4, "ISGF3": STAT1}
-    assert table.names[STAT1] == "STAT1"
-    assert table.lengths[STAT1] == 4000
-    assert table.types[CD4] == "y"
+    assert table.drop_duplicates("symbol").values.tolist() == [
+        ["STAT1", STAT1, 4000, "protein_coding"],
+        ["OLD", CD4, 300, "y"],
+        ["ISGF3", STAT1, 4000, "protein_coding"],
+    ]
 
 
 def test_gene_table_errors(tmp_path):
@@ -146,13 +150,14 @@ def test_gene_table_errors(tmp_path):
     (tmp_path / "table.xlsx").write_text("")
     with pytest.raises(ValueError, match=r"ends in '.xlsx'; wanted .csv"):
         read_gene_table(tmp_path / "table.xlsx")
+    (tmp_path / "table.csv").write_text("symbol,x\nA,B\n")
     with pytest.raises(ValueError, match=r"no column named `ensembl_id`.*it has `symbol`, `x`"):
-        gene_table_from_frame(pd.DataFrame({"symbol": ["A"], "x": ["B"]}))
+        read_gene_table(tmp_path / "table.csv")
 
 
 def test_order_of_sources():
     """The file's own id, then the table, then the other files; approved symbols before aliases."""
-    table = GeneTable(ids={"IRF1": IRF1, "ISGF3": STAT1, "STAT1": STAT1}, names={STAT1: "STAT1", IRF1: "IRF1"})
+    table = gene_table([("STAT1", STAT1), ("IRF1", IRF1), ("ISGF3", STAT1)])
     genes = read_file_genes(var(["ISGF3", "STAT1", "IRF1", CD4, "CLONE", "NOVEL"]))
     mapping = map_genes(genes, table, {"CLONE": MOUSE, "IRF1": MOUSE})
     assert mapping["feature_id"].tolist() == ["ISGF3", STAT1, IRF1, CD4, MOUSE, "NOVEL"]
@@ -190,7 +195,7 @@ def test_shared_symbols_keep_the_first():
 )
 def test_ids_stay_unique_and_nothing_is_lost(names, aliases):
     """Whatever the aliases say, no two columns of a file share an id and every column keeps one."""
-    table = GeneTable(ids={symbol: f"ENSG{number:011d}" for symbol, number in aliases.items()})
+    table = gene_table([(symbol, f"ENSG{number:011d}") for symbol, number in aliases.items()])
     mapping = map_genes(read_file_genes(var(names)), table)
     assert mapping["name"].tolist() == names
     assert mapping["feature_id"].is_unique
