@@ -96,14 +96,13 @@ class CellFile:
         Returns:
             `np.ndarray` of float32, shape `(n_obs, n_genes)`.
         """
-        settings = {
-            "normalization": "none" if self.options.value_kind == "log" else "log1p",
-            "target_sum": target_sum,
-        }
+        how = "none" if self.options.value_kind == "log" else "log1p"
         values = np.empty((len(self.rows), len(self.genes)), dtype=np.float32)
         for first, block in self.blocks():
             cells = slice(first, first + block.shape[0])
-            values[cells] = normalize_counts(block.toarray(), sizes[cells, None], **settings)
+            values[cells] = normalize_counts(
+                block.toarray(), sizes[cells, None], normalization=how, target_sum=target_sum
+            )
         return values
 
     def check(self) -> LibrarySizes:
@@ -150,22 +149,16 @@ class CellFile:
         if np.array_equal(columns, np.arange(len(self.genes))):
             return block
         kept = np.flatnonzero(columns >= 0)
-        if not self.genes.repeated:
-            return block[:, kept]
         to_genes = (np.ones(len(kept)), (kept, columns[kept]))
         return block @ sparse.csr_matrix(to_genes, shape=(len(columns), len(self.genes)))
 
     def _check_values(self, block: sparse.csr_matrix, n_before: int) -> None:
         kind, layer, values = self.options.value_kind, self.options.layer or "X", block.data
         if kind == "log":
-            if not np.isfinite(values).all():
+            if not np.abs(values).max(initial=0) <= LARGEST_LOG_VALUE:  # NaN neither
                 raise ValueError(
-                    f"{self.where}: `{layer}` holds NaN or infinite values; finite log values are wanted."
-                )
-            if values.max(initial=0) > LARGEST_LOG_VALUE:
-                raise ValueError(
-                    f"{self.where}: `value_kind` is 'log' but the largest value is {values.max():g}; log values stay "
-                    "below about 20: these look like counts."
+                    f"{self.where}: `value_kind` is 'log' but `{layer}` holds {np.abs(values).max():g}; log values are "
+                    "finite and stay below about 20: counts are larger."
                 )
             return
         try:
@@ -174,7 +167,7 @@ class CellFile:
             broken = np.flatnonzero(np.rint(values) != values)
             n_broken = len(np.unique(np.searchsorted(block.indptr, broken, side="right")))
             n_whole = n_before + block.shape[0] - n_broken
-            if n_whole > 0.01 * (n_before + block.shape[0]) and np.isfinite(values).all() and n_broken:
+            if n_broken and n_whole > 0.01 * n_broken and np.isfinite(values).all():
                 raise ValueError(
                     f"{self.where} mixes raw and log values: {n_broken} cells hold non-integer values (e.g. "
                     f"{values[broken[0]]:g}) and {n_whole} hold counts; give one kind.{self._hint()}"
@@ -342,13 +335,13 @@ class RowBlocks:
             kind, self.shape = matrix.attrs["encoding-type"], tuple(matrix.attrs["shape"])
             parts = [matrix["data"], matrix["indices"], matrix["indptr"][:]]
             if kind == "csc_matrix":
-                matrix = sparse.csc_matrix((_widened(parts[0][:]), parts[1][:], parts[2]), shape=self.shape)
+                matrix = sparse.csc_matrix((parts[0][:], parts[1][:], parts[2]), shape=self.shape)
         else:
             self.shape, parts = matrix.shape, None
         if sparse.issparse(matrix):
             # Rows of a column-wise matrix can only be cut after turning it round as a whole.
             if matrix.format != "csr":
-                matrix = matrix.tocsr()
+                matrix = (matrix.astype(np.float32) if matrix.dtype == np.float16 else matrix).tocsr()
             parts = [matrix.data, matrix.indices, matrix.indptr]
         self.matrix, self.parts = matrix, parts
 

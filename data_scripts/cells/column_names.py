@@ -7,70 +7,37 @@ import pandas as pd
 
 from modeling_gppc.normalization_gppc import close_matches
 
-# What a column holds -> its usual names (Census, scanpy, Seurat, scPerturb, pertpy, cell-eval, GEARS), most specific
-# first; case is ignored. An option that names a column is called like its entry here, with `_column` behind it.
+# What a column holds: its usual names (Census, scanpy, Seurat, scPerturb, pertpy, cell-eval, GEARS), most specific first;
+# case is ignored. An option that names a column is called like its entry here, with `_column` behind it.
+_TABLE = """
+dataset: dataset_id, dataset
+cell_type: cell_type, celltype, cell_types, cell type, cell.type, cell_type_label, author_cell_type, bulk_labels, cell_line, louvain, leiden
+cell_line: cell_line, cell_type, celltype, cellline
+donor: donor_id, donor, individual, ind, patient_id, patient, subject, replicate
+batch: batch, batch_var, gem_group, gemgroup, replicate, sample, lane, donor_id
+assay: assay, technology, platform
+tissue: tissue, organ
+tissue_general: tissue_general
+tissue_type: tissue_type
+sex: sex, gender
+disease: disease
+development_stage: development_stage
+self_reported_ethnicity: self_reported_ethnicity
+suspension_type: suspension_type
+perturbation: perturbation, perturbation_name, target_gene, target, gene, gene_target, condition, guide_target, sgRNA_target, gene_name, treatment
+modality: perturbation_type, modality, crispr_type
+library_size: n_counts_full, total_counts_full, ncounts_full, raw_sum, total_counts, n_counts, nCount_RNA, nUMI
+n_expressed: n_genes_full, ngenes_full
+p_mito: p_mito, percent_mito, pct_counts_mt, percent.mt
+gene: ensembl_id, gene_ids, feature_id, gene_id, ensembl, ensembl_gene_id, ensemblid
+symbol: symbol, feature_name, gene_symbol, gene_symbols, gene_name, gene_names, hgnc_symbol
+feature_types: feature_types, feature_type
+biotype: feature_type, biotype, gene_type, gene_biotype
+length: feature_length, length
+priority: priority
+"""
 STANDARD_NAMES = {
-    # obs: cells
-    "dataset": ("dataset_id", "dataset"),
-    "cell_type": (
-        "cell_type",
-        "celltype",
-        "cell_types",
-        "cell type",
-        "cell.type",
-        "cell_type_label",
-        "author_cell_type",
-        "bulk_labels",
-        "cell_line",
-        "louvain",
-        "leiden",
-    ),
-    "cell_line": ("cell_line", "cell_type", "celltype", "cellline"),
-    "donor": ("donor_id", "donor", "individual", "ind", "patient_id", "patient", "subject", "replicate"),
-    "batch": ("batch", "batch_var", "gem_group", "gemgroup", "replicate", "sample", "lane", "donor_id"),
-    "assay": ("assay", "technology", "platform"),
-    "tissue": ("tissue", "organ"),
-    "tissue_general": ("tissue_general",),
-    "tissue_type": ("tissue_type",),
-    "sex": ("sex", "gender"),
-    "disease": ("disease",),
-    "development_stage": ("development_stage",),
-    "self_reported_ethnicity": ("self_reported_ethnicity",),
-    "suspension_type": ("suspension_type",),
-    "perturbation": (
-        "perturbation",
-        "perturbation_name",
-        "target_gene",
-        "target",
-        "gene",
-        "gene_target",
-        "condition",
-        "guide_target",
-        "sgRNA_target",
-        "gene_name",
-        "treatment",
-    ),
-    "modality": ("perturbation_type", "modality", "crispr_type"),
-    # obs: measurements; the library size is the counts over all genes, whether or not the file holds them
-    "library_size": (
-        "n_counts_full",
-        "total_counts_full",
-        "ncounts_full",
-        "raw_sum",
-        "total_counts",
-        "n_counts",
-        "nCount_RNA",
-        "nUMI",
-    ),
-    "n_expressed": ("n_genes_full", "ngenes_full"),
-    "p_mito": ("p_mito", "percent_mito", "pct_counts_mt", "percent.mt"),
-    # var: genes
-    "gene": ("ensembl_id", "gene_ids", "feature_id", "gene_id", "ensembl", "ensembl_gene_id", "ensemblid"),
-    "symbol": ("symbol", "feature_name", "gene_symbol", "gene_symbols", "gene_name", "gene_names", "hgnc_symbol"),
-    "feature_types": ("feature_types", "feature_type"),
-    "biotype": ("feature_type", "biotype", "gene_type", "gene_biotype"),
-    "length": ("feature_length", "length"),
-    "priority": ("priority",),
+    kind: names.split(", ") for kind, names in (line.split(": ") for line in _TABLE.strip().splitlines())
 }
 
 
@@ -90,14 +57,12 @@ def find_column(
         ValueError: If the named column, or a required one, is not there; with close matches.
     """
     columns = [str(column) for column in columns]
-    if named is not None:
-        if named not in columns:
-            raise ValueError(
-                f"`{kind}_column` is {named!r}, which is not a column of {where}{close_matches(named, columns)}"
-            )
-        return named
+    if named is not None and named not in columns:
+        raise ValueError(
+            f"`{kind}_column` is {named!r}, which is not a column of {where}{close_matches(named, columns)}"
+        )
     folded = {column.casefold(): column for column in reversed(columns)}
-    found = next((folded[name.casefold()] for name in STANDARD_NAMES[kind] if name.casefold() in folded), None)
+    found = named or next((folded[x.casefold()] for x in STANDARD_NAMES[kind] if x.casefold() in folded), None)
     if required and found is None:
         wanted = ", ".join(STANDARD_NAMES[kind][:6])
         raise ValueError(

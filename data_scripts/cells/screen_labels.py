@@ -82,10 +82,7 @@ def read_labels(text, modalities, symbols, ids, options: ScreenOptions, column: 
     found: dict[str, Perturbation] = {}
     spelt: dict[str, set[str]] = {}
     reasons: dict[str, list[str]] = {}
-    unique, inverse, times = np.unique(text, return_inverse=True, return_counts=True)
-    inverse = inverse.ravel()
-    first = np.zeros(len(unique), dtype=int)
-    first[inverse[::-1]] = np.arange(len(text))[::-1]
+    unique, first, inverse, times = np.unique(text, return_index=True, return_inverse=True, return_counts=True)
     for position, label in enumerate(unique):
         modality = modalities[first[position]]
         if _fold(label) in wanted_controls if wanted_controls else (label != "" and not split_label(label)):

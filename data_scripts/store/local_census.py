@@ -24,7 +24,7 @@ from data_scripts.cells.gene_mapping import (
 )
 from data_scripts.files import write_atomically
 from data_scripts.store import census_layout
-from data_scripts.store.census_obs import census_obs, find_labels
+from data_scripts.store.census_obs import census_obs
 from data_scripts.store.census_source import CensusSource, sources_from_file
 from modeling_gppc.normalization_gppc import close_matches
 
@@ -91,7 +91,7 @@ class _Checked:
 
     source: CensusSource
     obs: pd.DataFrame
-    labels: dict[str, str]
+    labels: dict[str, str | None]
     genes: FileGenes
     library: LibrarySizes
     notes: list[str]
@@ -178,7 +178,7 @@ def _check_source(source: CensusSource, organism: str, keep_obs: Sequence[str]) 
     where = source.where
     with source.cells() as cells:
         check_species(organism, cells.genes, where)
-        labels = find_labels(cells.obs, source.options, where)
+        obs, labels = census_obs(cells.obs, source.options, source.dataset_id, where)
         for name in keep_obs:
             if name in census_layout.OBS_TYPES:
                 raise ValueError(f"`keep_obs` names {name!r}, which is a column of every store already; leave it out.")
@@ -187,7 +187,6 @@ def _check_source(source: CensusSource, organism: str, keep_obs: Sequence[str]) 
                     f"`keep_obs` names {name!r}, which is not a column of obs of {where}{close_matches(name, cells.obs)}"
                 )
         library = cells.check()
-        obs = census_obs(cells.obs, labels, source.dataset_id)
         obs = pd.concat([obs, cells.obs[list(keep_obs)].reset_index(drop=True)], axis=1).assign(raw_sum=library.sizes)
         return _Checked(source, obs, labels, cells.genes, library, cells.notes)
 
@@ -319,8 +318,8 @@ def _dataset_table(checked: Sequence[_Checked], measured: dict[str, np.ndarray])
                 "n_vars": len(measured[source.dataset_id]),
                 "n_mapped": int(mapped.sum()),
                 "n_unmapped": int((~mapped).sum()),
-                "cell_type_from": part.labels.get("cell_type", "nothing"),
-                "donor_from": part.labels.get("donor_id", "nothing"),
+                "cell_type_from": part.labels["cell_type"] or "nothing",
+                "donor_from": part.labels["donor_id"] or "nothing",
                 "library_from": part.library.source,
                 "notes": [],
             },

@@ -129,14 +129,11 @@ def _match_genes(genes: FileGenes, extractor: GppcFeatureExtractor) -> tuple[np.
     if (index < 0).all():
         folded = {symbol.casefold() for symbol in [*extractor.gene_symbols, *extractor.gene_ids]}
         other_case = any(name.casefold() in folded for name in [*own, *genes.table["symbol"]])
+        fix = "name the column of var with Ensembl ids or symbols (`gene_column`)."
         raise ValueError(
             f"none of the {len(genes)} genes of the cells (e.g. `{own[0]}`) is among the {extractor.vocab_size} genes of "
             f"the model (e.g. `{extractor.gene_ids[0]}`, `{extractor.gene_symbols[0]}`; {extractor.organism}); "
-            + (
-                "some differ in capitals only: are the cells of another species?"
-                if other_case
-                else "name the column of var with Ensembl ids or symbols (`gene_column`)."
-            )
+            f"{'some differ in capitals only: are the cells of another species?' if other_case else fix}"
         )
     return index, warnings
 

@@ -130,7 +130,7 @@ def test_mixed_log_and_raw_cells_are_refused():
     adata.X = scipy.sparse.csr_matrix(dense)
     with pytest.raises(ValueError, match="mixes raw and log values: 20 cells"):
         read_screen(adata)
-    with pytest.raises(ValueError, match="look like counts"):
+    with pytest.raises(ValueError, match="log values are finite and stay below about 20"):
         counts = make_screen()
         counts.X = counts.X * 100
         read_screen(counts, ScreenOptions(value_kind="log"))

@@ -255,7 +255,7 @@ def test_log_values_come_back_bit_by_bit(tmp_path):
     assert found.tobytes() == values.tobytes()
     assert set(adata.obs["raw_sum"]) == {1.0}
     values[3, 3] = np.nan
-    with pytest.raises(ValueError, match="NaN or infinite"):
+    with pytest.raises(ValueError, match="`X` holds nan; log values are finite"):
         write_census(tmp_path / "nan", [CensusSource(anndata.AnnData(values), "linear", options=log)])
 
 
