@@ -4,13 +4,13 @@ import functools
 
 import numpy as np
 import pytest
+from known_network import confounded_pairs
 
-from data_scripts.synthetic.best_predictor import true_response
-from data_scripts.synthetic.interventions import regulators_screen
+from data_scripts.synthetic.interventions import regulators_screen, true_means
 from modeling_gppc.evaluation.in_context_model import InContextModel
 from modeling_gppc.evaluation.metrics import pearson_delta
 from modeling_gppc.evaluation.response_size import ResponseSize
-from modeling_gppc.evaluation.screen_baselines import covariance
+from modeling_gppc.evaluation.screen_baselines import ScreenContext, covariance
 
 # Full size: here the response follows the change, and the truth says so.
 AS_IMPOSED = ResponseSize(share=1.0, drift=1e6)
@@ -21,7 +21,8 @@ known_screen = functools.cache(regulators_screen)
 
 def score(form: str, seed: int, **options) -> tuple[float, float]:
     """Mean pearson_delta of the covariance rule and of the model in context."""
-    _, screen, context, truth, mask = known_screen(form, seed)
+    _, screen, truth, mask = known_screen(form, seed)
+    context = ScreenContext.build(screen, [], sorted(screen.perturbations))
     model = InContextModel(screen, n_factors=10, size=AS_IMPOSED, **options)
     found = [pearson_delta(p.delta, truth, mask).mean() for p in (covariance(context), model.predict(context))]
     return float(found[0]), float(found[1])
@@ -52,11 +53,12 @@ def test_a_common_cause_passes_for_an_effect():
     network, screen, *_ = known_screen("linear", 0)
     position = {gene: index for index, gene in enumerate(screen.gene_ids)}
     model = InContextModel(screen, n_factors=10, size=AS_IMPOSED)
-    pairs = network.confounded_pairs(n_pairs=10)
+    pairs = confounded_pairs(network, 10)
     assert len(pairs) == 10
     for first, second, correlation in pairs:
         level = float(network.base[network.gene_index([first])[0]] - 1.5)
-        truth = true_response(network, {first: level}).delta
+        control, perturbed = true_means(network, {first: level})
+        truth = perturbed - control
         assert truth[network.gene_index([first])[0]] == pytest.approx(-1.5, abs=0.5)
         assert truth[network.gene_index([second])[0]] == pytest.approx(0, abs=1e-9)
         predicted = model.slope(np.array([position[first]]), np.array([-1.5]))[position[second]]

@@ -3,10 +3,10 @@
 import cellxgene_census
 import numpy as np
 import pytest
+from known_network import make_anndata
 
 from data_scripts.synthetic import network_store
 from data_scripts.synthetic.network import SyntheticConfig, load_network, make_network
-from data_scripts.synthetic.network_cells import make_anndata
 from data_scripts.synthetic.network_store import network_path, write_synthetic
 from data_scripts.synthetic.synthetic_cli import config_from
 from gppc.cli import build_parser, main
