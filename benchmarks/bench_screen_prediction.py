@@ -16,8 +16,8 @@ import torch
 from bench_tools import fitted_like_model, machine, parser_of, peak_rss_gb, random_state, show, write_result
 from tqdm.auto import tqdm
 
+from gppc.run_options import parse_options
 from modeling_gppc import GppcConfig
-from modeling_gppc.training.arguments import parse_options
 
 OUTPUTS = ("logits", "logvar", "linear_response")
 

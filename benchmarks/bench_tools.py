@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data_scripts.files import write_text
 from data_scripts.options import from_mapping
 from data_scripts.pairs.pair_options import PairOptions
 from modeling_gppc import GppcConfig, GppcForPerturbationPrediction
@@ -136,10 +137,9 @@ def machine() -> dict:
 
 
 def write_result(result: dict, out: str | None) -> None:
-    """Writes a benchmark's figures as JSON where a file is given."""
+    """Writes a benchmark's figures as JSON where a file is given, complete or not at all."""
     if out is not None:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        Path(out).write_text(json.dumps(result, indent=1, default=str) + "\n")
+        write_text(json.dumps(result, indent=1, default=str) + "\n", out)
 
 
 def smoke_store(folder: Path | str, **sizes) -> Path:

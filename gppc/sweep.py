@@ -12,11 +12,12 @@ from transformers.trainer_utils import SaveStrategy
 
 from data_scripts.batches.data_collator import PairCollator
 from data_scripts.batches.pair_dataset import PairDataset
-from data_scripts.options import from_mapping, read_yaml
+from data_scripts.files import write_text
+from data_scripts.options import from_mapping, merge, read_yaml
 from data_scripts.pairs.pair_folder import PairFolder
+from gppc.run_options import RunOptions
 from modeling_gppc.fitting.fit_linear_response import initialize_linear_response
-from modeling_gppc.training.arguments import RunOptions, find_config, merge, read_flags
-from modeling_gppc.training.prepare_data import prepare_pairs
+from modeling_gppc.training.arguments import find_config
 from modeling_gppc.training.run_folder import first_difference
 from modeling_gppc.training.trainer import make_trainer
 
@@ -98,14 +99,14 @@ def distribution(name: str, values: list | dict):
         ) from error
 
 
-def read_sweep(name: str, flags: list[str]) -> SweepOptions:
-    """Options of a sweep: a YAML file by path, or a shipped one by name, overridden by flags.
+def read_sweep(name: str, changes: dict[str, Any]) -> SweepOptions:
+    """Options of a sweep: a YAML file by path, or a shipped one by name, with changes of flags.
 
     Raises:
         ValueError: For a file that does not exist, or an unknown option or value.
     """
     path = Path(name) if Path(name).is_file() else find_config(f"sweeps/{name}")
-    return from_mapping(SweepOptions, merge(read_yaml(path), read_flags(flags)))
+    return from_mapping(SweepOptions, merge(read_yaml(path), changes))
 
 
 class ReportToOptuna(TrainerCallback):
@@ -177,7 +178,7 @@ def run_sweep(sweep: SweepOptions, make_model: Callable, resume: bool) -> Path:
     if study.trials and not resume:
         raise ValueError(f"`output_dir` {out} already holds this sweep; add `--resume` to go on with it.")
     study.set_user_attr("sweep", mine)
-    folder = prepare_pairs(dataclasses.replace(sweep.run_options({}), output_dir=str(out)))
+    folder = dataclasses.replace(sweep.run_options({}), output_dir=str(out)).prepare_pairs()
     # A resumed search does not draw what was drawn before.
     study.sampler = optuna.samplers.TPESampler(seed=sweep.seed + len(study.trials))
     space = {name: distribution(name, values) for name, values in sweep.space.items()}
@@ -202,9 +203,9 @@ def write_report(study: optuna.Study, names: list[str], out: Path) -> None:
         values = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in values]
         linear, seconds = trial.user_attrs["linear_mse"], trial.duration.total_seconds()
         rows.append([str(trial.number), error, f"{linear:.5f}", f"{seconds:.0f}", *values])
-    (out / "sweep.md").write_text("".join(f"| {' | '.join(row)} |\n" for row in rows))
+    write_text("".join(f"| {' | '.join(row)} |\n" for row in rows), out / "sweep.md")
     best: dict[str, Any] = {}
     for name, value in trials[0].params.items() if trials else ():
         section, option = name.split(".")
         best.setdefault(section, {})[option] = value
-    (out / "best.yaml").write_text(yaml.safe_dump(best, sort_keys=False))
+    write_text(yaml.safe_dump(best, sort_keys=False), out / "best.yaml")
