@@ -199,6 +199,30 @@ def test_with_the_package_the_same_checkpoint_predicts_the_same(hub, client, in_
     assert_predicts(client(code, PYTHONPATH=WITH_PACKAGE)["main"], seed=0)
 
 
+STRANGER = f"""
+from transformers import AutoFeatureExtractor, AutoModel, Trainer, TrainingArguments, pipeline
+
+extractor = AutoFeatureExtractor.from_pretrained("tester/model", trust_remote_code=True)
+model = AutoModel.from_pretrained("tester/model", trust_remote_code=True)
+model.push_to_hub("tester/copy")
+extractor.push_to_hub("tester/copy")
+arguments = TrainingArguments("run", hub_model_id="tester/trained", use_cpu=True, report_to="none")
+Trainer(model, arguments, processing_class=extractor).push_to_hub()
+for name in ("tester/copy", "tester/trained"):
+    predict = pipeline("perturbation-prediction", model=name, device="cpu", trust_remote_code=True)
+    results = predict({{"counts": {COUNTS!r}, "perturbation": ["STAT1=ko", "LYZ=x3", ""]}})
+    answer[name] = [[result[key].tolist() for key in ("expression", "change", "std")] for result in results]
+"""
+
+
+def test_what_a_stranger_pushes_predicts(hub, client, in_process, model_folder):
+    push_model(model_folder, "tester/model", token="hf_test_token", endpoint=hub.url)
+    answer = client(script(STRANGER))
+    for name in ("tester/copy", "tester/trained"):
+        assert "tester/model" not in hub.files("model", name)["config.json"].decode()
+        np.testing.assert_allclose(answer[name], expected(0)["pipeline"], rtol=0, atol=1e-6)
+
+
 @pytest.fixture
 def command(hub, in_process, monkeypatch, capsys):
     """Runs one `gppc push ...` in this process."""

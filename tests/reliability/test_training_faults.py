@@ -224,7 +224,7 @@ def test_training_resumes_from_the_one_before_a_damaged_checkpoint(pairs, uninte
     same_end(out, uninterrupted["plain"])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     steps=st.lists(st.booleans(), min_size=1, max_size=6),
     keep=st.integers(1, 3),
