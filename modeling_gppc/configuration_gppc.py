@@ -1,5 +1,6 @@
 """Configuration of a GPPC model."""
 
+import math
 from typing import TYPE_CHECKING
 
 from huggingface_hub.dataclasses import strict
@@ -87,6 +88,11 @@ class GppcConfig(PreTrainedConfig):
             which responds linearly; 1 is the plain conditional Gaussian.
         num_references (`int`, *optional*, defaults to 1000): Training pairs of each pairing that are kept, as factors,
             to tell which imposed levels are familiar; elsewhere the prediction returns to one Gaussian. 0: it never does.
+        use_screen_response (`bool`, *optional*, defaults to `False`): The model was fitted on a CRISPR screen, see
+            [`GppcScreenResponse`].
+        num_perturbations (`int`, *optional*, defaults to 0): Perturbations of the screen that were seen.
+        num_members (`int`, *optional*, defaults to 1): Most genes that one of them perturbs.
+        num_targets (`int`, *optional*, defaults to 0): Genes that may be asked about without being measured.
         use_linear_response (`bool`, *optional*, defaults to `True`): Predict linear response + learned departure;
             otherwise gene mean + learned departure.
         use_departure (`bool`, *optional*, defaults to `True`): Learn a departure from the linear response at all.
@@ -123,6 +129,10 @@ class GppcConfig(PreTrainedConfig):
     num_factors: int = 32
     num_components: int = 16
     num_references: int = 1000
+    use_screen_response: bool = False
+    num_perturbations: int = 0
+    num_members: int = 1
+    num_targets: int = 0
     use_linear_response: bool = True
     use_departure: bool = True
     pairings: list[str] | None = None
@@ -164,6 +174,19 @@ class GppcConfig(PreTrainedConfig):
         """Checks that sizes fit each other; called by `@strict` after construction."""
         if self.architecture not in ARCHITECTURES:
             raise ValueError(f"`architecture` is {self.architecture!r}; wanted one of {', '.join(ARCHITECTURES)}.")
+        for name, least, below in (
+            ("num_attention_heads", 1, math.inf),
+            ("intermediate_size", 1, math.inf),
+            ("encoder_layers", 0, math.inf),
+            ("decoder_layers", 0, math.inf),
+            ("hidden_dropout_prob", 0, 1),
+            ("attention_probs_dropout_prob", 0, 1),
+            ("variance_loss_weight", 0, math.inf),
+            ("initializer_range", 0, math.inf),
+            ("layer_norm_eps", 0, math.inf),
+        ):
+            if not least <= getattr(self, name) < below:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; wanted at least {least} and below {below}.")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"`hidden_size` is {self.hidden_size}; wanted a multiple of `num_attention_heads` "
@@ -179,8 +202,9 @@ class GppcConfig(PreTrainedConfig):
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; wanted at least 1.")
-        if self.num_references < 0:
-            raise ValueError(f"`num_references` is {self.num_references}; wanted at least 0.")
+        for name, least in (("num_references", 0), ("num_perturbations", 0), ("num_targets", 0), ("num_members", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; wanted at least {least}.")
 
 
 __all__ = ["GppcConfig"]

@@ -66,6 +66,13 @@ class GppcLinearResponse(nn.Module):
 
         return super()._apply(keep, recurse)
 
+    def deviation(self) -> torch.Tensor:
+        """Standard deviation of every gene among all cells, `(vocab_size,)`."""
+        shares = self.component_logits.softmax(0)
+        around = self.component_means - shares @ self.component_means
+        between = (around @ self.loadings.T).square().mul(shares[:, None]).sum(0)
+        return (self.noise + self.loadings.square().sum(1) + between).sqrt()
+
     def encode(
         self, centred: torch.Tensor, measured: torch.Tensor, panel_index: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:

@@ -10,8 +10,12 @@ from .layers_gppc import MAX_LOG_VARIANCE_CHANGE, GppcBlock, GppcReadout, dense_
 from .linear_response_gppc import ALWAYS, GppcLinearResponse
 from .origin_form_gppc import GppcOriginForm
 from .outputs_gppc import GppcEncoderOutput, GppcModelOutput, GppcOutput, GppcQuery
+from .screen_response_gppc import GppcResponseOutput, GppcScreenResponse
 
 IGNORED_LABEL = -100.0
+# How far pseudobulks of control cells of one batch lie from those of all, in units of a gene's standard deviation: the mean
+# over three public screens. So far true responses are expected to lie from predicted ones where nothing better is known.
+USUAL_DRIFT = 0.06
 # Names of what the linear response says of a source.
 POSTERIOR = (
     "component_logits",
@@ -70,6 +74,8 @@ class GppcPreTrainedModel(PreTrainedModel):
             init.ones_(module.reference_width)
             init.constant_(module.familiarity_logit, ALWAYS)
             init.ones_(module.evidence_scale)
+        elif isinstance(module, GppcScreenResponse):
+            module.reset()
         elif isinstance(module, GppcModel):
             init.normal_(module.latents, mean=0.0, std=spread)
         elif isinstance(module, GppcReadout):
@@ -315,6 +321,7 @@ class GppcForPerturbationPrediction(GppcPreTrainedModel):
         self.model = GppcModel(config) if config.architecture == "latents" else None
         self.readout = GppcReadout(config) if config.architecture == "latents" else None
         self.origin = GppcOriginForm(config) if config.architecture == "origin" else None
+        self.screen_response = GppcScreenResponse(config) if config.use_screen_response else None
         self.post_init()
 
     def encode(self, *args, **kwargs) -> GppcEncoderOutput:
@@ -425,6 +432,121 @@ class GppcForPerturbationPrediction(GppcPreTrainedModel):
             encoder_last_hidden_state=output.encoder_last_hidden_state,
             decoder_last_hidden_state=output.last_hidden_state,
         )
+
+    def levels(self, encoded: GppcEncoderOutput | None = None) -> torch.Tensor:
+        """
+        Log values of encoded cells, `(B, vocab_size)`; where a gene was not measured, what the rest of the cell suggests.
+
+        Without cells the mean of the cells that the linear response was fitted on, `(1, vocab_size)`: of a screen, its
+        controls.
+        """
+        response = self.model.linear_response
+        if encoded is None:
+            return response.gene_mean[None]
+        expected = response.gene_mean + encoded.factor_mean.to(response.loadings.dtype) @ response.loadings.T
+        return torch.where(encoded.measured, encoded.state_values, expected.to(encoded.state_values.dtype))
+
+    @torch.no_grad()
+    def respond(
+        self,
+        encoded: GppcEncoderOutput | None = None,
+        perturbation_ids: torch.LongTensor | None = None,
+        perturbation_values: torch.FloatTensor | None = None,
+        perturbation_mask: torch.Tensor | None = None,
+        pairing_ids: torch.LongTensor | None = None,
+        query_ids: torch.LongTensor | None = None,
+        state_index: torch.LongTensor | None = None,
+    ) -> GppcResponseOutput:
+        """
+        What changes when expression is imposed: the prediction with the imposed levels minus that without.
+
+        The only place that subtracts. Both predictions are asked for in one frame, at the same familiarity. A model of
+        a CRISPR screen answers with what its perturbations were seen to do, see [`GppcScreenResponse`]; its answer does
+        not depend on the cells, beyond the level of the imposed genes in them.
+
+        Args:
+            encoded ([`GppcEncoderOutput`], *optional*): Cells, from `encode`. Only a model of a screen answers without,
+                for its own control cells.
+            perturbation_ids (`torch.LongTensor` of shape `(B, K)`): Genes whose expression is imposed. A model of a
+                screen also knows ids beyond the vocabulary, see [`GppcFeatureExtractor.target_index`].
+            perturbation_values (`torch.FloatTensor` of shape `(B, K)`): Change of their log values.
+            perturbation_mask, pairing_ids, query_ids, state_index: As in `decode`.
+
+        Returns:
+            [`GppcResponseOutput`]
+
+        Raises:
+            ValueError: If nothing is asked, or cells are missing where they are needed.
+
+        Example:
+
+        ```python
+        features = extractor.perturbation_features("STAT1=ko", model.levels())  # in the mean control cell of a screen
+        model.respond(**features).change  # of the log value of every gene, (1, vocab_size)
+        ```
+        """
+        if perturbation_ids is None or perturbation_values is None:
+            raise ValueError("`perturbation_ids` and `perturbation_values` are missing; wanted both, of shape (B, K).")
+        if encoded is None and self.screen_response is None:
+            raise ValueError("`encoded` is missing; only a model of a screen knows the cells that it answers for.")
+        rows = len(perturbation_ids)
+        if encoded is not None and state_index is None:
+            states = len(encoded.state_values)
+            state_index = torch.arange(rows, device=perturbation_ids.device) if states == rows else None
+            state_index = torch.zeros_like(perturbation_ids[:, 0]) if states == 1 else state_index
+        if pairing_ids is None:
+            default = self.config.pairings.index(self.config.default_pairing)
+            pairing_ids = torch.full((rows,), default, dtype=torch.long, device=perturbation_ids.device)
+        mask = torch.ones_like(perturbation_ids) if perturbation_mask is None else perturbation_mask
+        if self.screen_response is not None:
+            output = self.screen_response(self.model.linear_response, perturbation_ids, perturbation_values, mask)
+            if query_ids is not None:
+                output.change, output.variance = output.change[:, query_ids], output.variance[:, query_ids]
+            if encoded is not None:
+                output.expression = self._unperturbed(encoded, pairing_ids, query_ids, state_index) + output.change
+            return output
+        after = self.decode(
+            encoded,
+            perturbation_ids,
+            perturbation_values,
+            perturbation_mask,
+            pairing_ids,
+            query_ids,
+            state_index,
+            with_variance=False,
+        )
+        before = self._unperturbed(encoded, pairing_ids, query_ids, state_index, after.familiarity)
+        variance = (USUAL_DRIFT * self.model.linear_response.deviation()) ** 2
+        variance = variance if query_ids is None else variance[query_ids]
+        # Nothing perturbed: nothing changes, surely. And what is imposed changes by what is imposed.
+        asked = mask.bool().any(dim=1, keepdim=True)
+        at = {"query_ids": query_ids, "perturbation_ids": perturbation_ids, "mask": mask}
+        at["vocab_size"] = self.config.vocab_size
+        return GppcResponseOutput(
+            change=impose((after.logits - before) * asked, levels=perturbation_values, **at),
+            variance=impose(variance * asked, levels=torch.zeros_like(perturbation_values), **at),
+            expression=after.logits,
+            familiarity=after.familiarity,
+        )
+
+    def _unperturbed(self, encoded, pairing_ids, query_ids, state_index, familiarity=None) -> torch.Tensor:
+        """Prediction without a perturbation for rows `(B,)` of states and pairings, at their familiarity (1 if absent).
+
+        The mean is linear in the familiarity: each state and pairing is decoded twice, however many rows share it.
+        """
+        pairs, row = torch.unique(torch.stack([state_index, pairing_ids]), dim=1, return_inverse=True)
+        none, whole = (
+            self.decode(
+                encoded,
+                pairing_ids=pairs[1],
+                query_ids=query_ids,
+                state_index=pairs[0],
+                familiarity=torch.full_like(pairs[0], share, dtype=torch.float32),
+                with_variance=False,
+            ).logits[row]
+            for share in (0.0, 1.0)
+        )
+        return whole if familiarity is None else torch.lerp(none, whole, familiarity[:, None])
 
     def forward(
         self,

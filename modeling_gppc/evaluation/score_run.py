@@ -8,16 +8,76 @@ import pyarrow as pa
 from tqdm.auto import tqdm
 
 from data_scripts.pairs.pair_folder import PairFolder
+from data_scripts.pairs.schema import SPLITS
 from data_scripts.synthetic.network import GeneNetwork
+from modeling_gppc.evaluation.first_prediction import first_prediction, perturbed_rows
 from modeling_gppc.evaluation.model_predictor import ModelPredictor
 from modeling_gppc.evaluation.pair_arrays import PairArrays, sample_rows
 from modeling_gppc.evaluation.pair_floors import fit_floors
-from modeling_gppc.evaluation.pair_scores import MODEL_METHOD, OPTIMUM, assemble_results, named_splits, score_split
-from modeling_gppc.feature_extraction_gppc import close_matches
-from modeling_gppc.training.arguments import EvaluationOptions
+from modeling_gppc.evaluation.pair_scores import (
+    MODEL_METHOD,
+    OPTIMUM,
+    assemble_results,
+    named_splits,
+    score_split,
+    write_results,
+)
+from modeling_gppc.evaluation.plots import plot_scores
+from modeling_gppc.evaluation.report import render_results
+from modeling_gppc.evaluation.score_options import EvaluationOptions
+from modeling_gppc.inference.loading import feature_extractor_of
+from modeling_gppc.normalization_gppc import close_matches
 
 # Fewer training pairs than this do not make a floor of their own.
 MIN_FLOOR_PAIRS = 1_000
+
+
+def check_scoring(folder: PairFolder, options: EvaluationOptions) -> None:
+    """Finds out whether a model of these pairs can be trained and scored as asked, before it is trained.
+
+    Raises:
+        ValueError: If a split holds no pairs, `options.splits` names an unknown one, or `options.perturbation` cannot
+            be shown.
+    """
+    for name in SPLITS:
+        if name not in folder.splits:
+            raise ValueError(
+                f"`pairs` hold no {name} pair; wanted some in each of {', '.join(SPLITS)}: give more cells, or other "
+                f"`pairs.splits`. {folder.describe_splits()}"
+            )
+    parts = _parts(folder.split("test"))
+    for name in options.splits or ():
+        if name not in parts:
+            raise ValueError(f"`evaluation.splits` names `{name}`{close_matches(name, parts)}")
+    perturbed_rows(feature_extractor_of(folder), folder, options.perturbation)
+
+
+def score_model(
+    model, folder: PairFolder, options: EvaluationOptions, out: Path, seed: int, network: GeneNetwork | None
+) -> str:
+    """
+    Scores a model and makes its first prediction: writes `results.json` and `figures` beside it.
+
+    Args:
+        model ([`GppcForPerturbationPrediction`]): The trained model.
+        folder, options, seed, network: See [`evaluate_run`].
+        out (`Path`): The model's folder.
+
+    Returns:
+        The scores and the first prediction for people.
+
+    Raises:
+        ValueError: As [`check_scoring`].
+    """
+    results = evaluate_run(model, folder, options, seed, network)
+    write_results(results, out / "results.json")
+    plot_scores(results, out / "figures" / "scores.png")
+    text = render_results(results)
+    if model.model is not None:
+        prediction = first_prediction(model, feature_extractor_of(folder), folder, options.perturbation)
+        prediction.plot(out / "figures" / "first_prediction.png")
+        text += f"\n\n{prediction.text()}"
+    return text
 
 
 def evaluate_run(
@@ -44,13 +104,11 @@ def evaluate_run(
         The content of `results.json`.
 
     Raises:
-        ValueError: If there are no test pairs or `options.splits` names an unknown split.
+        ValueError: As [`check_scoring`].
     """
+    check_scoring(folder, options)
     test = folder.split("test")
     parts = _parts(test)
-    for name in options.splits or []:
-        if name not in parts:
-            raise ValueError(f"`evaluation.splits` names `{name}`{close_matches(name, parts)}")
     results = {}
     names = options.splits or list(parts)
     for name in tqdm(names, desc="splits", unit="split", disable=not progress):
@@ -71,9 +129,8 @@ def evaluate_run(
         if network is not None and network.config.form == "count":
             few = pairs.select(sample_rows(len(pairs), options.optimum_pairs, seed))
             library = test.column("source_library_size").to_numpy()[rows][few.rows]
-            methods[OPTIMUM], _ = count_optimum(
-                network, folder.gene_ids, few, library, options.optimum_samples, progress
-            )
+            samples = options.optimum_samples
+            methods[OPTIMUM] = count_optimum(network, folder.gene_ids, few, library, samples, progress)
             results[f"{name}/ceiling"] = score_split(few, methods, floors=floors, with_gain=False, **settings)
     return assemble_results(results, seed)
 
@@ -123,10 +180,10 @@ def linear_optimum(network: GeneNetwork, gene_ids: list[str]):
 
 
 def count_optimum(network, gene_ids, pairs: PairArrays, library: np.ndarray, n_samples: int, progress: bool):
-    """Estimated best predictor of the count form for these pairs, and what the noise of the estimate adds to its MSE."""
+    """Estimated best predictor of the count form for these pairs."""
     from data_scripts.synthetic.sampled_best_predictor import monte_carlo_optimum
 
-    best = monte_carlo_optimum(
+    mean, _ = monte_carlo_optimum(
         network,
         pairs.source,
         library,
@@ -138,8 +195,7 @@ def count_optimum(network, gene_ids, pairs: PairArrays, library: np.ndarray, n_s
         progress=progress,
     )
     position = {row: index for index, row in enumerate(pairs.rows)}
-    noise = float((best.standard_error**2)[pairs.scored].mean())
-    return lambda batch: best.mean[[position[row] for row in batch.rows]], noise
+    return lambda batch: mean[[position[row] for row in batch.rows]]
 
 
 def load_network_of(output_dir: str | Path) -> GeneNetwork | None:

@@ -1,7 +1,5 @@
 """Predicted expression after perturbations: AnnData in, AnnData out."""
 
-import os
-import uuid
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,11 +10,12 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from data_scripts.files import write_atomically
 from modeling_gppc.feature_extraction_gppc import GppcFeatureExtractor
 from modeling_gppc.inference.input_cells import check_cells_path, read_cells
 from modeling_gppc.inference.loading import load_model
 from modeling_gppc.inference.perturbed_states import predicted_blocks
-from modeling_gppc.inference.prediction_plan import Prediction, parse_perturbations, prepare_prediction
+from modeling_gppc.inference.prediction_plan import LAYERS, Prediction, parse_perturbations, prepare_prediction
 from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
 
 
@@ -39,16 +38,16 @@ def predict_anndata(
         batch_size (`int`, *optional*, defaults to 256): Rows that the model sees at once.
         progress (`bool`, *optional*, defaults to `False`): Whether to show a progress bar.
         **options: See [`prepare_prediction`]: `layer`, `gene_column`, `library_size_key`, `pairing`, `genes`,
-            `reference`, `device`.
+            `device`.
 
     Returns:
         `AnnData`, one row a perturbation and cell (perturbation by perturbation, with `obs.perturbation` and
-        `obs.source_cell`), one column a gene of the model: `X` expected log values; layers `delta` (difference from the
-        reference), `std` (of a single cell's log value; zero where imposed) and `linear_response_delta` (the
-        closed-form part of `delta`); `obs.departure` (how far the prediction departed from the linear response: root
-        mean square over the genes, in log value); `obs.familiarity` (from 0, nothing like the imposed levels was seen in
-        such cells and the prediction is one Gaussian's, to 1); `var` (`gene_symbol`, `measured` in the input); `varm["mean_delta"]` (a column a
-        perturbation); `uns["gppc"]` where it comes from and which genes of the input the model does not know.
+        `obs.source_cell`), one column a gene of the model: `X` expected log values afterwards; layers `delta` (their
+        change by the perturbation, [`~GppcForPerturbationPrediction.respond`]) and `std` (its standard deviation; zero
+        where imposed); `obs.familiarity` (from 0, nothing like the imposed levels was seen in such cells and the
+        prediction is one Gaussian's, to 1; absent for a model of a screen); `var` (`gene_symbol`, `measured` in the
+        input); `varm["mean_delta"]` (a column a perturbation); `uns["gppc"]` where it comes from and which genes of the
+        input the model does not know.
 
     Raises:
         ValueError: Before the model runs, for anything that cannot be predicted; see [`prepare_prediction`].
@@ -56,7 +55,7 @@ def predict_anndata(
     prediction = prepare_prediction(model, adata, perturbations, batch_size=batch_size, **options)
     for line in prediction.warnings:
         warnings.warn(line, stacklevel=2)
-    arrays = {name: np.empty(prediction.shape, dtype=np.float32) for name in ("X", *prediction.layers)}
+    arrays = {name: np.empty(prediction.shape, dtype=np.float32) for name in ("X", *LAYERS)}
     columns = {name: np.empty(prediction.shape[0], dtype=np.float32) for name in prediction.columns}
     mean_delta = fill(prediction, arrays | columns, batch_size, progress)
     output = anndata.AnnData(
@@ -108,27 +107,21 @@ def predict_file(
     parse_perturbations(loaded[1], perturbations)  # a mistyped gene should not wait for a large file
     prediction = prepare_prediction(loaded, read_cells(cells), perturbations, batch_size=batch_size, **options)
     prediction.uns.update({"model": str(model), "cells": str(cells)})
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with h5py.File(temporary, "w") as file:
-            obs = prediction.obs.assign(**dict.fromkeys(prediction.columns, np.float32(0)))
-            frame = anndata.AnnData(obs=obs, var=prediction.var, uns={"gppc": prediction.uns})
-            frame.varm["mean_delta"] = np.zeros((prediction.shape[1], len(prediction.texts)), dtype=np.float32)
-            anndata.io.write_elem(file, "/", frame)
-            arrays = {}
-            for name in ("X", *prediction.layers):
-                path = name if name == "X" else f"layers/{name}"
-                if path in file:
-                    del file[path]
-                arrays[name] = file.create_dataset(path, shape=prediction.shape, dtype=np.float32)
-                arrays[name].attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
-            arrays |= {name: file[f"obs/{name}"] for name in prediction.columns}
-            mean_delta = fill(prediction, arrays, batch_size, progress)
-            file["varm/mean_delta"][...] = mean_delta
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with write_atomically(out) as temporary, h5py.File(temporary, "w") as file:
+        obs = prediction.obs.assign(**dict.fromkeys(prediction.columns, np.float32(0)))
+        frame = anndata.AnnData(obs=obs, var=prediction.var, uns={"gppc": prediction.uns})
+        frame.varm["mean_delta"] = np.zeros((prediction.shape[1], len(prediction.texts)), dtype=np.float32)
+        anndata.io.write_elem(file, "/", frame)
+        arrays = {}
+        for name in ("X", *LAYERS):
+            path = name if name == "X" else f"layers/{name}"
+            if path in file:
+                del file[path]
+            arrays[name] = file.create_dataset(path, shape=prediction.shape, dtype=np.float32)
+            arrays[name].attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+        arrays |= {name: file[f"obs/{name}"] for name in prediction.columns}
+        mean_delta = fill(prediction, arrays, batch_size, progress)
+        file["varm/mean_delta"][...] = mean_delta
     return prediction, mean_delta
 
 

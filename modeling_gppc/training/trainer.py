@@ -16,13 +16,14 @@ from torch.utils.data import IterableDataset, Sampler, Subset
 from tqdm.auto import tqdm
 from transformers import EarlyStoppingCallback, ProgressCallback, Trainer, TrainerState, TrainingArguments
 from transformers.trainer_callback import TrainerControl
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from data_scripts.batches.data_collator import PairCollator
 from data_scripts.batches.pair_dataset import PairDataset
 from data_scripts.batches.stream_checkpoint import restore_stream, save_stream
-from modeling_gppc.modeling_gppc import IGNORED_LABEL, GppcForPerturbationPrediction
+from modeling_gppc import GppcForPerturbationPrediction
+from modeling_gppc.modeling_gppc import IGNORED_LABEL
 from modeling_gppc.training.arguments import TrainingOptions
 from modeling_gppc.training.checkpoints import clear_unfinished, publish, rotate, unfinished_folder
 from modeling_gppc.training.throughput import Throughput, summarize
@@ -94,6 +95,7 @@ class GppcTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.eval_collator = eval_collator
         self.throughput = Throughput()
+        self.began = time.monotonic()
         self._writing = False
 
     @property
@@ -194,7 +196,7 @@ class GppcTrainer(Trainer):
     def _determine_best_metric(self, metrics, trial) -> bool:
         best = super()._determine_best_metric(metrics, trial)
         # The best is kept, also where a checkpoint was not due.
-        self.control.should_save = self.control.should_save or best
+        self.control.should_save |= best and self.args.save_strategy != SaveStrategy.NO
         return best
 
     def _get_output_dir(self, trial) -> str:
@@ -367,7 +369,6 @@ def make_trainer(
     validation: PairDataset,
     train_collator: PairCollator | None,
     eval_collator: PairCollator,
-    trainer_class: type[GppcTrainer] = GppcTrainer,
 ) -> GppcTrainer:
     """A trainer over pair rows, or over a stream of batches, which are collated already; evaluation reads at most
     `options.max_validation_pairs` evenly spaced rows.
@@ -383,7 +384,7 @@ def make_trainer(
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=options.early_stopping_patience))
     # The variance's parameters get no gradient where its likelihood has no weight.
     unused = model.model is not None and (model.config.variance_loss_weight == 0 or not model.config.use_departure)
-    trainer = trainer_class(
+    trainer = GppcTrainer(
         model=model,
         args=training_arguments(options, output_dir, seed, unused, streamed=isinstance(train, IterableDataset)),
         train_dataset=train,

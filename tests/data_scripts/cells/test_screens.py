@@ -7,10 +7,9 @@ import pytest
 import scipy.sparse
 
 from data_scripts.cells.screen_labels import is_control_word, read_modality, split_label
-from data_scripts.cells.screen_options import ScreenOptions, find_column, options_from_flags
+from data_scripts.cells.screen_options import ScreenOptions, find_column
 from data_scripts.cells.screens import read_screen
-from data_scripts.pairs.pair_folder import PairFolder
-from data_scripts.pairs.screen_pairs import match_controls, screen_pair_table, write_screen_pairs
+from data_scripts.command_line import read_options
 
 GENES = ["STAT1", "IRF1", "MYC", "HLA-A", "ACTB"]
 
@@ -93,7 +92,7 @@ def test_target_changes_measured_and_stated_stay_apart():
     cells, controls = screen.cells_of("STAT1"), screen.cells_of("control")
     assert column == 0 and form == "measured"
     assert change == pytest.approx(screen.values[cells, 0].mean() - screen.values[controls, 0].mean(), abs=1e-6)
-    stated = read_screen(adata, options_from_flags(guide_efficiency=["STAT1=0.8"]))
+    stated = read_screen(adata, ScreenOptions(guide_efficiency={"STAT1": 0.8}))
     ((_, change, form),) = stated.target_changes("STAT1")
     level = screen.values[controls, 0].mean()
     assert form == "stated" and change == pytest.approx(np.log1p(0.2 * np.expm1(level)) - level, abs=1e-5)
@@ -148,7 +147,7 @@ def test_what_is_set_aside_is_counted():
     assert said["labels spelt differently were merged, nothing was lost"][1] == "STAT1 = stat1"
     assert list(screen.perturbations) == ["STAT1"] and screen.perturbations["STAT1"].modality == "CRISPRi"
     assert "set aside: 20 cells" in screen.summary()
-    mapped = read_screen(adata, options_from_flags(label_genes=["enh:chr1.5=MYC"]))
+    mapped = read_screen(adata, ScreenOptions(label_genes={"enh:chr1.5": "MYC"}))
     assert set(mapped.perturbations) == {"STAT1", "MYC"}
     cytokines = make_screen(["control", "IFNB1"], perturbation_type="cytokine")
     with pytest.raises(ValueError, match="no perturbation left: not a gene"):
@@ -158,39 +157,17 @@ def test_what_is_set_aside_is_counted():
 
 def test_bad_options_are_named():
     for flags, words in (
-        ({"guide_efficiency": ["STAT1=2"]}, "between 0 and 1"),
-        ({"guide_efficiency": ["STAT1"]}, "is not LABEL=SHARE"),
-        ({"value_kind": "raw"}, "'counts' or 'log'"),
-        ({"min_cells": 1}, "wanted >= 2"),
+        (["--guide-efficiency", "STAT1=2"], "between 0 and 1"),
+        (["--guide-efficiency", "STAT1"], "`guide_efficiency` is 'STAT1'; wanted NAME=VALUE"),
+        (["--value-kind", "raw"], "'counts' or 'log'"),
+        (["--min-cells", "1"], "wanted >= 2"),
     ):
         with pytest.raises(ValueError, match=words):
-            options_from_flags(**flags)
+            read_options(flags, ScreenOptions)
     with pytest.raises(ValueError, match="is not a column of obs"):
         read_screen(make_screen(), ScreenOptions(perturbation_column="pertubation"))
     with pytest.raises(ValueError, match="is not a file"):
         read_screen("nowhere.h5ad")
-
-
-def test_controls_are_matched_within_batch(tmp_path):
-    adata = make_screen(batch=np.tile(["a", "b"], 30))
-    screen = read_screen(adata)
-    cells = np.flatnonzero(screen.label != "control")
-    partner = match_controls(screen, cells, seed=0)
-    assert screen.is_control[partner].all() and np.array_equal(screen.batch[partner], screen.batch[cells])
-    controls = screen.cells_of("control")
-    assert (match_controls(screen, controls, seed=0) != controls).all()
-    table = screen_pair_table(screen, ["STAT1"])
-    row = table.slice(3, 1).to_pylist()[0]
-    source, target = row["source_soma_joinid"], row["target_soma_joinid"]
-    assert row["perturbation_gene_ids"] == [0] and row["pairing"] == "screen"
-    assert row["perturbation_values"][0] == pytest.approx(screen.values[target, 0] - screen.values[source, 0])
-    assert row["target_gene_ids"] == np.flatnonzero(screen.values[target]).tolist()
-    folder = write_screen_pairs(tmp_path / "pairs", screen, {"train": ["control"], "test": ["STAT1", "IRF1"]})
-    assert isinstance(folder, PairFolder) and folder.pairings == ["same_type", "screen"]
-    assert folder.split("train").num_rows == 20 and folder.split("test").num_rows == 40
-    assert all(1 <= len(genes) <= 5 for genes in folder.split("train").column("perturbation_gene_ids").to_pylist())
-    with pytest.raises(ValueError, match="which is not in the screen"):
-        screen_pair_table(screen, ["STAT2"])
 
 
 @pytest.mark.real_data
