@@ -202,7 +202,7 @@ def census_reached(start):
 
 
 def test_the_walk_finds_census_code_where_it_is():
-    assert "data_scripts/store/census_layout.py" in census_reached(ROOT / "data_scripts/store/obs_columns.py")
+    assert "data_scripts/store/census_layout.py" in census_reached(ROOT / "data_scripts/store/census_obs.py")
 
 
 @pytest.mark.parametrize(
