@@ -115,8 +115,9 @@ def training_pairs(cells: anndata.AnnData, rows: np.ndarray, pairs_per_cell: int
             targets.append(members[place])
         sources, targets = np.concatenate(sources), np.concatenate(targets)
         changes = scipy.sparse.csr_matrix(cells.X[targets] - cells.X[sources])
-        offsets, imposed, _ = sample_from_changes(changes, rng, DRAWN)
-        tables.append(pair_table(cells, sources, targets, pairing, np.diff(offsets), imposed))
+        numbers = rng.integers(DRAWN.min_genes, DRAWN.max_genes + 1, len(targets))
+        lengths, imposed, _ = sample_from_changes(changes, numbers, rng)
+        tables.append(pair_table(cells, sources, targets, pairing, lengths, imposed))
     return pa.concat_tables(tables)
 
 

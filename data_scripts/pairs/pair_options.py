@@ -1,9 +1,9 @@
-"""Options of `gppc build-pairs`: what to read, which genes, which partners, what is revealed, which split."""
+"""Options of `gppc build-pairs`: what to read, which genes, which partners, how many imposed genes, which split."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from data_scripts.options import Count, CountOrZero, NotNegative, Positive, Range, Seed, Share, check_numbers
+from data_scripts.options import Count, CountOrZero, Positive, Range, Seed, Share, check_numbers
 from data_scripts.pairs.schema import SPLITS
 from data_scripts.store.query_options import QueryOptions
 from modeling_gppc.normalization_gppc import close_matches
@@ -71,7 +71,7 @@ class PairingOptions:
 
 
 def default_pairings() -> dict[str, PairingOptions]:
-    """Half the pairs teach what the source's state is worth, half what the revealed genes are worth."""
+    """Half the pairs teach what the source's state is worth, half what the imposed genes are worth."""
     return {
         "same_type": PairingOptions(keys=["dataset_id", "cell_type"]),
         "same_dataset": PairingOptions(keys=["dataset_id", "donor_id"]),
@@ -89,7 +89,6 @@ class MatchingOptions:
         policy (`str`, *optional*, defaults to `"random"`): Which cell of the context: `random`, `nearest` or
             `farthest` by expression.
         min_shared_genes (`int`, *optional*, defaults to 1): Least number of panel genes measured in both cells.
-        both_directions (`bool`, *optional*, defaults to `False`): Also write every pair from target to source.
         pseudobulk (`int`, *optional*, defaults to 1): Cells averaged on each side; 1 is single cells.
     """
 
@@ -97,7 +96,6 @@ class MatchingOptions:
     pairs_per_cell: Count = 1
     policy: Literal["random", "nearest", "farthest"] = "random"
     min_shared_genes: Count = 1
-    both_directions: bool = False
     pseudobulk: Count = 1
 
     def __post_init__(self):
@@ -108,38 +106,21 @@ class MatchingOptions:
 @dataclass(frozen=True)
 class PerturbationOptions:
     """
-    How many genes are revealed and which.
+    How many genes of a pair are imposed: a uniformly random number of those that differ between its cells.
 
     Args:
-        distribution (`str`, *optional*, defaults to `"uniform"`): Number of genes: `uniform` between the two bounds,
-            `geometric` from `min_genes` on (mean `mean_genes`, cut at `max_genes`) or `fixed` at `max_genes`.
-        min_genes (`int`, *optional*, defaults to 1): 0 allows pairs with nothing revealed.
+        min_genes (`int`, *optional*, defaults to 1): 0 allows pairs with nothing imposed.
         max_genes (`int`, *optional*, defaults to 5): At most so many.
-        mean_genes (`float`, *optional*, defaults to 2): For `geometric`.
-        weighting (`str`, *optional*, defaults to `"uniform"`): Genes differing between the cells are drawn `uniform`
-            or in proportion to their absolute `change`.
-        genes (`list[str]`, *optional*): Only these (ids or symbols), e.g. regulators.
-        genes_file (`str`, *optional*): The same from a file, a gene a line.
     """
 
-    distribution: Literal["uniform", "geometric", "fixed"] = "uniform"
     min_genes: CountOrZero = 1
     max_genes: Count = 5
-    mean_genes: NotNegative = 2.0
-    weighting: Literal["uniform", "change"] = "uniform"
-    genes: list[str] | None = None
-    genes_file: str | None = None
 
     def __post_init__(self):
         check_numbers(self)
         _check(
             self.max_genes >= self.min_genes, "max_genes", self.max_genes, f"at least `min_genes` ({self.min_genes})"
         )
-        if self.distribution == "geometric":
-            wanted = f"a number above `min_genes` ({self.min_genes})"
-            _check(self.mean_genes > self.min_genes, "mean_genes", self.mean_genes, wanted)
-        if self.genes is not None and self.genes_file is not None:
-            raise ValueError("`genes` and `genes_file` are both given; give one of them.")
 
 
 @dataclass(frozen=True)
@@ -181,19 +162,14 @@ class SplitOptions:
     Args:
         rules (`list[SplitRule]`, *optional*): In order. Without any, whole donors are held out where there are enough,
             else single cells: see `default_rules` in `splits.py`.
-        held_out_genes (`dict[str, float]`, *optional*): Split -> share of genes (by stable hash) that are revealed in
-            pairs of that split only.
         seed (`int`, *optional*, defaults to 0): Part of every hash.
     """
 
     rules: list[SplitRule] | None = None
-    held_out_genes: dict[str, Annotated[float, Range(0, 1, below=True)]] = field(default_factory=dict)
     seed: Seed = 0
 
     def __post_init__(self):
         check_numbers(self)
-        for name in self.held_out_genes:
-            _check(name in SPLITS[1:], "held_out_genes", name, "the split `validation` or `test`")
 
 
 @dataclass(frozen=True)
