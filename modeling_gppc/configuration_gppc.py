@@ -3,7 +3,6 @@
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-ARCHITECTURES = ("latents", "origin")
 # Named sizes; what each costs is in docs/model.md.
 SIZES = {
     "tiny": {
@@ -59,8 +58,6 @@ class GppcConfig(PreTrainedConfig):
     r"""
     Args:
         vocab_size (`int`, *optional*, defaults to 1000): Number of genes the model knows.
-        architecture (`str`, *optional*, defaults to `"latents"`): `"latents"`, or `"origin"`: the form GPPC grew out
-            of (gene embedding x value tokens, no gene identity where nothing is perturbed), kept for the record.
         hidden_size (`int`, *optional*, defaults to 128): Width of the latents and of the perturbation tokens.
         num_latents (`int`, *optional*, defaults to 8): Latent vectors that hold the encoded state.
         readout_size (`int`, *optional*, defaults to 256): Width of the bilinear read-out of the queried genes.
@@ -89,17 +86,18 @@ class GppcConfig(PreTrainedConfig):
 
     model_type = "gppc"
     keys_to_ignore_at_inference = [
-        "encoder_last_hidden_state",
-        "decoder_last_hidden_state",
         "linear_response",
         "departure",
         "familiarity",
-        "hidden_states",
-        "attentions",
+        "encoder_last_hidden_state",
+        "encoder_hidden_states",
+        "encoder_attentions",
+        "decoder_last_hidden_state",
+        "decoder_hidden_states",
+        "decoder_attentions",
     ]
 
     vocab_size: int = 1000
-    architecture: str = "latents"
     hidden_size: int = 128
     num_latents: int = 8
     readout_size: int = 256
@@ -144,8 +142,6 @@ class GppcConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Checks that sizes fit each other; called by `@strict` after construction."""
-        if self.architecture not in ARCHITECTURES:
-            raise ValueError(f"`architecture` is {self.architecture!r}; wanted one of {', '.join(ARCHITECTURES)}.")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"`hidden_size` is {self.hidden_size}; wanted a multiple of `num_attention_heads` "
