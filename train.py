@@ -13,10 +13,10 @@ Pairs of the public Census (see modeling_gppc/training/configs/census_naive_b.ya
 
     accelerate launch train.py --config census_naive_b
 
-A CRISPR screen, adapted to on its control cells, or fine-tuned on some of its perturbations; `gppc evaluate` scores it:
+A CRISPR screen, all its perturbations or, to be scored by `gppc evaluate`, one model a fold:
 
-    accelerate launch train.py --config screen_in_context --data.screen SCREEN.h5ad
-    accelerate launch train.py --config screen_fine_tuned --data.screen SCREEN.h5ad --data.screen_options.fold 0
+    accelerate launch train.py --config screen --data.screen SCREEN.h5ad
+    accelerate launch train.py --config screen --data.screen SCREEN.h5ad --screen.fold all --output_dir runs/folds
 
 Straight from a store that is too large to be written out as pairs:
 
@@ -58,7 +58,7 @@ from modeling_gppc.training.checkpoints import last_checkpoint
 from modeling_gppc.training.launch import broadcast_buffers, leave, main_first, start_processes
 from modeling_gppc.training.prepare_data import prepare_pairs
 from modeling_gppc.training.run_folder import claim_folder, write_json
-from modeling_gppc.training.screen_data import keep_departure_if_it_responds, refit_on_all_controls, screen_entry
+from modeling_gppc.training.screen_run import fit_screen_run
 from modeling_gppc.training.start_from import start_from, what_was_read
 from modeling_gppc.training.stream_rows import open_stream
 from modeling_gppc.training.trainer import MODEL_FOLDER, GppcTrainer, make_trainer
@@ -67,7 +67,7 @@ from modeling_gppc.training.trainer import MODEL_FOLDER, GppcTrainer, make_train
 def make_model(options: RunOptions, folder: PairFolder) -> GppcForPerturbationPrediction:
     """A model of the folder's vocabulary with fresh weights."""
     set_seed(options.seed)
-    config = options.model_config(folder.genes.num_rows, folder.pairings, screen_entry(folder).get("n_factors"))
+    config = options.model_config(folder.genes.num_rows, folder.pairings)
     config._attn_implementation = options.training.attn_implementation
     if options.training.start_from is not None:
         return start_from(options.training.start_from, config, folder.gene_ids, folder.gene_symbols)
@@ -114,7 +114,7 @@ def train(
         PairCollator(folder.panels),
     )
     checkpoint = last_checkpoint(options.output_dir) if resume else None
-    if model.model is not None and checkpoint is None:
+    if checkpoint is None:
         if state.is_main_process:
             initialize_linear_response(
                 model,
@@ -134,9 +134,7 @@ def train(
     trainer.train_or_load(checkpoint)
     if push is not None:
         push.finish(options.output_dir)
-    kept = model.model is None or keep_departure_if_it_pays(model, trainer.state.log_history)
-    if kept and screen_entry(folder).get("train_on") == "controls":
-        kept = keep_departure_if_it_responds(model, folder)
+    kept = keep_departure_if_it_pays(model, trainer.state.log_history)
     if not kept and state.is_main_process:
         print("The learned departure did not pay on validation cells; the model is its linear response alone.")
     return trainer
@@ -158,19 +156,15 @@ def save(
     results = evaluate_run(
         model, folder, options.evaluation, seed=options.seed, network=load_network_of(options.output_dir)
     )
-    if screen_entry(folder).get("refit"):
-        refit_on_all_controls(model, folder, options.training.linear_start_iterations, options.seed)
-        pipeline.save_pretrained(out)
     write_results(results, out / "results.json")
     write_json(run_facts(trainer, options, folder, seconds), out / "run.json")
     write_json(trainer.state.log_history, out / "training_log.json")
     plot_scores(results, out / "figures" / "scores.png")
     plot_learning_curve(trainer.state.log_history, out / "figures" / "learning_curve.png")
     print(f"\n{render_results(results)}\n")
-    if model.model is not None:
-        prediction = first_prediction(model, extractor, folder, options.evaluation.perturbation)
-        prediction.plot(out / "figures" / "first_prediction.png")
-        print(f"{prediction.text()}\n")
+    prediction = first_prediction(model, extractor, folder, options.evaluation.perturbation)
+    prediction.plot(out / "figures" / "first_prediction.png")
+    print(f"{prediction.text()}\n")
     write_model_card(out)
     return out
 
@@ -179,7 +173,7 @@ def run_facts(trainer: GppcTrainer, options: RunOptions, folder: PairFolder, sec
     """What the card says about the run."""
     manifest = folder.manifest
     query = manifest.get("options", {}).get("query", {})
-    source = options.data.example or options.data.screen or query.get("census_version") or query.get("uri")
+    source = options.data.example or query.get("census_version") or query.get("uri")
     cells = manifest.get("report", {}).get("splits", {}).get("train", {}).get("cells")
     n_pairs = manifest["splits"]["train"]["n_pairs"]
     return {
@@ -190,7 +184,7 @@ def run_facts(trainer: GppcTrainer, options: RunOptions, folder: PairFolder, sec
         "seconds": round(seconds, 1),
         "flop": float(trainer.state.total_flos) or None,
         "seed": options.seed,
-        "command": shlex.join(["accelerate", "launch", "train.py", *sys.argv[1:]]),
+        "command": command(),
         "pairs": n_pairs if not options.data.stream else "drawn anew in every epoch, straight from the store",
         "pairings": ", ".join(folder.pairings),
         "parameters": trainer.model.num_parameters(),
@@ -199,6 +193,21 @@ def run_facts(trainer: GppcTrainer, options: RunOptions, folder: PairFolder, sec
         "digest": manifest.get("digest"),
         **what_was_read(folder, options.training.start_from),
     }
+
+
+def run_screen(options: RunOptions) -> None:
+    """Fits a CRISPR screen and writes a model folder with its card, or one a fold."""
+    data = options.data
+    for out in fit_screen_run(data.screen, data.screen_options, options.screen, options.output_dir):
+        run = json.loads((out / "run.json").read_text())
+        write_json(run | {"command": command(), "seed": options.screen.seed}, out / "run.json")
+        write_model_card(out)
+        print(f"Model folder: {out}")
+
+
+def command() -> str:
+    """The command that started the run."""
+    return shlex.join(["accelerate", "launch", "train.py", *sys.argv[1:]])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -221,6 +230,10 @@ def main(argv: list[str] | None = None) -> int:
         main_first(
             state, lambda: state.is_main_process and claim_folder(options, arguments.resume, state.num_processes)
         )
+        if options.data.screen is not None:
+            if state.is_main_process:
+                run_screen(options)
+            return 0
         folder = main_first(state, lambda: prepare_pairs(options, progress=state.is_main_process))
         start = time.monotonic()
         push_to = arguments.push_to_hub if arguments.hub_strategy == "every_save" else None

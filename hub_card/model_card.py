@@ -33,6 +33,10 @@ TRANSFER = {
     "matched_minus_shuffled": "correlation beyond shuffled targets",
     "coverage90": "share inside the predicted 90 % interval",
 }
+SCREEN_TEXT = (
+    "Fitted on a CRISPR screen: there are no pairs of cells to score it on. `gppc evaluate --mode fine-tuned` scores models "
+    "of folds of the same screen on perturbations that they did not see.\n"
+)
 # What `run.json` must say: key -> (type, what it is). `None` is allowed where a fact was not measured.
 RUN_FACTS = {
     "store": (str, "name or version of the store of cells, such as a Census version"),
@@ -283,7 +287,9 @@ def render_model_card(folder: str | Path) -> str:
     run = read_json(folder / "run.json")
     check_run(run)
     unfinished = run.get("unfinished")
-    results = None if unfinished else read_results(folder / "results.json")
+    # A model of a screen has no pairs to be scored on; `gppc evaluate` scores it.
+    scored = not unfinished and not run.get("screen")
+    results = read_results(folder / "results.json") if scored else None
     name = portable(str(run.get("name") or "GPPC"))
     data = ModelCardData(
         license="apache-2.0",
@@ -303,7 +309,7 @@ def render_model_card(folder: str | Path) -> str:
         facts=_facts(run, config, folder),
         normalization=normalization,
         target_sum=target_sum,
-        scores=score_tables(results) if results else progress_text(unfinished),
+        scores=score_tables(results) if results else progress_text(unfinished) if unfinished else SCREEN_TEXT,
         figures=_figures(folder),
         transfer=_transfer(folder),
         vocab_size=shown(len(preprocessor.get("gene_ids", ()))),

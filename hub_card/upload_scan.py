@@ -22,7 +22,6 @@ MODEL_FILES = (
     "layers_gppc.py",
     "linear_response_gppc.py",
     "modeling_gppc.py",
-    "origin_form_gppc.py",
     "outputs_gppc.py",
     "pipeline_gppc.py",
     "*.png",

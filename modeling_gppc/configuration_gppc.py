@@ -74,6 +74,11 @@ class GppcConfig(PreTrainedConfig):
             which responds linearly; 1 is the plain conditional Gaussian.
         num_references (`int`, *optional*, defaults to 1000): Training pairs of each pairing that are kept, as factors,
             to tell which imposed levels are familiar; elsewhere the prediction returns to one Gaussian. 0: it never does.
+        use_screen_response (`bool`, *optional*, defaults to `False`): The model was fitted on a CRISPR screen, see
+            [`GppcScreenResponse`].
+        num_perturbations (`int`, *optional*, defaults to 0): Perturbations of the screen that were seen.
+        num_members (`int`, *optional*, defaults to 1): Most genes that one of them perturbs.
+        num_targets (`int`, *optional*, defaults to 0): Genes that may be asked about without being measured.
         use_linear_response (`bool`, *optional*, defaults to `True`): Predict linear response + learned departure;
             otherwise gene mean + learned departure.
         use_departure (`bool`, *optional*, defaults to `True`): Learn a departure from the linear response at all.
@@ -111,6 +116,10 @@ class GppcConfig(PreTrainedConfig):
     num_factors: int = 32
     num_components: int = 16
     num_references: int = 1000
+    use_screen_response: bool = False
+    num_perturbations: int = 0
+    num_members: int = 1
+    num_targets: int = 0
     use_linear_response: bool = True
     use_departure: bool = True
     pairings: list[str] | None = None
@@ -157,8 +166,9 @@ class GppcConfig(PreTrainedConfig):
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)}; wanted at least 1.")
-        if self.num_references < 0:
-            raise ValueError(f"`num_references` is {self.num_references}; wanted at least 0.")
+        for name, least in (("num_references", 0), ("num_perturbations", 0), ("num_targets", 0), ("num_members", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; wanted at least {least}.")
 
 
 __all__ = ["GppcConfig"]

@@ -44,20 +44,22 @@ def rows_of(table: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
 @dataclass
 class GppcPerturbation:
     """
-    Genes whose expression is imposed on each of `B` rows.
+    Genes whose expression is imposed, in `B` rows.
 
     Args:
+        state_index (`torch.LongTensor` of shape `(B,)`): The encoded cell that each row acts on.
+        pairing_ids (`torch.LongTensor` of shape `(B,)`): Context that the cells before and after share.
         ids (`torch.LongTensor` of shape `(B, K)`): The genes, 0 where the mask is zero.
         values (`torch.FloatTensor` of shape `(B, K)`): Change of their log values, 0 where the mask is zero.
         mask (`torch.Tensor` of shape `(B, K)`): 1 for a gene, 0 for padding.
-        pairing_ids (`torch.LongTensor` of shape `(B,)`): Context that the cells before and after share.
         levels (`torch.FloatTensor` of shape `(B, K)`): Log values that the genes are set to.
     """
 
+    state_index: torch.Tensor
+    pairing_ids: torch.Tensor
     ids: torch.Tensor
     values: torch.Tensor
     mask: torch.Tensor
-    pairing_ids: torch.Tensor
     levels: torch.Tensor
 
 
@@ -157,6 +159,12 @@ class GppcFactorMixture(GppcClosedForm):
             evidence_scale=(pairings,),
         )
 
+    def distribution(self) -> GppcFactorDistribution:
+        """Factors of a cell of which nothing is known."""
+        identity = torch.eye(self.coupling.shape[-1], dtype=self.coupling.dtype, device=self.coupling.device)
+        log_weights = torch.log_softmax(self.component_logits, dim=0)
+        return GppcFactorDistribution(log_weights[None], self.component_means[None], identity[None])
+
     def posterior(
         self, information: torch.Tensor, precision: torch.Tensor, panel_index: torch.Tensor | None = None
     ) -> GppcFactorDistribution:
@@ -181,7 +189,7 @@ class GppcFactorMixture(GppcClosedForm):
 
         The cell's deviation from its state is averaged over states, which is exact where the state is known.
         """
-        identity = torch.eye(self.coupling.shape[-1], dtype=self.coupling.dtype, device=self.coupling.device)
+        identity = self.distribution().covariance
         transition = torch.log_softmax(self.transition_logits, dim=-1)
         log_weights = torch.logsumexp(cell.log_weights[:, None, :, None] + transition, dim=2)
         deviation = cell.mean - cell.log_weights.exp() @ self.component_means

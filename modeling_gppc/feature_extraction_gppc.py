@@ -9,6 +9,8 @@ import torch
 from transformers import BatchFeature, FeatureExtractionMixin
 
 NORMALIZATIONS = ("log1p", "log_tpm", "none")
+# The technical covariate that is known of every cell.
+LOG_LIBRARY_SIZE = "log library size"
 
 
 def close_matches(name: str, options: Iterable[str], n: int = 3) -> str:
@@ -105,6 +107,12 @@ class GppcFeatureExtractor(FeatureExtractionMixin):
         target_sum (`float`, *optional*, defaults to 10,000): See [`normalize_counts`].
         gene_lengths (`list[float]`, *optional*): Bases, same order; needed for `log_tpm`.
         organism (`str`, *optional*, defaults to `"homo_sapiens"`): Census name of the species.
+        target_ids (`list[str]`, *optional*): Genes that may be perturbed without being measured, numbered after the
+            vocabulary.
+        seen_perturbations (`list[str]`, *optional*): Perturbations that a model of a screen saw.
+        covariate_names (`list[str]`, *optional*), covariate_center (`list[float]`, *optional*), covariate_slopes
+            (`list[list[float]]`, *optional*): Technical covariates that were regressed out of the training values, their
+            means, and the change of each gene's log value a unit of each; see `__call__`.
     """
 
     model_input_names = ["input_ids", "expression_values", "attention_mask", "measured_mask"]
@@ -117,6 +125,11 @@ class GppcFeatureExtractor(FeatureExtractionMixin):
         target_sum: float = 10_000.0,
         gene_lengths: Sequence[float] | None = None,
         organism: str = "homo_sapiens",
+        target_ids: Sequence[str] = (),
+        seen_perturbations: Sequence[str] = (),
+        covariate_names: Sequence[str] = (),
+        covariate_center: Sequence[float] = (),
+        covariate_slopes: Sequence[Sequence[float]] = (),
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -134,6 +147,9 @@ class GppcFeatureExtractor(FeatureExtractionMixin):
         self.target_sum = float(target_sum)
         self.gene_lengths = list(gene_lengths) if gene_lengths is not None else None
         self.organism = organism
+        self.target_ids, self.seen_perturbations = list(target_ids), list(seen_perturbations)
+        self.covariate_names, self.covariate_center = list(covariate_names), list(covariate_center)
+        self.covariate_slopes = [list(row) for row in covariate_slopes]
 
     @property
     def vocab_size(self) -> int:
@@ -196,12 +212,44 @@ class GppcFeatureExtractor(FeatureExtractionMixin):
             raise ValueError(f"gene `{unknown[0]}` is not among the {self.vocab_size} genes of the model{more}{hint}")
         return found
 
+    def find_targets(self, names: Sequence[str]) -> np.ndarray:
+        """Ids of genes that may be perturbed: those of the vocabulary, then `target_ids` (case ignored); -1 where unknown.
+
+        Returns:
+            `np.ndarray` of int64, shape `(len(names),)`.
+        """
+        found = self.find_genes(names)
+        further = {gene.casefold(): self.vocab_size + place for place, gene in enumerate(self.target_ids)}
+        for place in np.flatnonzero(found < 0):
+            found[place] = further.get(str(names[place]).casefold(), -1)
+        return found
+
+    def target_index(self, names: Sequence[str]) -> np.ndarray:
+        """Like [`find_targets`], but every gene must be known.
+
+        Raises:
+            ValueError: Naming an unknown gene, what of it is missing, and close matches.
+        """
+        found = self.find_targets(names)
+        unknown = [str(name) for name, index in zip(names, found) if index < 0]
+        if unknown and self.seen_perturbations:
+            hint = close_matches(unknown[0], [*self.gene_symbols, *self.gene_ids, *self.target_ids])
+            raise ValueError(
+                f"gene `{unknown[0]}` is not among the {self.vocab_size} measured genes of the model, was not perturbed "
+                f"in its screen and has no features{hint if 'did you mean' in hint else ''}: nothing is known of it; fit "
+                "the screen with `gene_features` that know it."
+            )
+        if unknown:
+            self.gene_index(names)
+        return found
+
     def __call__(
         self,
         counts,
         gene_ids: Sequence[str] | None = None,
         library_size: np.ndarray | None = None,
         measured: np.ndarray | None = None,
+        covariates: Mapping[str, np.ndarray] | None = None,
         return_tensors: str | None = "pt",
     ) -> BatchFeature:
         """Builds model inputs from cells.
@@ -215,6 +263,9 @@ class GppcFeatureExtractor(FeatureExtractionMixin):
                 to the sum of what is given.
             measured (`np.ndarray` of bool, *optional*): Which entries were measured, shape `(n_vars,)` or
                 `(n_obs, n_vars)`; defaults to all that are given.
+            covariates (`Mapping[str, np.ndarray]`, *optional*): Technical covariates of the cells by the names in
+                `covariate_names`, each `(n_obs,)`. What they explain is taken out, as it was in training; the library
+                size is known in any case, and a covariate that is not given is taken at its training mean.
             return_tensors (`str`, *optional*, defaults to `"pt"`): `"pt"` or `"np"`.
 
         Returns:
@@ -247,11 +298,24 @@ class GppcFeatureExtractor(FeatureExtractionMixin):
         mask = np.ones(dense.shape, dtype=bool) if measured is None else np.broadcast_to(measured, dense.shape)
         dense = np.where(mask, dense, 0)
         values = self.normalize(dense, names, library_size)
+        values[:, known] -= self._explained_by(covariates, library_size, dense)[:, kept]
         state = np.zeros((dense.shape[0], self.vocab_size), dtype=np.float32)
         state[:, kept] = values[:, known]
         measured_mask = np.zeros(state.shape, dtype=bool)
         measured_mask[:, kept] = mask[:, known]
         return self.from_values(state, measured_mask, return_tensors)
+
+    def _explained_by(self, covariates, library_size, counts: np.ndarray) -> np.ndarray:
+        """What technical covariates explain of the log values, `(n_obs, vocab_size)`; zero where none were regressed."""
+        explained = np.zeros((len(counts), self.vocab_size), dtype=np.float32)
+        given = dict(covariates or {})
+        if self.normalization == "log1p":
+            size = counts.sum(axis=1) if library_size is None else np.asarray(library_size, dtype=np.float64)
+            given.setdefault(LOG_LIBRARY_SIZE, np.log(np.maximum(size, 1.0)))
+        for name, center, slopes in zip(self.covariate_names, self.covariate_center, self.covariate_slopes):
+            if name in given:
+                explained += np.outer(np.asarray(given[name]) - center, slopes).astype(np.float32)
+        return explained
 
     def normalize(self, counts: np.ndarray, names: Sequence[str], library_size: np.ndarray | None) -> np.ndarray:
         """Checks and normalises dense counts `(n_obs, n_vars)` of the named genes; see [`normalize_counts`]."""
@@ -315,7 +379,7 @@ class GppcFeatureExtractor(FeatureExtractionMixin):
         `control`, or an empty text, is the empty perturbation.
 
         Returns:
-            `list` of (vocabulary id, action, amount) with action one of `factor`, `level`, `delta`.
+            `list` of (id of the gene, see [`target_index`], action, amount), action one of `factor`, `level`, `delta`.
 
         Raises:
             ValueError: For a malformed text, an amount out of range, an unknown gene or one named twice.
@@ -335,7 +399,7 @@ class GppcFeatureExtractor(FeatureExtractionMixin):
                         "delta:-1.3; join genes with `+`."
                     )
                 parts.append((gene.strip(), action.strip()))
-        index = self.gene_index([gene for gene, _ in parts])
+        index = self.target_index([gene for gene, _ in parts])
         if len(set(index.tolist())) != len(index):
             raise ValueError(f"`perturbation` {spec!r} names a gene twice; give each gene one action.")
         return [(int(gene), *_parse_action(name, action)) for gene, (name, action) in zip(index, parts)]
@@ -350,31 +414,31 @@ class GppcFeatureExtractor(FeatureExtractionMixin):
 
         Args:
             specs (`str` or `Sequence[str]`): One text for all cells, or one a cell; see [`parse_perturbation`].
-            values (`np.ndarray`): Normalised values of the cells, shape `(n_obs, vocab_size)`.
+            values (`np.ndarray` or `torch.Tensor`): Log values of the cells, shape `(n_obs, vocab_size)`, such as
+                `model.levels(encoded)`.
             return_tensors (`str`, *optional*, defaults to `"pt"`): `"pt"` or `"np"`.
 
         Returns:
             `BatchFeature` with `perturbation_ids`, `perturbation_values` and `perturbation_mask`, each `(n_obs, K)`.
         """
-        values = np.asarray(values)
+        values = values.numpy(force=True) if isinstance(values, torch.Tensor) else np.asarray(values)
         specs = [specs] * len(values) if isinstance(specs, (str, Mapping)) else list(specs)
         if len(specs) != len(values):
             raise ValueError(f"`specs` has {len(specs)} entries; wanted one text, or {len(values)}, one a cell.")
-        parsed_by_spec = {}
-        width = 1
-        for spec in specs:
-            key = repr(spec)
-            if key not in parsed_by_spec:
-                parsed_by_spec[key] = self.parse_perturbation(spec)
-                width = max(width, len(parsed_by_spec[key]))
+        rows_of: dict[str, list[int]] = {}
+        for row, spec in enumerate(specs):
+            rows_of.setdefault(repr(spec), []).append(row)
+        parsed = {key: self.parse_perturbation(specs[rows[0]]) for key, rows in rows_of.items()}
+        width = max([1, *map(len, parsed.values())])
         ids = np.zeros((len(values), width), dtype=np.int64)
         changes = np.zeros((len(values), width), dtype=np.float32)
         mask = np.zeros((len(values), width), dtype=np.int64)
-        for row, spec in enumerate(specs):
-            for column, (gene, action, amount) in enumerate(parsed_by_spec[repr(spec)]):
-                ids[row, column] = gene
-                mask[row, column] = 1
-                changes[row, column] = change_of_log_value(values[row, gene], action, amount)
+        for key, rows in rows_of.items():
+            for column, (gene, action, amount) in enumerate(parsed[key]):
+                ids[rows, column], mask[rows, column] = gene, 1
+                # Of a gene that is not measured there is no level to change.
+                if gene < self.vocab_size:
+                    changes[rows, column] = change_of_log_value(values[rows, gene], action, amount)
         features = {"perturbation_ids": ids, "perturbation_values": changes, "perturbation_mask": mask}
         if return_tensors == "pt":
             features = {name: torch.from_numpy(array) for name, array in features.items()}

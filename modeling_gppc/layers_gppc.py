@@ -12,7 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import TransformersKwargs
 
 from .configuration_gppc import GppcConfig
-from .factors_gppc import GppcPerturbation, rows_of
+from .factors_gppc import rows_of
 
 # The learned log variance stays within this distance of the linear response's.
 MAX_LOG_VARIANCE_CHANGE = 4.0
@@ -31,9 +31,16 @@ def scatter_tokens(
     return values.new_zeros(len(values), vocab_size + 1).scatter(1, input_ids, values)[:, :-1]
 
 
-def where_imposed(perturbation: GppcPerturbation, query_ids: torch.Tensor) -> torch.Tensor:
-    """Which of the queried genes `(Q,)` each perturbation is of, `(B, K, Q)`."""
-    return (query_ids == perturbation.ids[:, :, None]) & perturbation.mask.bool()[:, :, None]
+def where_imposed(perturbation_ids: torch.Tensor, mask: torch.Tensor, query_ids: torch.Tensor) -> torch.Tensor:
+    """Which queried genes `(Q,)` each of the perturbed ones `(B, K)` is, padding none of them, `(B, K, Q)`."""
+    return (query_ids == perturbation_ids[:, :, None]) & mask.bool()[:, :, None]
+
+
+def impose(predicted: torch.Tensor, values: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+    """Puts `values` `(B, K)` of the perturbed genes themselves in the place of predictions `(B, Q)`."""
+    for own, value in zip(where.unbind(1), values.to(predicted.dtype).unbind(1)):
+        predicted = torch.where(own, value[:, None], predicted)
+    return predicted
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):

@@ -81,6 +81,10 @@ class GppcLinearResponse(GppcClosedForm):
         self.single = GppcFactorMixture(config, 1)
         self.familiarity = GppcFamiliarity(config)
 
+    def deviation(self) -> torch.Tensor:
+        """Standard deviation of every gene among all cells, `(vocab_size,)`."""
+        return self.variance(self.states.distribution().merged())[0].sqrt()
+
     def encode(
         self, centred: torch.Tensor, measured: torch.Tensor, panel_index: torch.Tensor | None = None
     ) -> GppcSourceFactors:
@@ -118,7 +122,6 @@ class GppcLinearResponse(GppcClosedForm):
     def condition(
         self,
         source: GppcSourceFactors,
-        state_index: torch.Tensor,
         perturbation: GppcPerturbation,
         familiarity: torch.Tensor | None = None,
     ) -> GppcTargetFactors:
@@ -126,7 +129,6 @@ class GppcLinearResponse(GppcClosedForm):
 
         Args:
             source ([`GppcSourceFactors`]): From `encode`.
-            state_index (`torch.LongTensor` of shape `(B,)`): The cell that each row is about.
             perturbation ([`GppcPerturbation`]): Of `B` rows.
             familiarity (`torch.FloatTensor` of shape `(B,)`, *optional*): Instead of what the levels say.
         """
@@ -136,7 +138,7 @@ class GppcLinearResponse(GppcClosedForm):
             noise=self.noise[ids] * mask + (1 - mask),
             centred=(perturbation.levels.float() - self.gene_mean[ids]) * mask,
         )
-        rows = state_index * len(self.states.coupling) + pairing_ids
+        rows = perturbation.state_index * len(self.states.coupling) + pairing_ids
         single = source.partner_single.rows(rows)
         if familiarity is None:
             weights = rows_of(source.reference_weights, rows)

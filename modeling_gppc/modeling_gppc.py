@@ -14,9 +14,11 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_gppc import GppcConfig
 from .factors_gppc import GppcClosedForm, GppcPerturbation, rows_of
-from .layers_gppc import GppcAttention, GppcBlock, GppcReadout, scatter_tokens, where_imposed
+from .layers_gppc import GppcAttention, GppcBlock, GppcReadout, impose, scatter_tokens, where_imposed
 from .linear_response_gppc import GppcLinearResponse
 from .outputs_gppc import GppcEncoderOutput, GppcModelOutput, GppcOutput
+from .response_gppc import GppcResponseMixin
+from .screen_response_gppc import GppcScreenResponse
 
 IGNORED_LABEL = -100.0
 
@@ -58,6 +60,8 @@ class GppcPreTrainedModel(PreTrainedModel):
         elif isinstance(module, GppcClosedForm):
             for name, buffer in module.named_buffers(recurse=False):
                 init.constant_(buffer, module.START.get(name, 0.0))
+        elif isinstance(module, GppcScreenResponse):
+            module.reset()
         elif isinstance(module, GppcEncoder):
             init.normal_(module.latents, mean=0.0, std=spread)
         elif isinstance(module, GppcReadout):
@@ -236,18 +240,19 @@ class GppcModel(GppcPreTrainedModel):
     def perturbation(
         self,
         encoded: GppcEncoderOutput,
-        state_index: torch.LongTensor,
         perturbation_ids: torch.LongTensor | None = None,
         perturbation_values: torch.FloatTensor | None = None,
         perturbation_mask: torch.Tensor | None = None,
         pairing_ids: torch.LongTensor | None = None,
+        state_index: torch.LongTensor | None = None,
     ) -> GppcPerturbation:
-        """What is imposed on cells `state_index` `(B,)`; arguments as in [`GppcForPerturbationPrediction.decode`].
+        """What is imposed on encoded cells; arguments as in [`GppcForPerturbationPrediction.decode`].
 
         Raises:
-            ValueError: If `perturbation_values` does not fit `perturbation_ids`.
+            ValueError: If rows do not fit the encoded cells, or `perturbation_values` does not fit `perturbation_ids`.
         """
-        rows, device = len(state_index), state_index.device
+        cells, device = len(encoded.state_values), encoded.state_values.device
+        rows = cells if state_index is None else len(state_index)
         if perturbation_ids is None:
             perturbation_ids = torch.zeros(rows, 0, dtype=torch.long, device=device)
             perturbation_values = torch.zeros(rows, 0, device=device)
@@ -257,16 +262,21 @@ class GppcModel(GppcPreTrainedModel):
                 f"`perturbation_values` has shape {shape}; wanted {tuple(perturbation_ids.shape)}, "
                 "the change of log value of each of `perturbation_ids`."
             )
-        if perturbation_mask is None:
-            perturbation_mask = torch.ones_like(perturbation_ids)
+        if state_index is None:
+            state_index = torch.arange(cells, device=device)
+            state_index = state_index.expand(len(perturbation_ids)) if cells == 1 else state_index
+        if len(perturbation_ids) != len(state_index):
+            raise ValueError(
+                f"`perturbation_ids` has {len(perturbation_ids)} rows for {len(state_index)} encoded states; wanted one "
+                "row a state, a single state, or `state_index`."
+            )
         if pairing_ids is None:
-            default = self.config.pairings.index(self.config.default_pairing)
-            pairing_ids = torch.full((rows,), default, dtype=torch.long, device=device)
+            pairing_ids = torch.full_like(state_index, self.config.pairings.index(self.config.default_pairing))
+        mask = torch.ones_like(perturbation_ids) if perturbation_mask is None else perturbation_mask
         # Padding may hold anything; what it holds must not reach a sum.
-        ids = perturbation_ids.where(perturbation_mask.bool(), 0)
-        values = perturbation_values.where(perturbation_mask.bool(), 0)
+        ids, values = perturbation_ids.where(mask.bool(), 0), perturbation_values.where(mask.bool(), 0)
         levels = self.imposed_levels(encoded, ids, values, state_index)
-        return GppcPerturbation(ids, values, perturbation_mask, pairing_ids, levels)
+        return GppcPerturbation(state_index, pairing_ids, ids, values, mask, levels)
 
     @can_return_tuple
     def forward(
@@ -294,27 +304,14 @@ class GppcModel(GppcPreTrainedModel):
             encoder_outputs = self.encode(
                 input_ids, expression_values, attention_mask, measured_mask, panel_index, **kwargs
             )
-        states, device = len(encoder_outputs.state_values), encoder_outputs.state_values.device
-        rows = len(perturbation_ids) if perturbation_ids is not None else None
-        if state_index is None:
-            # One row a cell, or the only cell for all rows.
-            shared = states == 1 and rows is not None
-            state_index = (
-                torch.zeros(rows, dtype=torch.long, device=device) if shared else torch.arange(states, device=device)
-            )
-        if rows not in (None, len(state_index)):
-            raise ValueError(
-                f"`perturbation_ids` has {rows} rows for {len(state_index)} encoded states; wanted one row a state, a "
-                "single state, or `state_index`."
-            )
         perturbation = self.perturbation(
-            encoder_outputs, state_index, perturbation_ids, perturbation_values, perturbation_mask, pairing_ids
+            encoder_outputs, perturbation_ids, perturbation_values, perturbation_mask, pairing_ids, state_index
         )
         response = self.linear_response
-        with torch.autocast(device_type=device.type, enabled=False):
-            factors = response.condition(encoder_outputs.factors, state_index, perturbation, familiarity)
+        with torch.autocast(device_type=perturbation.ids.device.type, enabled=False):
+            factors = response.condition(encoder_outputs.factors, perturbation, familiarity)
             expected = torch.cat([factors.familiar_mean, factors.log_weights.exp()], dim=-1)
-        latents = encoder_outputs.last_hidden_state.index_select(0, state_index)
+        latents = encoder_outputs.last_hidden_state.index_select(0, perturbation.state_index)
         surprise = perturbation.levels - response.gene_mean[perturbation.ids]
         decoded = self.decoder(latents, expected, perturbation, surprise, return_dict=True, **kwargs)
         return GppcModelOutput(
@@ -329,7 +326,7 @@ class GppcModel(GppcPreTrainedModel):
         )
 
 
-class GppcForPerturbationPrediction(GppcPreTrainedModel):
+class GppcForPerturbationPrediction(GppcPreTrainedModel, GppcResponseMixin):
     """
     Predicts the expression of every gene after levels were imposed on some, with a variance.
 
@@ -355,6 +352,7 @@ class GppcForPerturbationPrediction(GppcPreTrainedModel):
         super().__init__(config)
         self.model = GppcModel(config)
         self.readout = GppcReadout(config)
+        self.screen_response = GppcScreenResponse(config) if config.use_screen_response else None
         self.post_init()
 
     def encode(self, *args, **kwargs) -> GppcEncoderOutput:
@@ -414,9 +412,8 @@ class GppcForPerturbationPrediction(GppcPreTrainedModel):
             logvar = response.variance(factors.factors, query_ids).log_() if with_variance else None
         if not self.config.use_linear_response:
             linear = rows_of(response.gene_mean, query_ids).expand_as(linear)
-        imposed = where_imposed(perturbation, genes)
-        for own, level in zip(imposed.unbind(1), perturbation.levels.to(linear.dtype).unbind(1)):
-            linear = torch.where(own, level[:, None], linear)
+        imposed = where_imposed(perturbation.ids, perturbation.mask, genes)
+        linear = impose(linear, perturbation.levels, imposed)
         logits, departure = linear, linear.new_zeros(len(linear))
         if self.config.use_departure:
             contribution = self.readout(output.last_hidden_state, factors.familiarity, query_ids, with_variance)

@@ -6,11 +6,10 @@ import numpy as np
 import torch
 from transformers import AutoModel, Pipeline
 
-from .feature_extraction_gppc import change_of_log_value, close_matches
+from .feature_extraction_gppc import close_matches
 
 TASK = "perturbation-prediction"
-REFERENCES = ("unperturbed", "held")
-OPTIONS = ("top_k", "reference", "batch_size")
+OPTIONS = ("top_k", "batch_size")
 INPUTS = ("counts", "gene_ids", "perturbation", "library_size", "measured", "pairing")
 
 
@@ -39,9 +38,8 @@ class PerturbationPredictionPipeline(Pipeline):
 
     - `gene_ids`, `gene_symbols` (`list[str]`): the genes of the model;
     - `expression` (`np.ndarray` of shape `(vocab_size,)`): expected log values afterwards;
-    - `change` (`np.ndarray` of shape `(vocab_size,)`): difference to the reference, see `reference`;
-    - `std` (`np.ndarray` of shape `(vocab_size,)`): predicted standard deviation of the log value of a single cell,
-      zero where a level was imposed; `None` where the model predicts none.
+    - `change` (`np.ndarray` of shape `(vocab_size,)`): their change by the perturbation;
+    - `std` (`np.ndarray` of shape `(vocab_size,)`): standard deviation of that change, zero where it was imposed.
 
     These are the numbers of `gppc predict`.
     """
@@ -52,16 +50,13 @@ class PerturbationPredictionPipeline(Pipeline):
     _load_processor = False
     _load_feature_extractor = True
 
-    def _sanitize_parameters(self, top_k=None, reference=None, cells_per_batch=None, **unknown):
+    def _sanitize_parameters(self, top_k=None, cells_per_batch=None, **unknown):
         if unknown:
             name = next(iter(unknown))
             raise ValueError(f"`{name}` is not an option{close_matches(name, OPTIONS)}")
         if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
             raise ValueError(f"`top_k` is {top_k!r}; wanted a number of genes.")
-        if reference is not None and reference not in REFERENCES:
-            raise ValueError(f"`reference` is {reference!r}; wanted one of {', '.join(REFERENCES)}.")
-        forward = {"reference": reference, "cells_per_batch": cells_per_batch}
-        forward = {name: value for name, value in forward.items() if value is not None}
+        forward = {} if cells_per_batch is None else {"cells_per_batch": cells_per_batch}
         return {}, forward, {} if top_k is None else {"top_k": top_k}
 
     def __call__(self, inputs, batch_size: int | None = None, **kwargs):
@@ -69,9 +64,6 @@ class PerturbationPredictionPipeline(Pipeline):
         Args:
             inputs (mapping, or list of mappings): See the class.
             batch_size (`int`, *optional*, defaults to 64): Cells that the model sees at once.
-            reference (`str`, *optional*, defaults to `"unperturbed"`): What `change` is the difference from: the
-                prediction for the same cell without a perturbation, or (`"held"`) with the same genes imposed at the
-                cell's own level, which removes what merely knowing their level says.
             top_k (`int`, *optional*): Return instead the records (`gene_id`, `gene_symbol`, `expression`, `change`,
                 `std`) of the `top_k` genes that change most.
 
@@ -113,11 +105,12 @@ class PerturbationPredictionPipeline(Pipeline):
         features = self.feature_extractor(
             counts, inputs.get("gene_ids"), library_size=library_size, measured=inputs.get("measured")
         )
-        parsed = {repr(spec): self.feature_extractor.parse_perturbation(spec) for spec in specs}
+        for spec in {repr(spec): spec for spec in specs}.values():
+            self.feature_extractor.parse_perturbation(spec)
         return {
             "state": dict(features),
             "state_index": torch.from_numpy(state_index),
-            "perturbations": [parsed[repr(spec)] for spec in specs],
+            "perturbations": specs,
             "pairing": self._pairing(inputs.get("pairing")),
             "single": single,
         }
@@ -132,74 +125,28 @@ class PerturbationPredictionPipeline(Pipeline):
             )
         return pairings.index(name)
 
-    def _forward(self, model_inputs, reference: str = "unperturbed", cells_per_batch: int = 64):
-        """Predicts with the perturbation and without it, batch by batch."""
-        state_index = model_inputs["state_index"]
+    def _forward(self, model_inputs, cells_per_batch: int = 64):
+        """Responses of the cells, batch by batch."""
+        state_index, specs = model_inputs["state_index"], model_inputs["perturbations"]
         parts = []
         for start in range(0, len(state_index), cells_per_batch):
             rows = slice(start, start + cells_per_batch)
             states, index = torch.unique(state_index[rows], return_inverse=True)
-            state = {name: tensor[states] for name, tensor in model_inputs["state"].items()}
-            encoded = self.model.encode(**state) if self.model.config.architecture == "latents" else None
-
-            def run(ids, changes, mask, familiarity=None, state=state, encoded=encoded, index=index):
-                inputs = {
-                    "perturbation_ids": ids,
-                    "perturbation_values": changes,
-                    "perturbation_mask": mask,
-                    "pairing_ids": torch.full_like(index, model_inputs["pairing"]),
-                }
-                if encoded is not None:
-                    return self.model.decode(encoded, **inputs, state_index=index, familiarity=familiarity)
-                return self.model(**{name: tensor[index] for name, tensor in state.items()}, **inputs)
-
-            ids, changes, mask = self._imposed(model_inputs["perturbations"][rows], state, encoded, index)
-            after = run(ids, changes, mask)
-            if reference == "held":
-                before = run(ids, torch.zeros_like(changes), mask, after.familiarity)
-            else:
-                before = run(ids[:, :0], changes[:, :0], mask[:, :0], after.familiarity)
-            std = None
-            if after.logvar is not None:
-                imposed = torch.zeros(after.logvar.shape, device=ids.device).scatter_add(1, ids, mask.float())
-                std = (0.5 * after.logvar.float()).exp().masked_fill(imposed > 0, 0.0)
-            parts.append((after.logits.float(), after.logits.float() - before.logits.float(), std))
-        expression, change, std = zip(*parts)
-        return {
-            "expression": torch.cat(expression),
-            "change": torch.cat(change),
-            "std": None if std[0] is None else torch.cat(std),
-            "single": model_inputs["single"],
-        }
-
-    def _imposed(self, parsed, state, encoded, index):
-        """Ids, changes of log value and mask, each `(rows, K)`, from the levels that the genes have in each cell."""
-        width = max(map(len, parsed))
-        device = index.device
-        ids = torch.zeros(len(parsed), width, dtype=torch.long, device=device)
-        mask = torch.zeros_like(ids)
-        for row, spec in enumerate(parsed):
-            mask[row, : len(spec)] = 1
-            for column, (gene, _, _) in enumerate(spec):
-                ids[row, column] = gene
-        changes = torch.zeros(ids.shape, device=device)
-        if encoded is not None:
-            # Where the cell did not measure a gene, the model says which level the rest of the cell suggests.
-            levels = self.model.model.imposed_levels(encoded, ids, changes, index)
-        else:
-            tokens, values = state["input_ids"], state["expression_values"]
-            dense = values.new_zeros(len(values), self.model.config.vocab_size).scatter_add(1, tokens, values)
-            levels = dense[index].gather(1, ids)
-        levels = levels.double().cpu().numpy()
-        for row, spec in enumerate(parsed):
-            for column, (_, action, amount) in enumerate(spec):
-                changes[row, column] = change_of_log_value(levels[row, column], action, amount)
-        return ids, changes, mask
+            encoded = self.model.encode(**{name: tensor[states] for name, tensor in model_inputs["state"].items()})
+            features = self.feature_extractor.perturbation_features(specs[rows], self.model.levels(encoded)[index])
+            output = self.model.respond(
+                encoded,
+                **{name: tensor.to(index.device) for name, tensor in features.items()},
+                pairing_ids=torch.full_like(index, model_inputs["pairing"]),
+                state_index=index,
+            )
+            parts.append((output.expression.float(), output.change.float(), output.variance.float().sqrt()))
+        expression, change, std = (torch.cat(part) for part in zip(*parts))
+        return {"expression": expression, "change": change, "std": std, "single": model_inputs["single"]}
 
     def postprocess(self, model_outputs, top_k: int | None = None):
         """Arrays a cell, or records of the genes that change most."""
-        expression, change = (model_outputs[name].numpy() for name in ("expression", "change"))
-        std = None if model_outputs["std"] is None else model_outputs["std"].numpy()
+        expression, change, std = (model_outputs[name].numpy() for name in ("expression", "change", "std"))
         results = []
         for row in range(len(expression)):
             result = {
@@ -207,7 +154,7 @@ class PerturbationPredictionPipeline(Pipeline):
                 "gene_symbols": self.feature_extractor.gene_symbols,
                 "expression": expression[row],
                 "change": change[row],
-                "std": None if std is None else std[row],
+                "std": std[row],
             }
             results.append(result if top_k is None else _records(result, top_k))
         return results[0] if model_outputs["single"] else results
@@ -221,7 +168,7 @@ def _records(result: dict, top_k: int) -> list[dict]:
             "gene_symbol": result["gene_symbols"][gene],
             "expression": float(result["expression"][gene]),
             "change": float(result["change"][gene]),
-            "std": None if result["std"] is None else float(result["std"][gene]),
+            "std": float(result["std"][gene]),
         }
         for gene in order.tolist()
     ]

@@ -37,34 +37,47 @@ def keep_genes(screen: Screen, at_most: int, chosen_on: np.ndarray | None = None
     )
 
 
-def technical_residuals(screen: Screen, cells: np.ndarray, fitted_on: np.ndarray | None = None) -> np.ndarray:
-    """Values of cells without what technical covariates of the whole transcriptome explain linearly; means are kept.
+@dataclasses.dataclass
+class TechnicalCovariates:
+    """
+    What technical covariates of the whole transcriptome explain of the values, linearly.
 
     Library size, detected genes, mitochondrial share and batch move many genes at once; left in, they pass for
-    regulation. Covariates are held fixed when a gene is changed. On a targeted panel, whose depth is itself a
-    response, batches cannot be told from states by their depth, and nothing is taken out.
+    regulation. They are held fixed when a gene is changed.
 
     Args:
-        screen (`Screen`): The screen.
-        cells (`np.ndarray`): Rows.
-        fitted_on (`np.ndarray`, *optional*): Rows that slopes are fitted on; `cells` themselves when absent.
-
-    Returns:
-        `np.ndarray` of float64, shape `(len(cells), n_vars)`.
+        names (`list[str]`): The C covariates; empty where nothing is taken out.
+        center (`np.ndarray`): Their means, shape `(C,)`.
+        slopes (`np.ndarray`): Change of the log value a unit of each, shape `(C, V)`.
     """
-    values = screen.values[cells].astype(np.float64)
-    if not screen.library_is_complete:
-        return values
-    fitted_on = cells if fitted_on is None else fitted_on
-    covariates = screen.covariates[fitted_on]
-    centre, scale = covariates.mean(axis=0), covariates.std(axis=0)
-    varied = scale > 1e-9
-    if not varied.any():
-        return values
-    reference = screen.values[fitted_on].astype(np.float64)
-    design = (covariates - centre)[:, varied] / scale[varied]
-    slopes = np.linalg.lstsq(design, reference - reference.mean(axis=0), rcond=None)[0]
-    return values - ((screen.covariates[cells] - centre)[:, varied] / scale[varied]) @ slopes
+
+    names: list[str]
+    center: np.ndarray
+    slopes: np.ndarray
+
+    @classmethod
+    def fit(cls, screen: Screen, cells: np.ndarray) -> "TechnicalCovariates":
+        """Least squares on the rows `cells`.
+
+        On a targeted panel, whose depth is itself a response, batches cannot be told from states by their depth, and
+        nothing is taken out.
+        """
+        covariates = screen.covariates[cells]
+        center, scale = covariates.mean(axis=0), covariates.std(axis=0)
+        varied = np.flatnonzero(scale > 1e-9) if screen.library_is_complete else np.zeros(0, dtype=int)
+        if not len(varied):
+            return cls([], np.zeros(0), np.zeros((0, screen.values.shape[1])))
+        values = screen.values[cells].astype(np.float64)
+        design = (covariates - center)[:, varied] / scale[varied]
+        slopes = np.linalg.lstsq(design, values - values.mean(axis=0), rcond=None)[0] / scale[varied, None]
+        full = np.zeros((len(center), values.shape[1]))
+        full[varied] = slopes
+        return cls(list(screen.covariate_names), center, full)
+
+    def residuals(self, values: np.ndarray, covariates: np.ndarray) -> np.ndarray:
+        """Values `(n, V)` without what their covariates `(n, C)` explain, in float64; means are kept."""
+        values = values.astype(np.float64)
+        return values - (covariates - self.center) @ self.slopes if self.names else values
 
 
 def some_cells(screen: Screen, cells: np.ndarray) -> Screen:

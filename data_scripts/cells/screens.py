@@ -11,6 +11,9 @@ from data_scripts.cells.screen_labels import CONTROL, Perturbation, read_labels
 from data_scripts.cells.screen_options import ScreenOptions, find_column
 from modeling_gppc.feature_extraction_gppc import check_raw_counts, close_matches, normalize_counts
 
+# Covariates that are batches: 1 in the cells of one, 0 in all others.
+BATCH_PREFIX = "batch "
+
 
 @dataclasses.dataclass
 class Screen:
@@ -32,6 +35,7 @@ class Screen:
         library_is_complete (`bool`): Whether the library size counts all genes or only those of the file.
         guide_efficiency (`dict[str, float]`): Stated by the user; see [`ScreenOptions`].
         name (`str`): Of the file.
+        normalization (`str`), target_sum (`float`): How the values were made, see `normalize_counts`.
     """
 
     values: np.ndarray
@@ -49,6 +53,8 @@ class Screen:
     library_is_complete: bool = True
     guide_efficiency: dict[str, float] = dataclasses.field(default_factory=dict)
     name: str = "screen"
+    normalization: str = "log1p"
+    target_sum: float = 10_000.0
 
     @property
     def is_control(self) -> np.ndarray:
@@ -193,6 +199,8 @@ def read_screen(source: str | Path | anndata.AnnData, options: ScreenOptions | N
         library_is_complete=library_column is not None,
         guide_efficiency=dict(options.guide_efficiency),
         name=name,
+        normalization="log1p" if options.value_kind == "counts" else "none",
+        target_sum=options.target_sum,
     )
 
 
@@ -249,7 +257,7 @@ def _covariates(obs, library: np.ndarray | None, batch: np.ndarray) -> tuple[np.
     mito = find_column(obs.columns, "p_mito", None)
     if mito:
         columns.append(("mitochondrial share", np.nan_to_num(obs[mito].to_numpy(dtype=float))))
-    columns += [(f"batch {name}", (batch == name).astype(float)) for name in np.unique(batch)[1:]]
+    columns += [(f"{BATCH_PREFIX}{name}", (batch == name).astype(float)) for name in np.unique(batch)[1:]]
     if not columns:
         return np.zeros((len(obs), 0)), []
     return np.stack([values for _, values in columns], axis=1), [name for name, _ in columns]

@@ -172,14 +172,13 @@ def model_leaks(run: Mapping | None, screen: str, cells_digest: str, mode: str) 
     if mode == "zero-shot":
         return leaks
     wanted = "controls" if mode == "in-context" else "perturbations"
-    config = "screen_in_context" if mode == "in-context" else "screen_fine_tuned"
     if not adapted:
-        leaks.append(f"mode {mode!r} wants a model of this screen (train.py --config {config}), not one of others")
+        leaks.append(f"mode {mode!r} wants a model of this screen (train.py --config screen), not one of others")
     elif adapted.get("cells_digest") != cells_digest:
         leaks.append(f"the model was trained on other cells ({adapted.get('name')}) than those that are scored")
     elif adapted.get("train_on") != wanted:
         leaks.append(
-            f"mode {mode!r} wants a model trained on {wanted} (train.py --config {config}); this one was trained on "
+            f"mode {mode!r} wants a model trained on {wanted} (train.py --config screen --screen.train_on {wanted}); this one was trained on "
             f"{adapted.get('train_on')}"
         )
     return leaks

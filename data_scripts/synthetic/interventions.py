@@ -7,12 +7,11 @@ from data_scripts.synthetic.best_predictor import true_response
 from data_scripts.synthetic.network import GeneNetwork, make_network
 from data_scripts.synthetic.network_cells import make_screen
 from data_scripts.synthetic.network_config import SyntheticConfig
-from modeling_gppc.evaluation.screen_baselines import ScreenContext
 
 
 def regulators_screen(
     form: str, seed: int, n_control: int = 1_500, n_cells: int = 30
-) -> tuple[GeneNetwork, Screen, ScreenContext, np.ndarray, np.ndarray]:
+) -> tuple[GeneNetwork, Screen, np.ndarray, np.ndarray]:
     """Cells of a network of 100 genes, six of them regulators, each knocked out (count form) or lowered by 1.5 log units.
 
     Args:
@@ -21,8 +20,8 @@ def regulators_screen(
         n_control, n_cells (`int`, *optional*, defaults to 1,500 and 30): Control cells, and cells a perturbation.
 
     Returns:
-        The network, the screen, its context without training perturbations, the true mean responses in log value
-        `(P, V)`, perturbations in the order of their labels, and the genes that are scored, bool of shape `(V,)`.
+        The network, the screen, the true mean responses in log value `(P, V)`, perturbations in the order of their
+        labels, and the genes that are scored, bool of shape `(V,)`.
     """
     config = SyntheticConfig(
         form=form,
@@ -51,4 +50,4 @@ def regulators_screen(
     truth = np.stack([true_response(network, changes[label], n_states=1_000).delta[columns] for label in labels])
     mask = np.ones(len(columns), dtype=bool)
     mask[screen.panel_targets] = False
-    return network, screen, ScreenContext.build(screen, [], labels), truth, mask
+    return network, screen, truth, mask

@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         nargs="+",
         default=["gppc"],
-        help="gppc, factor, covariance, or a model folder that train.py left; several: one a fold, or one a seed",
+        help="gppc, covariance, or a model folder that train.py left; several: one a fold",
     )
     parser.add_argument("--mode", default="in-context", help="zero-shot, in-context (controls only) or fine-tuned")
     parser.add_argument("--folds", type=int, default=5, help="folds over perturbations (fine-tuned)")
@@ -31,13 +31,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gene-features", metavar="FILE", help="table of what is known of genes: gene and term, or gene and numbers"
     )
-    parser.add_argument("--seeds", type=int, default=5, help="runs of the model whose mean is scored")
-    parser.add_argument("--steps", type=int, default=300, help="training steps of the departure on control cells")
     parser.add_argument("--seed", type=int, default=0, help="first seed")
     parser.add_argument(
         "--max-genes", type=int, default=2_000, help="most variable genes among controls that are kept"
     )
-    parser.add_argument("--hold", type=float, default=0.1, help="how firmly other targets are held: 0, 0.1, 1, ...")
+    parser.add_argument(
+        "--hold-targets", type=float, default=0.1, help="how firmly other targets are held: 0, 0.1, 1, ..."
+    )
+    parser.add_argument(
+        "--change", default="measured", help="what is imposed on a measured target: measured, or stated"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     group = parser.add_argument_group("reading the screen")
     for name, text in (
@@ -69,15 +72,13 @@ def run(arguments: argparse.Namespace) -> int:
 
     options = EvaluateOptions(
         mode=arguments.mode,
-        model=arguments.model[0],
-        more_models=tuple(arguments.model[1:]),
+        model=arguments.model,
         folds=arguments.folds,
         split=arguments.split,
         seen=arguments.seen,
-        seeds=arguments.seeds,
-        steps=arguments.steps,
         seed=arguments.seed,
-        hold=arguments.hold,
+        hold_targets=arguments.hold_targets,
+        change=arguments.change,
         hold_out=arguments.hold_out,
         gene_features=arguments.gene_features,
         max_genes=arguments.max_genes,

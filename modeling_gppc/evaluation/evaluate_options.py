@@ -3,64 +3,52 @@
 import dataclasses
 from pathlib import Path
 
-from modeling_gppc.evaluation.response_size import ResponseSize
+from modeling_gppc.fitting.fit_screen_options import ScreenFitOptions
 
 MODES = ("zero-shot", "in-context", "fine-tuned")
-BUILT_IN_MODELS = ("covariance", "factor", "gppc")
+# Without a folder: the model that `train.py --config screen` fits, or nothing but baselines.
+BUILT_IN_MODELS = ("gppc", "covariance")
 SPLITS = ("perturbations", "combinations")
 GROUPS = ("batch", "cell_line")
+CHANGES = ("measured", "stated")
 
 
 @dataclasses.dataclass
-class EvaluateOptions:
-    """What to run.
+class EvaluateOptions(ScreenFitOptions):
+    """
+    What to score, and how a model is fitted where no folder is given.
 
     Args:
         mode (`str`, *optional*, defaults to `"in-context"`): `"zero-shot"` (a model folder as it is), `"in-context"`
-            (adapted on the screen's controls) or `"fine-tuned"` (and on the training perturbations of each fold).
-        model (`str`, *optional*, defaults to `"gppc"`): `"gppc"` (linear response and trained departure), `"factor"`
-            (its linear response alone), `"covariance"` (baselines only), or a model folder that `train.py` left.
-        more_models (`tuple[str, ...]`, *optional*): Further model folders: in the fine-tuned mode those of the other
-            folds, else of the other seeds.
+            (fitted on the screen's controls) or `"fine-tuned"` (and on the training perturbations of each fold).
+        model (`list[str]`, *optional*, defaults to `["gppc"]`): `gppc`, `covariance` (baselines only), or model folders
+            that `train.py` left: one, or in the fine-tuned mode one a fold.
         folds (`int`, *optional*, defaults to 5): Folds over perturbations, fine-tuned mode only.
         split (`str`, *optional*, defaults to `"perturbations"`): Fine-tuned mode: `"perturbations"`, or
             `"combinations"`: doubles, trained on singles.
         seen (`int`, *optional*, defaults to 2): How many members of a double are seen alone.
         hold_out (`str`, *optional*): Fine-tuned mode: `"batch"` or `"cell_line"` (each in turn is predicted from the
             others), or `"batch=NAME"` (that one).
-        seeds (`int`, *optional*, defaults to 5): Runs of the model; their mean response is scored, their spread shown.
-        steps (`int`, *optional*, defaults to 300): Training steps of the departure on controls.
-        seed (`int`, *optional*, defaults to 0): First seed.
+        change (`str`, *optional*, defaults to `"measured"`): What is imposed on a measured target: the change of its
+            mean in the perturbed cells (`"measured"`), or what its modality and the stated guide efficiency say
+            (`"stated"`), as `gppc predict GENE=ko` does.
         n_shuffles (`int`, *optional*, defaults to 20): Random genes in the target's place, a perturbation.
-        hold (`float`, *optional*, defaults to 0.1): How firmly the other targets are held; see [`InContextModel`].
-        max_genes (`int`, *optional*, defaults to 2,000): Most variable genes *among controls* that are kept, targets
-            always among them.
-        gene_features (`str`, *optional*): Table of what is known of genes, e.g. annotation: two columns, gene and
-            term, or one row of numbers a gene. Read by the model and by the baselines over perturbation features.
-        size ([`ResponseSize`], *optional*): Treatment of size.
     """
 
     mode: str = "in-context"
-    model: str = "gppc"
-    more_models: tuple[str, ...] = ()
+    model: list[str] = dataclasses.field(default_factory=lambda: ["gppc"])
     folds: int = 5
     split: str = "perturbations"
     seen: int = 2
     hold_out: str | None = None
-    seeds: int = 5
-    steps: int = 300
-    seed: int = 0
+    change: str = "measured"
     n_shuffles: int = 20
-    hold: float = 0.1
-    max_genes: int = 2_000
-    gene_features: str | None = None
-    size: ResponseSize = dataclasses.field(default_factory=ResponseSize)
 
     def __post_init__(self):
-        if self.mode not in MODES:
-            raise ValueError(f"`mode` is {self.mode!r}; wanted one of {', '.join(MODES)}.")
-        if self.split not in SPLITS:
-            raise ValueError(f"`split` is {self.split!r}; wanted one of {', '.join(SPLITS)}.")
+        super().__post_init__()
+        for name, options in (("mode", MODES), ("split", SPLITS), ("change", CHANGES)):
+            if getattr(self, name) not in options:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}; wanted one of {', '.join(options)}.")
         for name, stated in (("split", self.split != "perturbations"), ("hold_out", self.hold_out is not None)):
             if stated and self.mode != "fine-tuned":
                 raise ValueError(
@@ -70,33 +58,30 @@ class EvaluateOptions:
             raise ValueError(
                 f"`hold_out` is {self.hold_out!r}; wanted {' or '.join(GROUPS)}, or one of them with =NAME."
             )
-        if self.hold_out is not None and (self.split != "perturbations" or self.from_folder):
+        if self.hold_out is not None and (self.split != "perturbations" or self.folders):
             raise ValueError("`hold_out` divides cells; give it without `split` and without a model folder.")
         if self.seen not in (0, 1, 2):
             raise ValueError(f"`seen` is {self.seen}; wanted 0, 1 or 2 members of a double.")
-        if self.model not in BUILT_IN_MODELS and not Path(self.model).is_dir():
-            raise ValueError(
-                f"`model` {self.model!r} is neither a model folder nor one of {', '.join(BUILT_IN_MODELS)}."
-            )
-        if self.mode == "zero-shot" and not self.from_folder and self.model != "covariance":
-            raise ValueError(f"`model` is {self.model!r} with `mode` 'zero-shot'; wanted a model folder.")
-        for folder in self.more_models:
-            if not self.from_folder or not Path(folder).is_dir():
-                raise ValueError(f"`model` {folder!r} is no model folder; several models are several folders.")
+        if not self.model:
+            raise ValueError(f"`model` is empty; wanted model folders or one of {', '.join(BUILT_IN_MODELS)}.")
+        for name in self.model:
+            if (len(self.model) > 1 or name not in BUILT_IN_MODELS) and not Path(name).is_dir():
+                raise ValueError(
+                    f"`model` {name!r} is neither a model folder nor one of {', '.join(BUILT_IN_MODELS)}; several "
+                    "models are several folders."
+                )
+        if len(self.model) > 1 and self.mode != "fine-tuned":
+            raise ValueError(f"`model` holds {len(self.model)} folders; mode {self.mode!r} scores one.")
+        if self.mode == "zero-shot" and self.model == ["gppc"]:
+            raise ValueError("`model` is 'gppc' with `mode` 'zero-shot'; wanted a model folder.")
         if self.gene_features is not None and not Path(self.gene_features).is_file():
             raise ValueError(f"`gene_features` {self.gene_features} is not a file; wanted .parquet, .csv or .tsv.")
-        for name, least in (("seeds", 1), ("steps", 0), ("n_shuffles", 0), ("hold", 0), ("max_genes", 10)):
-            if getattr(self, name) < least:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; wanted at least {least}.")
+        if self.n_shuffles < 0:
+            raise ValueError(f"`n_shuffles` is {self.n_shuffles}; wanted at least 0.")
         if self.folds < 2:
             raise ValueError(f"`folds` is {self.folds}; wanted at least 2.")
 
     @property
-    def from_folder(self) -> bool:
-        """Whether the model is a folder, and not fitted here."""
-        return self.model not in BUILT_IN_MODELS
-
-    @property
-    def folders(self) -> tuple[str, ...]:
-        """Every model folder given."""
-        return (self.model, *self.more_models) if self.from_folder else ()
+    def folders(self) -> list[str]:
+        """The model folders given; none where the model is fitted here."""
+        return [] if self.model[0] in BUILT_IN_MODELS else self.model

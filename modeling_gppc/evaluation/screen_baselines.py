@@ -8,6 +8,7 @@ import numpy as np
 from data_scripts.cells.screens import CONTROL, Screen
 from modeling_gppc.evaluation.screen_scores import ScreenPrediction
 from modeling_gppc.feature_extraction_gppc import close_matches
+from modeling_gppc.fitting.observed_responses import ObservedResponses
 
 N_FEATURES = 20
 
@@ -22,7 +23,6 @@ class ScreenContext:
         train_delta (`np.ndarray`): Observed responses of `train`, shape `(T, V)`.
         features (`dict[str, np.ndarray]`, *optional*): One vector a gene, for baselines over perturbation features;
             defaults to the gene's loadings on the principal components of the controls.
-        train_cells (`np.ndarray`, *optional*): Rows of training cells, where fewer than all of `train` may be read.
         substitutes (`dict[str, np.ndarray]`, *optional*): Columns that take the place of a perturbation's targets, for
             the target-shuffled null; the changes stay those of the targets.
     """
@@ -32,7 +32,6 @@ class ScreenContext:
     test: list[str]
     train_delta: np.ndarray
     features: dict[str, np.ndarray] | None = None
-    train_cells: np.ndarray | None = None
     substitutes: dict[str, np.ndarray] | None = None
 
     @classmethod
@@ -41,18 +40,10 @@ class ScreenContext:
         screen: Screen,
         train: Sequence[str],
         test: Sequence[str],
-        train_cells: np.ndarray | None = None,
         features: dict[str, np.ndarray] | None = None,
     ) -> "ScreenContext":
-        """Computes the training responses; `train_cells` restricts the cells that are read."""
-        control = screen.values[screen.cells_of(CONTROL)].mean(axis=0, dtype=np.float64)
-        delta = np.zeros((len(train), screen.values.shape[1]))
-        for row, label in enumerate(train):
-            cells = screen.cells_of(label)
-            if train_cells is not None:
-                cells = np.intersect1d(cells, train_cells)
-            delta[row] = screen.values[cells].mean(axis=0, dtype=np.float64) - control
-        return cls(screen, list(train), list(test), delta, features, train_cells)
+        """Computes the training responses; reads cells of `train` and controls."""
+        return cls(screen, list(train), list(test), ObservedResponses.of(screen, train).delta, features)
 
     @property
     def mean_response(self) -> np.ndarray:

@@ -8,7 +8,7 @@ from tqdm.auto import tqdm
 
 from data_scripts.cells.screen_cells import keep_genes
 from data_scripts.cells.screens import Screen
-from modeling_gppc.evaluation.evaluate_options import BUILT_IN_MODELS, EvaluateOptions
+from modeling_gppc.evaluation.evaluate_options import EvaluateOptions
 from modeling_gppc.evaluation.metrics import interval_coverage, pearson_delta
 from modeling_gppc.evaluation.screen_baselines import CONTROL_ONLY
 from modeling_gppc.evaluation.screen_runs import MODEL, ScreenRun, run_screen
@@ -78,16 +78,9 @@ def summarise(run: ScreenRun, scores: dict[str, dict[str, np.ndarray]], options:
             entry["measured_targets"] = {
                 metric: float(scores[name][metric][measured].mean()) for metric in ("pearson_delta", "systema_pearson")
             } | {"n": int(measured.sum())}
-        if len(run.spread.get(name, ())) > 1:
-            values = [float(score_prediction_pearson(one, truth).mean()) for one in run.spread[name]]
-            entry["seeds"] = {
-                "pearson_delta": values,
-                "mean": float(np.mean(values)),
-                "sd": float(np.std(values, ddof=1)),
-            }
         methods[name] = entry
     resampled = resample_responses(screen, truth, seed=options.seed)
-    subject = next((name for name in (MODEL, "factor") if name in predictions), None)
+    subject = MODEL if MODEL in predictions else None
     comparisons = {}
     if subject:
         for name in predictions:
@@ -104,12 +97,12 @@ def summarise(run: ScreenRun, scores: dict[str, dict[str, np.ndarray]], options:
         "schema_version": 1,
         "screen": screen.name,
         "mode": options.mode,
-        "model": options.model if options.model in BUILT_IN_MODELS else "folder",
+        "model": "folder" if options.folders else options.model[0],
         # Paths stay at home; what a table of features was is said by its name.
         "options": {
             key: Path(value).name if key == "gene_features" and value else value
             for key, value in dataclasses.asdict(options).items()
-            if key not in ("model", "more_models")
+            if key != "model"
         },
         "n_models": len(options.folders),
         "weights": [weights_digest(folder) for folder in options.folders],

@@ -84,10 +84,7 @@ def sentences(summary: dict) -> list[str]:
     if subject is None:
         return said
     entry = summary["methods"][subject]
-    # `factor` is the model's own linear response, no rival.
-    rivals = {
-        n: m for n, m in summary["methods"].items() if n not in (subject, "factor") and n in summary["comparisons"]
-    }
+    rivals = {n: m for n, m in summary["methods"].items() if n != subject and n in summary["comparisons"]}
     if rivals:
         best = max(rivals, key=lambda n: rivals[n]["pearson_delta"])
         comparison = summary["comparisons"][best]
@@ -109,11 +106,6 @@ def sentences(summary: dict) -> list[str]:
         f"Size: normalised squared error {size:.3f} a perturbation ({entry['pooled_normalised_squared_error']:.3f} over "
         f"all together), {'better' if size < 1 else 'worse'} than predicting no response (1)."
     )
-    if "seeds" in entry:
-        seeds = entry["seeds"]
-        said.append(
-            f"{len(seeds['pearson_delta'])} seeds: pearson_delta {seeds['mean']:.3f}, standard deviation {seeds['sd']:.4f}."
-        )
     return said
 
 

@@ -17,12 +17,12 @@ from data_scripts.cells.screen_splits import (
 from data_scripts.cells.screens import CONTROL, Screen
 from data_scripts.pairs.leak_guards import SplitPlan, guard_fold, guard_model, refuse_leaks
 from modeling_gppc.evaluation.evaluate_options import EvaluateOptions
-from modeling_gppc.evaluation.fine_tuned_model import FineTunedModel, predict_elsewhere
-from modeling_gppc.evaluation.folder_model import FolderModel, read_run
-from modeling_gppc.evaluation.in_context_model import InContextModel
 from modeling_gppc.evaluation.screen_baselines import ScreenContext, run_baselines
+from modeling_gppc.evaluation.screen_model import ScreenModel, read_run
 from modeling_gppc.evaluation.screen_scores import ScreenPrediction, ScreenTruth, join_truths, observe
-from modeling_gppc.fitting.gene_features import read_gene_features
+from modeling_gppc.fitting.fit_controls import fit_controls
+from modeling_gppc.fitting.fit_screen import fit_screen
+from modeling_gppc.fitting.gene_features import GeneFeatures, read_gene_features
 
 MODEL = "gppc"
 
@@ -36,7 +36,6 @@ class ScreenRun:
         truth (`ScreenTruth`): Observed responses.
         predictions (`dict[str, ScreenPrediction]`): By method.
         reference (`np.ndarray`): Systema's R, mean of the training responses for each row, `(P, V)`.
-        spread (`dict[str, list[ScreenPrediction]]`): Runs of a method with several seeds.
         shuffled (`dict`): Target-shuffled nulls of a method, from [`shuffled_null`].
         notes (`list[str]`): What a reader must know.
     """
@@ -45,7 +44,6 @@ class ScreenRun:
     truth: ScreenTruth
     predictions: dict[str, ScreenPrediction]
     reference: np.ndarray
-    spread: dict[str, list[ScreenPrediction]]
     shuffled: dict[str, list[tuple[ScreenPrediction, np.ndarray]]]
     notes: list[str]
 
@@ -61,7 +59,7 @@ def run_screen(screen: Screen, options: EvaluateOptions, progress: bool) -> Scre
     if options.gene_features is not None:
         genes = {gene for p in screen.perturbations.values() for gene in p.genes}
         features = read_gene_features(options.gene_features, genes)
-        notes.append(f"{len(features)} of {len(genes)} perturbed genes have features in the table given.")
+        notes.append(f"{len(features.table(genes))} of {len(genes)} perturbed genes have features in the table given.")
     if options.hold_out is not None:
         run = held_out(screen, group_folds(screen, options.hold_out), options, features, progress)
     elif options.mode == "fine-tuned":
@@ -106,37 +104,24 @@ def from_controls(screen: Screen, options: EvaluateOptions, progress: bool) -> S
     guard_controls(screen, labels, options.mode)
     context = ScreenContext.build(screen, [], labels)
     predictions = run_baselines(context, mode=options.mode)
-    predictors: dict[str, list[Callable]] = {
-        "covariance": [lambda c: run_baselines(c, ["covariance"], options.mode)["covariance"]]
-    }
-    if options.from_folder:
-        predictors[MODEL] = [FolderModel(folder, options.size).predict for folder in options.folders]
-    elif options.model != "covariance":
-        factor = InContextModel(screen, seed=options.seed, size=options.size, hold=options.hold)
-        predictors["factor"] = [factor.predict]
-        if options.model == "gppc":
-            seeds = range(options.seed, options.seed + options.seeds)
-            bar = tqdm(seeds, desc="adapting to controls", unit="seed", disable=not progress)
-            predictors[MODEL] = [
-                InContextModel(screen, steps=options.steps, seed=seed, size=options.size, hold=options.hold).predict
-                for seed in bar
-            ]
-    spread = {}
-    for name, runs in predictors.items():
-        outputs = [run(context) for run in runs]
-        spread[name] = outputs
-        predictions[name] = dataclasses.replace(outputs[0], delta=np.mean([o.delta for o in outputs], axis=0))
+    predictors = {"covariance": lambda c: run_baselines(c, ["covariance"], options.mode)["covariance"]}
+    if options.folders:
+        predictors[MODEL] = ScreenModel.load(options.folders[0], options.change).predict
+    elif options.model != ["covariance"]:
+        predictors[MODEL] = ScreenModel(*fit_screen(screen, [], options), options.change).predict
+    if MODEL in predictors:
+        predictions[MODEL] = predictors[MODEL](context)
     shuffled = {
-        name: shuffled_null(runs, context, options)
-        for name, runs in tqdm(predictors.items(), desc="target-shuffled null", unit="method", disable=not progress)
+        name: shuffled_null(predict, context, options)
+        for name, predict in tqdm(predictors.items(), desc="target-shuffled null", unit="method", disable=not progress)
     }
     truth = observe(screen, labels, options.seed)
     reference = (truth.delta.sum(axis=0) - truth.delta) / (len(labels) - 1)
-    return ScreenRun(screen, truth, predictions, reference, spread, shuffled, [])
+    return ScreenRun(screen, truth, predictions, reference, shuffled, [])
 
 
 def shuffled_null(
-    runs: list[Callable], context: ScreenContext, options: EvaluateOptions
+    predict: Callable[[ScreenContext], ScreenPrediction], context: ScreenContext, options: EvaluateOptions
 ) -> list[tuple[ScreenPrediction, np.ndarray]]:
     """Predictions with random genes, none of them a target of the panel, in the targets' places.
 
@@ -147,19 +132,16 @@ def shuffled_null(
     generator = np.random.default_rng(options.seed)
     spread = context.screen.values[context.screen.cells_of(CONTROL)].std(axis=0)
     pool = np.setdiff1d(np.flatnonzero(spread > 1e-6), context.screen.panel_targets)
-    # A network costs a pass over cells for every gene put in the target's place.
-    times = options.n_shuffles if len(runs) == 1 else max(options.n_shuffles // len(runs), 1)
     outputs = []
-    for run in runs:
-        for _ in range(times):
-            substitutes = {
-                label: generator.choice(pool, len(context.screen.target_changes(label)), replace=False)
-                for label in context.test
-            }
-            imposed = np.zeros((len(context.test), context.screen.values.shape[1]), dtype=bool)
-            for row, label in enumerate(context.test):
-                imposed[row, substitutes[label]] = True
-            outputs.append((run(dataclasses.replace(context, substitutes=substitutes)), imposed))
+    for _ in range(options.n_shuffles):
+        substitutes = {
+            label: generator.choice(pool, len(context.screen.target_changes(label)), replace=False)
+            for label in context.test
+        }
+        imposed = np.zeros((len(context.test), context.screen.values.shape[1]), dtype=bool)
+        for row, label in enumerate(context.test):
+            imposed[row, substitutes[label]] = True
+        outputs.append((predict(dataclasses.replace(context, substitutes=substitutes)), imposed))
     return outputs
 
 
@@ -170,7 +152,7 @@ def choose_folds(screen: Screen, options: EvaluateOptions) -> list[Fold]:
         ValueError: If the screen has no double that offers as many members as are to be seen, or two model folders
             hold out the same perturbation.
     """
-    if options.from_folder:
+    if options.folders:
         stated = [(read_run(folder) or {}).get("screen") or {} for folder in options.folders]
         folds = [
             stated_fold(screen, f"model {index + 1}", entry["train_perturbations"], entry["held_out_perturbations"])
@@ -188,30 +170,19 @@ def choose_folds(screen: Screen, options: EvaluateOptions) -> list[Fold]:
     return folds
 
 
-def fitted_models(screen: Screen, options: EvaluateOptions, progress: bool) -> list[FineTunedModel]:
-    """The built-in model, once a seed, adapted to the controls of a screen."""
-    if options.from_folder or options.model == "covariance":
-        return []
-    n_seeds, steps = (options.seeds, options.steps) if options.model == "gppc" else (1, 0)
-    seeds = range(options.seed, options.seed + n_seeds)
-    bar = tqdm(seeds, desc="adapting to controls", unit="seed", disable=not progress)
-    return [
-        FineTunedModel(InContextModel(screen, steps=steps, seed=seed, size=options.size, hold=options.hold))
-        for seed in bar
-    ]
-
-
-def fine_tuned(screen: Screen, folds: list[Fold], options: EvaluateOptions, features, progress: bool) -> ScreenRun:
+def fine_tuned(
+    screen: Screen, folds: list[Fold], options: EvaluateOptions, features: GeneFeatures | None, progress: bool
+) -> ScreenRun:
     """Every label is predicted by methods that saw none of its cells."""
     labels = need(sorted(label for fold in folds for label in fold.test), options)
     row = {label: index for index, label in enumerate(labels)}
-    shape = (len(labels), screen.values.shape[1])
     scored = [g for i, g in enumerate(screen.gene_ids) if i not in set(screen.panel_targets.tolist())]
     targets = [screen.gene_ids[i] for i in screen.panel_targets]
-    models = fitted_models(screen, options, progress)
-    folders = [FolderModel(folder, options.size) for folder in options.folders]
+    fits_here = options.model == ["gppc"]
+    controls = fit_controls(screen, options.n_factors, options.seed) if fits_here else None
+    table = perturbed_features(screen, features)
+    shape = (len(labels), screen.values.shape[1])
     predictions: dict[str, ScreenPrediction] = {}
-    runs = [ScreenPrediction(np.zeros(shape), np.zeros(shape), True) for _ in (models or folders[:1])]
     reference = np.zeros(shape)
     for index, fold in enumerate(tqdm(folds, desc="folds", unit="fold", disable=not progress)):
         guard_fold(
@@ -224,28 +195,33 @@ def fine_tuned(screen: Screen, folds: list[Fold], options: EvaluateOptions, feat
             targets,
             options.seen if options.split == "combinations" else None,
         )
-        context = ScreenContext.build(screen, fold.train, fold.test, fold.train_cells, features)
+        context = ScreenContext.build(screen, fold.train, fold.test, table)
+        outputs = run_baselines(context, mode="fine-tuned")
+        if options.folders:
+            outputs[MODEL] = ScreenModel.load(options.folders[index], options.change).predict(context)
+        elif fits_here:
+            if len(fold.train) < 2:
+                raise ValueError(f"`folds`: {fold.name} trains on {len(fold.train)} perturbations; use fewer folds.")
+            fitted = fit_screen(screen, fold.train, options, features, controls)
+            outputs[MODEL] = ScreenModel(*fitted, options.change).predict(context)
         rows = [row[label] for label in fold.test]
         reference[rows] = context.mean_response
-        for name, output in run_baselines(context, mode="fine-tuned").items():
-            whole = predictions.setdefault(name, ScreenPrediction(np.zeros(shape), None, output.reads_perturbed_cells))
+        for name, output in outputs.items():
+            variance = None if output.variance is None else np.zeros(shape)
+            whole = predictions.setdefault(
+                name, ScreenPrediction(np.zeros(shape), variance, output.reads_perturbed_cells)
+            )
             whole.delta[rows] = output.delta
-        for run, model in zip(runs, models or [folders[index] if folders else None]):
-            output = model.predict(context)
-            run.delta[rows], run.variance[rows] = output.delta, output.variance
-    spread = {}
-    if runs:
-        name = MODEL if options.model not in ("factor",) else options.model
-        spread[name] = runs
-        predictions[name] = mean_of_runs(runs)
-    return ScreenRun(screen, observe(screen, labels, options.seed), predictions, reference, spread, {}, [])
+            if variance is not None:
+                whole.variance[rows] = output.variance
+    return ScreenRun(screen, observe(screen, labels, options.seed), predictions, reference, {}, [])
 
 
-def mean_of_runs(runs: list[ScreenPrediction]) -> ScreenPrediction:
-    """Mean response and mean variance of several runs."""
-    return ScreenPrediction(
-        np.mean([run.delta for run in runs], axis=0), np.mean([run.variance for run in runs], axis=0), True
-    )
+def perturbed_features(screen: Screen, features: GeneFeatures | None) -> dict[str, np.ndarray] | None:
+    """Features of the perturbed genes by name, for the baselines."""
+    if features is None:
+        return None
+    return features.table(gene for p in screen.perturbations.values() for gene in p.genes)
 
 
 def held_out(screen: Screen, folds: list[Fold], options: EvaluateOptions, features, progress: bool) -> ScreenRun:
@@ -263,6 +239,7 @@ def held_out(screen: Screen, folds: list[Fold], options: EvaluateOptions, featur
     for group in np.unique(groups[every]):
         rows = np.flatnonzero(groups == group)
         values[rows] += level - screen.values[np.intersect1d(rows, every)].mean(axis=0)
+    table = perturbed_features(screen, features)
     perturbations, truths, parts, references, left_out = {}, [], [], [], []
     for fold in tqdm(folds, desc="held out", unit="group", disable=not progress):
         inside = np.sort(np.concatenate([fold.test_cells, every[groups[every] == fold.group]]))
@@ -288,10 +265,11 @@ def held_out(screen: Screen, folds: list[Fold], options: EvaluateOptions, featur
         if not enough or here.is_control.sum() < MIN_GROUP_CELLS or there.is_control.sum() < MIN_GROUP_CELLS:
             left_out.append(fold.group)
             continue
-        context = ScreenContext.build(there, enough, enough, features=features)
+        context = ScreenContext.build(there, enough, enough, table)
         outputs = run_baselines(context, mode="fine-tuned")
-        if options.model != "covariance":
-            outputs[options.model] = predict_elsewhere(context, column)
+        if options.model == ["gppc"]:
+            fitted = fit_screen(there, enough, dataclasses.replace(options, replicates=column), features)
+            outputs[MODEL] = ScreenModel(*fitted, options.change).predict(context)
         truth = observe(here, enough, options.seed)
         names = [f"{label} @ {fold.group}" for label in enough]
         for label, name in zip(enough, names):
@@ -322,7 +300,7 @@ def held_out(screen: Screen, folds: list[Fold], options: EvaluateOptions, featur
         screen, values=values, label=labels_of_cells.astype(str), perturbations=screen.perturbations | perturbations
     )
     notes = [f"{column} {', '.join(left_out)}: too few cells."] if left_out else []
-    return ScreenRun(scored, truth, predictions, np.concatenate(references), {}, {}, notes)
+    return ScreenRun(scored, truth, predictions, np.concatenate(references), {}, notes)
 
 
 # Fewer cells than this have no response worth scoring.

@@ -9,6 +9,7 @@ import scipy.stats
 
 from data_scripts.cells.screens import CONTROL, Screen
 from modeling_gppc.evaluation import metrics
+from modeling_gppc.fitting.observed_responses import scored_genes, within_variance
 
 # Order of columns in tables and files.
 METRICS = (
@@ -99,28 +100,6 @@ class ScreenPrediction:
     delta: np.ndarray
     variance: np.ndarray | None = None
     reads_perturbed_cells: bool = False
-
-
-def scored_genes(screen: Screen) -> np.ndarray:
-    """Genes that no perturbation of the screen targets, bool of shape `(V,)`."""
-    mask = np.ones(screen.values.shape[1], dtype=bool)
-    mask[screen.panel_targets] = False
-    return mask
-
-
-def within_variance(screen: Screen, labels: Sequence[str]) -> np.ndarray:
-    """Variance of single cells about the mean of their label, pooled over labels, `(V,)`.
-
-    The error of a mean must not be told by the cells behind that mean alone: where none of them happens to express a
-    rare gene they would claim to know its mean exactly.
-    """
-    squares, freedom = np.zeros(screen.values.shape[1]), 0
-    for label in labels:
-        cells = screen.values[screen.cells_of(label)]
-        if len(cells) > 1:
-            squares += cells.var(axis=0, dtype=np.float64) * len(cells)
-            freedom += len(cells) - 1
-    return squares / max(freedom, 1)
 
 
 def observe(screen: Screen, labels: Sequence[str], seed: int = 0, n_splits: int = 10) -> ScreenTruth:

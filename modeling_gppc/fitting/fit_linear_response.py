@@ -174,9 +174,8 @@ def linear_errors(
         batch = collate(dataset[rows[start : start + 256]])
         labels = batch["labels"]
         encoded = model.encode(**{name: batch[name] for name in SOURCE})
-        index = torch.arange(len(labels))
-        perturbation = model.model.perturbation(encoded, index, **{name: batch[name] for name in PERTURBATION})
-        expected = response.expected(response.condition(encoded.factors, index, perturbation).factors)
+        perturbation = model.model.perturbation(encoded, **{name: batch[name] for name in PERTURBATION})
+        expected = response.expected(response.condition(encoded.factors, perturbation).factors)
         error = torch.where(labels != IGNORED_LABEL, expected - labels, torch.zeros(())).square().sum(1)
         totals += np.bincount(batch["pairing_ids"], weights=error.double(), minlength=len(totals))
     return totals

@@ -1,34 +1,63 @@
 """What is known of genes beyond a screen, as vectors: annotation terms, or numbers from a table."""
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import scipy.sparse
 
 from modeling_gppc.feature_extraction_gppc import close_matches
 
 GENE_COLUMNS = ("gene", "symbol", "gene_symbol", "gene_name", "gene_id", "ensembl_id")
 
 
-def read_gene_features(path: str | Path, genes: Iterable[str]) -> dict[str, np.ndarray]:
+@dataclasses.dataclass
+class GeneFeatures:
     """
-    Features of some genes from a table.
+    One vector a gene.
+
+    Args:
+        genes (`list[str]`): Names as the table has them, each once.
+        matrix (`scipy.sparse.csr_matrix`): Shape `(len(genes), F)`.
+    """
+
+    genes: list[str]
+    matrix: scipy.sparse.csr_matrix
+
+    def rows(self, names: Sequence[str]) -> scipy.sparse.csr_matrix:
+        """Vectors of genes by name, case ignored; zero where the table does not know one. Shape `(len(names), F)`."""
+        position = {gene.casefold(): row for row, gene in enumerate(self.genes)}
+        found = np.array([position.get(str(name).casefold(), -1) for name in names], dtype=int)
+        known = scipy.sparse.diags((found >= 0).astype(float))
+        return (known @ self.matrix[np.maximum(found, 0)]).tocsr()
+
+    def table(self, names: Iterable[str]) -> dict[str, np.ndarray]:
+        """Vectors of those genes that are known, by the given name, on the numbers that vary among them."""
+        names = sorted(set(map(str, names)))
+        rows = self.rows(names)
+        rows = rows[:, np.flatnonzero(np.asarray(np.abs(rows).sum(axis=0)).ravel())].toarray()
+        return {name: row for name, row in zip(names, rows) if row.any()}
+
+
+def read_gene_features(path: str | Path, genes: Iterable[str]) -> GeneFeatures:
+    """
+    Features of genes from a table.
 
     A table of two text columns, gene and term, gives one number a term: log(number of genes / genes with the term) where
     the gene has it, so that rare terms say most. A table with one row a gene and columns of numbers gives those numbers.
 
     Args:
         path (`str` or `Path`): `.parquet`, `.csv` or `.tsv`; the gene's column is called `gene`, `symbol`, `gene_id`, ...
-        genes (`Iterable[str]`): Names as the screen calls the perturbed genes; case does not matter.
-
-    Returns:
-        `dict[str, np.ndarray]`: By the given name; genes that the table does not know are absent.
+        genes (`Iterable[str]`): Perturbed genes as the screen calls them; at least one must be in the table.
 
     Raises:
-        ValueError: For a table without such columns, or one that knows none of the genes.
+        ValueError: For a file that is absent, a table without such columns, or one that knows none of the genes.
     """
     path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"`gene_features` {path} is not a file; wanted .parquet, .csv or .tsv.")
     table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path, sep=None, engine="python")
     column = next((name for name in GENE_COLUMNS if name in table), None)
     if column is None:
@@ -36,27 +65,25 @@ def read_gene_features(path: str | Path, genes: Iterable[str]) -> dict[str, np.n
             f"`gene_features` {path.name} has none of the columns {', '.join(GENE_COLUMNS)}"
             f"{close_matches('gene', list(table.columns))}."
         )
-    names = table[column].astype(str).str.casefold()
-    rest = table.drop(columns=column)
-    numbers = rest.select_dtypes("number")
-    wanted = {str(gene).casefold(): str(gene) for gene in genes}
-    rows = names.isin(wanted)
-    if not rows.any():
+    table = table[table[column].notna()]
+    # One gene may be spelt in two cases; the first spelling names it.
+    codes, folded = pd.factorize(table[column].astype(str).str.casefold())
+    names = table[column].astype(str).to_numpy()[np.unique(codes, return_index=True)[1]].tolist()
+    wanted = {str(gene).casefold() for gene in genes}
+    if not wanted & set(folded):
         raise ValueError(
             f"`gene_features` {path.name} knows none of the {len(wanted)} perturbed genes"
-            f"{close_matches(next(iter(wanted), ''), names.unique()[:5_000].tolist())}; names are symbols or ids as the "
+            f"{close_matches(next(iter(sorted(wanted)), ''), folded[:5_000].tolist())}; names are symbols or ids as the "
             "screen's labels have them."
         )
+    rest = table.drop(columns=column)
+    numbers = rest.select_dtypes("number")
     if numbers.shape[1]:
-        values = numbers[rows].fillna(0.0).to_numpy(dtype=float)
-        return {wanted[name]: vector for name, vector in zip(names[rows], values)}
-    terms = rest.iloc[:, 0].astype(str)
-    pairs = pd.DataFrame({"gene": names, "term": terms}).drop_duplicates()
-    genes_with = pairs["term"].value_counts()
-    pairs = pairs[pairs["gene"].isin(wanted)]
-    position = {term: index for index, term in enumerate(sorted(pairs["term"].unique()))}
-    weight = np.log(names.nunique() / genes_with)
-    output = {wanted[name]: np.zeros(len(position)) for name in pairs["gene"].unique()}
-    for name, term in pairs.itertuples(index=False):
-        output[wanted[name]][position[term]] = weight[term]
-    return output
+        last = pd.Series(range(len(codes))).groupby(codes).last()
+        return GeneFeatures(names, scipy.sparse.csr_matrix(numbers.fillna(0.0).to_numpy(dtype=float)[last]))
+    pairs = pd.DataFrame({"gene": codes, "term": pd.factorize(rest.iloc[:, 0].astype(str))[0]}).drop_duplicates()
+    genes_with = np.bincount(pairs["term"])
+    weight = np.log(len(names) / genes_with)
+    shape = (len(names), len(genes_with))
+    entries = (weight[pairs["term"]], (pairs["gene"], pairs["term"]))
+    return GeneFeatures(names, scipy.sparse.csr_matrix(entries, shape=shape))

@@ -100,10 +100,9 @@ def first_prediction(
     device = next(model.parameters()).device
     inputs = extractor.from_values(values, folder.panels[panel[rows]])
     encoded = model.eval().encode(**{name: tensor.to(device) for name, tensor in inputs.items()})
-    change = extractor.perturbation_features(perturbation, values)
-    changed = model.decode(encoded, **{name: tensor.to(device) for name, tensor in change.items()})
-    before = model.decode(encoded, familiarity=changed.familiarity)
-    delta = (changed.logits - before.logits).float().cpu().numpy()
+    change = extractor.perturbation_features(perturbation, model.levels(encoded))
+    response = model.respond(encoded, **{name: tensor.to(device) for name, tensor in change.items()})
+    delta = response.change.float().numpy(force=True)
     mean, error = delta.mean(axis=0), delta.std(axis=0) / np.sqrt(len(delta))
     others = np.setdiff1d(np.arange(len(mean)), imposed)
     order = others[np.argsort(-np.abs(mean[others]))]

@@ -16,7 +16,7 @@ from modeling_gppc.feature_extraction_gppc import GppcFeatureExtractor
 from modeling_gppc.inference.input_cells import check_cells_path, read_cells
 from modeling_gppc.inference.loading import load_model
 from modeling_gppc.inference.perturbed_states import predicted_blocks
-from modeling_gppc.inference.prediction_plan import Prediction, parse_perturbations, prepare_prediction
+from modeling_gppc.inference.prediction_plan import LAYERS, Prediction, parse_perturbations, prepare_prediction
 from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
 
 
@@ -39,16 +39,16 @@ def predict_anndata(
         batch_size (`int`, *optional*, defaults to 256): Rows that the model sees at once.
         progress (`bool`, *optional*, defaults to `False`): Whether to show a progress bar.
         **options: See [`prepare_prediction`]: `layer`, `gene_column`, `library_size_key`, `pairing`, `genes`,
-            `reference`, `device`.
+            `device`.
 
     Returns:
         `AnnData`, one row a perturbation and cell (perturbation by perturbation, with `obs.perturbation` and
-        `obs.source_cell`), one column a gene of the model: `X` expected log values; layers `delta` (difference from the
-        reference), `std` (of a single cell's log value; zero where imposed) and `linear_response_delta` (the
-        closed-form part of `delta`); `obs.departure` (how far the prediction departed from the linear response: root
-        mean square over the genes, in log value); `obs.familiarity` (from 0, nothing like the imposed levels was seen in
-        such cells and the prediction is one Gaussian's, to 1); `var` (`gene_symbol`, `measured` in the input); `varm["mean_delta"]` (a column a
-        perturbation); `uns["gppc"]` where it comes from and which genes of the input the model does not know.
+        `obs.source_cell`), one column a gene of the model: `X` expected log values afterwards; layers `delta` (their
+        change by the perturbation, [`~GppcForPerturbationPrediction.respond`]) and `std` (its standard deviation; zero
+        where imposed); `obs.familiarity` (from 0, nothing like the imposed levels was seen in such cells and the
+        prediction is one Gaussian's, to 1; absent for a model of a screen); `var` (`gene_symbol`, `measured` in the
+        input); `varm["mean_delta"]` (a column a perturbation); `uns["gppc"]` where it comes from and which genes of the
+        input the model does not know.
 
     Raises:
         ValueError: Before the model runs, for anything that cannot be predicted; see [`prepare_prediction`].
@@ -56,7 +56,7 @@ def predict_anndata(
     prediction = prepare_prediction(model, adata, perturbations, batch_size=batch_size, **options)
     for line in prediction.warnings:
         warnings.warn(line, stacklevel=2)
-    arrays = {name: np.empty(prediction.shape, dtype=np.float32) for name in ("X", *prediction.layers)}
+    arrays = {name: np.empty(prediction.shape, dtype=np.float32) for name in ("X", *LAYERS)}
     columns = {name: np.empty(prediction.shape[0], dtype=np.float32) for name in prediction.columns}
     mean_delta = fill(prediction, arrays | columns, batch_size, progress)
     output = anndata.AnnData(
@@ -117,7 +117,7 @@ def predict_file(
             frame.varm["mean_delta"] = np.zeros((prediction.shape[1], len(prediction.texts)), dtype=np.float32)
             anndata.io.write_elem(file, "/", frame)
             arrays = {}
-            for name in ("X", *prediction.layers):
+            for name in ("X", *LAYERS):
                 path = name if name == "X" else f"layers/{name}"
                 if path in file:
                     del file[path]

@@ -30,11 +30,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--library-size-key", help="column of obs with counts over all genes (default: found, or sum)")
     parser.add_argument("--pairing", help="context shared before and after (default: the model's)")
     parser.add_argument("--genes", nargs="+", metavar="GENE", help="predict only these (default: all the model knows)")
-    parser.add_argument(
-        "--reference",
-        default="unperturbed",
-        help="delta is the difference from: `unperturbed`, or `held` (the same genes at the cell's own level)",
-    )
     parser.add_argument("--batch-size", type=int, default=256, help="rows the model sees at once (256)")
     parser.add_argument("--device", help="cpu, cuda, ... (default: the first accelerator, else cpu)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar, no summary")
@@ -59,7 +54,6 @@ def run(arguments: argparse.Namespace) -> int:
         library_size_key=arguments.library_size_key,
         pairing=arguments.pairing,
         genes=arguments.genes,
-        reference=arguments.reference,
         batch_size=arguments.batch_size,
         device=arguments.device,
         progress=not arguments.quiet,
@@ -85,10 +79,12 @@ def summary(prediction, mean_delta: np.ndarray) -> str:
         pairs = ", ".join(f"{gene} ({match}?)" for gene, match in zip(matched["gene"], matched["close_match"]))
         lines.append(f"unknown, with the closest name: {pairs}")
     symbols = prediction.var["gene_symbol"].to_numpy()
+    sources = dict(zip(prediction.texts, prediction.uns.get("sources", ())))
     for text, spec, column in list(zip(prediction.texts, prediction.parsed, mean_delta.T))[:MAX_SHOWN]:
         others = ~np.isin(prediction.query, [gene for gene, _, _ in spec])
         order = [gene for gene in np.argsort(-np.abs(column), kind="stable") if others[gene]][:TOP_GENES]
-        lines.append(f"{text}: " + ", ".join(f"{symbols[gene]} {column[gene]:+.3f}" for gene in order))
+        source = f" ({sources[text].partition(':')[0]})" if text in sources else ""
+        lines.append(f"{text}{source}: " + ", ".join(f"{symbols[gene]} {column[gene]:+.3f}" for gene in order))
     if len(prediction.texts) > MAX_SHOWN:
         lines.append(f"... and {len(prediction.texts) - MAX_SHOWN} more perturbations")
     return "\n".join(lines)

@@ -16,10 +16,11 @@ from modeling_gppc.feature_extraction_gppc import GppcFeatureExtractor, close_ma
 from modeling_gppc.inference.input_cells import InputCells, input_cells
 from modeling_gppc.inference.loading import load_model
 from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
+from modeling_gppc.screen_response_gppc import SOURCES
 
-REFERENCES = ("unperturbed", "held")
 # Columns of obs that a prediction adds; columns of these names in the input are kept with `input_` in front.
-ADDED_COLUMNS = ("perturbation", "source_cell", "departure", "familiarity")
+ADDED_COLUMNS = ("perturbation", "source_cell", "familiarity")
+LAYERS = ("delta", "std")
 
 
 @dataclass
@@ -34,7 +35,6 @@ class Prediction:
         parsed (`list[list[tuple[int, str, float]]]`): The same as (vocabulary id, action, amount).
         pairing (`str`): Context that the cell before and the cell after share.
         query (`np.ndarray`): Vocabulary ids of the genes to predict.
-        reference (`str`): What `delta` is the difference from.
         obs (`pd.DataFrame`), var (`pd.DataFrame`): Of the output.
         uns (`dict`): Where the prediction comes from.
         warnings (`list[str]`): What a person should know, a line each.
@@ -47,7 +47,6 @@ class Prediction:
     parsed: list[list[tuple[int, str, float]]]
     pairing: str
     query: np.ndarray
-    reference: str
     obs: pd.DataFrame
     var: pd.DataFrame
     uns: dict
@@ -59,20 +58,13 @@ class Prediction:
         return len(self.texts) * len(self.cells), len(self.query)
 
     @property
-    def layers(self) -> tuple[str, ...]:
-        """Layers beside X; the origin's form has no variance and no linear response."""
-        if self.model.config.architecture != "latents":
-            return ("delta",)
-        return ("delta", "std", "linear_response_delta")
-
-    @property
     def columns(self) -> tuple[str, ...]:
-        """Columns of obs that the model computes, a number a row."""
-        return ("departure", "familiarity") if self.model.config.architecture == "latents" else ()
+        """Columns of obs that the model computes, a number a row; a model of a screen computes none."""
+        return () if self.model.config.use_screen_response else ("familiarity",)
 
     @property
     def perturbed(self) -> np.ndarray:
-        """Vocabulary ids of all perturbed genes, ascending."""
+        """Ids of all perturbed genes, ascending; see [`GppcFeatureExtractor.target_index`]."""
         return np.unique([gene for spec in self.parsed for gene, _, _ in spec]).astype(np.int64)
 
 
@@ -86,7 +78,6 @@ def prepare_prediction(
     library_size_key: str | None = None,
     pairing: str | None = None,
     genes: Sequence[str] | None = None,
-    reference: str = "unperturbed",
     batch_size: int = 256,
     device: str | torch.device | None = None,
 ) -> Prediction:
@@ -99,9 +90,6 @@ def prepare_prediction(
         pairing (`str`, *optional*): Context that the cell before and the cell after share, one of the model's
             `config.pairings`; defaults to `config.default_pairing`.
         genes (`Sequence[str]`, *optional*): Genes to predict; defaults to all that the model knows.
-        reference (`str`, *optional*, defaults to `"unperturbed"`): What `delta` is the difference from: the
-            prediction for the same cell without a perturbation, or (`"held"`) with the same genes imposed at the
-            cell's own level, which removes what merely knowing their level says.
         device (`str`, *optional*): See [`load_model`]; only for a model given by name.
 
     Raises:
@@ -110,8 +98,6 @@ def prepare_prediction(
     """
     if batch_size < 1:
         raise ValueError(f"`batch_size` is {batch_size}; wanted at least 1.")
-    if reference not in REFERENCES:
-        raise ValueError(f"`reference` is {reference!r}; wanted one of {', '.join(REFERENCES)}.")
     name = "a model in memory" if isinstance(model, tuple) else str(model)
     network, extractor = model if isinstance(model, tuple) else load_model(model, device)
     texts, parsed = parse_perturbations(extractor, perturbations)
@@ -133,7 +119,6 @@ def prepare_prediction(
         parsed=parsed,
         pairing=pairing,
         query=query,
-        reference=reference,
         obs=_output_obs(adata.obs, texts),
         var=pd.DataFrame(
             {
@@ -152,7 +137,6 @@ def prepare_prediction(
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "perturbations": np.array(texts, dtype=object),
         "pairing": pairing,
-        "reference": reference,
         "organism": extractor.organism,
         "normalization": extractor.normalization,
         "target_sum": extractor.target_sum,
@@ -163,6 +147,8 @@ def prepare_prediction(
         "perturbed_genes": counts,
         "warnings": np.array(prediction.warnings, dtype=object),
     }
+    if network.config.use_screen_response:
+        prediction.uns["sources"] = np.array(answer_sources(network, extractor, texts), dtype=object)
     return prediction
 
 
@@ -182,6 +168,16 @@ def parse_perturbations(
         text, times = Counter(texts).most_common(1)[0]
         raise ValueError(f"`perturbations` names {text!r} {times} times; give it once.")
     return texts, [extractor.parse_perturbation(text) for text in texts]
+
+
+def answer_sources(
+    model: GppcForPerturbationPrediction, extractor: GppcFeatureExtractor, texts: list[str]
+) -> list[str]:
+    """Where a model of a screen takes its answer to each perturbation from, in words; see `SOURCES`."""
+    features = extractor.perturbation_features(texts, model.levels().expand(len(texts), -1))
+    device = next(model.parameters()).device
+    source = model.respond(**{name: tensor.to(device) for name, tensor in features.items()}).source
+    return [SOURCES[index] for index in source.tolist()]
 
 
 def _output_obs(obs: pd.DataFrame, texts: list[str]) -> pd.DataFrame:
@@ -204,6 +200,10 @@ def _check_perturbed(prediction: Prediction) -> pd.DataFrame:
     lowered = {gene for spec in prediction.parsed for gene, action, amount in spec if action == "factor"}
     records = []
     for gene in prediction.perturbed.tolist():
+        if gene >= extractor.vocab_size:
+            name = extractor.target_ids[gene - extractor.vocab_size]
+            records.append((name, name, False, 0))
+            continue
         symbol, column = extractor.gene_symbols[gene], position.get(gene)
         expressed = 0 if column is None else int((cells.counts[:, [column]] != 0).sum())
         records.append((extractor.gene_ids[gene], symbol, column is not None, expressed))

@@ -13,12 +13,13 @@ import torch
 import yaml
 from transformers import SchedulerType
 
+from data_scripts.cells.screen_options import ScreenOptions
 from data_scripts.options import from_mapping, read_yaml
 from data_scripts.pairs.pair_options import PairOptions
 from data_scripts.synthetic.network import SyntheticConfig
 from modeling_gppc.configuration_gppc import GppcConfig
 from modeling_gppc.feature_extraction_gppc import close_matches
-from modeling_gppc.training.screen_data import ScreenTrainingOptions
+from modeling_gppc.training.screen_run_options import ScreenRunOptions
 
 CONFIGS = Path(__file__).parent / "configs"
 DEFAULT_CONFIG = "default"
@@ -56,8 +57,8 @@ class DataOptions:
         files (`list[str]`, *optional*): AnnData files of raw counts; written into a local store first. The name of a
             file without its ending is its data set's name.
         synthetic (`SyntheticConfig`, *optional*): Cells from a known gene network; written into a local store first.
-        screen (`str`, *optional*): AnnData file of a CRISPR screen, to be adapted to or fine-tuned on.
-        screen_options (`ScreenTrainingOptions`, *optional*): What of it is trained on.
+        screen (`str`, *optional*): AnnData file of a CRISPR screen; `screen` says what is fitted on it.
+        screen_options (`ScreenOptions`, *optional*): How it is read.
         stream (`bool`, *optional*, defaults to `False`): Train straight from the store: pairs are read, matched and
             collated ahead in the background, partners are drawn anew in every epoch. Written are only the validation
             and test pairs, and a sample of training pairs for the closed-form start and the floors.
@@ -73,7 +74,7 @@ class DataOptions:
     files: list[str] | None = None
     synthetic: SyntheticConfig | None = None
     screen: str | None = None
-    screen_options: ScreenTrainingOptions = field(default_factory=ScreenTrainingOptions)
+    screen_options: ScreenOptions = field(default_factory=ScreenOptions)
     stream: bool = False
     stream_pool_shards: int = 2
     num_proc: int = 1
@@ -104,8 +105,7 @@ class TrainingOptions:
 
     Args:
         learning_rate, weight_decay, adam_beta2, max_grad_norm (`float`): AdamW.
-        lr_scheduler_type (`str`), lr_scheduler_kwargs (`dict`), warmup_steps (`int`): Schedule. Warm-up is not
-            optional for the origin's form.
+        lr_scheduler_type (`str`), lr_scheduler_kwargs (`dict`), warmup_steps (`int`): Schedule.
         max_steps (`int`): Optimiser steps.
         per_device_train_batch_size, per_device_eval_batch_size, gradient_accumulation_steps (`int`): Pairs.
         eval_steps, save_steps, logging_steps (`int`): How often.
@@ -223,7 +223,7 @@ class RunOptions:
     Args:
         output_dir (`str`): Folder of the run: store and pairs it makes, checkpoints, and `model`, what is kept.
         seed (`int`): Of weights, order of pairs and bootstrap; pairs have `pairs.seed`.
-        data, pairs, training, evaluation: See the classes and [`PairOptions`].
+        data, pairs, screen, training, evaluation: See the classes, [`PairOptions`] and [`ScreenRunOptions`].
         model (`dict`): Fields of [`GppcConfig`] other than those the data decide; `size` names a size of
             [`GppcConfig.from_size`], which the other fields override.
     """
@@ -232,6 +232,7 @@ class RunOptions:
     seed: int = 0
     data: DataOptions = field(default_factory=DataOptions)
     pairs: PairOptions = field(default_factory=PairOptions)
+    screen: ScreenRunOptions = field(default_factory=ScreenRunOptions)
     model: dict[str, Any] = field(default_factory=dict)
     training: TrainingOptions = field(default_factory=TrainingOptions)
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
@@ -261,15 +262,13 @@ class RunOptions:
                 "anew in every epoch; leave `data.stream` out to reveal the same ones always."
             )
 
-    def model_config(self, vocab_size: int, pairings: list[str], num_factors: int | None = None) -> GppcConfig:
-        """The model's configuration; `num_factors` is what the data chose, where `model` does not say.
+    def model_config(self, vocab_size: int, pairings: list[str]) -> GppcConfig:
+        """The model's configuration.
 
         Raises:
             ValueError: Naming the option whose value does not fit.
         """
         settings = dict(self.model)
-        if num_factors is not None and "size" not in settings:
-            settings.setdefault("num_factors", num_factors)
         settings.setdefault("default_pairing", "same_type" if "same_type" in pairings else pairings[0])
         size = settings.pop("size", None)
         build = GppcConfig if size is None else functools.partial(GppcConfig.from_size, size)

@@ -6,7 +6,6 @@ from pathlib import Path
 from data_scripts.pairs.pair_folder import PairFolder
 from data_scripts.pairs.splits import guard_splits
 from modeling_gppc.training.arguments import RunOptions
-from modeling_gppc.training.screen_data import prepare_screen_pairs
 from modeling_gppc.training.stream_rows import sample_rows_of
 
 # Census and SOMA libraries are imported where cells are read: a run on finished pairs needs none of them.
@@ -24,14 +23,6 @@ def prepare_pairs(options: RunOptions, progress: bool = True) -> PairFolder:
     """
     if options.data.pairs is not None:
         return open_pairs(options.data.pairs)
-    if options.data.screen is not None:
-        return prepare_screen_pairs(
-            options.data.screen,
-            options.data.screen_options,
-            Path(options.output_dir) / "pairs",
-            options.seed,
-            options.model.get("num_factors"),
-        )
     from data_scripts.pairs.census_pairs import build_pairs
 
     folder = Path(options.output_dir)

@@ -83,17 +83,15 @@ def start_from(
 
 
 def what_was_read(folder: PairFolder, start_folder: str | None) -> dict:
-    """What leak guards ask a model folder for: `datasets` of the training pairs, what was read of a `screen`, and the
-    same of the model that the run started from (`start_from`)."""
+    """What leak guards ask a model folder for: `datasets` of the training pairs, and the same of the model that the run
+    started from (`start_from`)."""
     earlier = None
     if start_folder is not None:
         run_file = Path(start_folder) / "run.json"
         run = json.loads(run_file.read_text()) if run_file.is_file() else {}
         earlier = {name: run.get(name) for name in ("store", "datasets", "screen", "digest", "start_from")}
     datasets = pc.unique(folder.split("train").column("dataset_id")).to_pylist()
-    screen = folder.manifest.get("screen")
     return {
         "datasets": sorted(str(name) for name in datasets if name is not None),
-        "screen": screen if isinstance(screen, dict) else None,
         "start_from": earlier,
     }

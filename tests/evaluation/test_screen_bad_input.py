@@ -7,7 +7,7 @@ import re
 import anndata
 import numpy as np
 import pytest
-from test_screen_evaluation import make_adata
+from tiny_screens import make_adata
 
 from gppc.cli import main
 

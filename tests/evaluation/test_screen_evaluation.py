@@ -8,16 +8,15 @@ import pandas as pd
 import pytest
 import scipy.stats
 import torch
+from tiny_screens import N_GENES, make_adata
 
-from data_scripts.cells.screen_cells import keep_genes, technical_residuals
+from data_scripts.cells.screen_cells import keep_genes
 from data_scripts.cells.screen_splits import combination_folds, held_out_group, perturbation_folds
 from data_scripts.cells.screens import ScreenOptions, read_screen
 from gppc.cli import main
 from modeling_gppc.configuration_gppc import GppcConfig
 from modeling_gppc.evaluation import metrics
 from modeling_gppc.evaluation.evaluate_options import EvaluateOptions
-from modeling_gppc.evaluation.in_context_model import InContextModel
-from modeling_gppc.evaluation.response_size import ResponseSize, batch_drift
 from modeling_gppc.evaluation.screen_baselines import (
     ScreenContext,
     additive,
@@ -41,27 +40,6 @@ from modeling_gppc.evaluation.screen_scores import (
 from modeling_gppc.evaluation.transfer_scorecard import transfer_scorecard
 from modeling_gppc.feature_extraction_gppc import GppcFeatureExtractor
 from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
-from modeling_gppc.training.response_check import ResponseCheck
-
-N_GENES = 30
-
-
-def make_adata(labels=("control", "G0", "G1", "G2", "G3", "G4", "G5"), n=60, controls=400, seed=0):
-    """Cells of a linear network of three programs; knocking a gene down moves its program."""
-    generator = np.random.default_rng(seed)
-    loadings = np.random.default_rng(7).normal(size=(N_GENES, 3)) * 0.3
-    names = np.repeat(labels, [controls if label == "control" else n for label in labels])
-    state = generator.normal(size=(len(names), 3))
-    for label in labels[1:]:
-        for gene in label.split("+"):
-            state[names == label] -= 2.0 * loadings[int(gene[1:])] / np.linalg.norm(loadings[int(gene[1:])])
-    values = np.maximum(1.5 + state @ loadings.T + 0.3 * generator.normal(size=(len(names), N_GENES)), 0)
-    adata = anndata.AnnData(values.astype(np.float32))
-    adata.var_names = [f"G{i}" for i in range(N_GENES)]
-    adata.obs_names = [f"c{i}" for i in range(len(names))]
-    adata.obs["perturbation"] = pd.Categorical(names)
-    adata.obs["batch"] = np.where(np.arange(len(names)) % 2, "b1", "b2")
-    return adata
 
 
 @pytest.fixture(scope="module")
@@ -242,107 +220,9 @@ def test_scores_of_the_truth_and_of_nothing(screen):
     assert 1 <= low < 2 < high <= 3
 
 
-def test_technical_covariates_are_taken_out_where_the_library_is_complete():
-    adata = make_adata()
-    adata.X = np.random.default_rng(0).poisson(3.0, adata.shape).astype(np.float32)
-    adata.obs["n_counts_full"] = np.linspace(500, 5_000, adata.n_obs)
-    screen = read_screen(adata)
-    cells = screen.cells_of("control")
-    freed = technical_residuals(screen, cells)
-    depth = np.log(screen.library_size[cells])
-    assert np.abs([np.corrcoef(depth, column)[0, 1] for column in freed.T]).max() < 1e-6
-    assert np.allclose(freed.mean(axis=0), screen.values[cells].mean(axis=0), atol=1e-6)
-    del adata.obs["n_counts_full"]
-    partial = read_screen(adata)
-    assert np.array_equal(technical_residuals(partial, cells), partial.values[cells].astype(float))
-
-
-def test_size_keeps_the_direction():
-    size, deviation = ResponseSize(share=0.5, drift=0.1), np.array([3.0, 4.0])
-    small, large = np.array([0.003, -0.004]), np.array([3000.0, -4000.0])
-    assert size(small, deviation) == pytest.approx(small / 2, rel=1e-3)
-    # However large, no more than the share of what batches drift: 0.1 x |(3, 4)|.
-    assert np.linalg.norm(size(large, deviation)) == pytest.approx(0.25, rel=1e-3)
-    assert np.corrcoef(size(large, deviation), small)[0, 1] == pytest.approx(1)
-    assert size(large, deviation, np.array([True, False])) == pytest.approx(0.5 * 0.3 * large / 3000, rel=1e-3)
-
-
-def test_drift_is_how_far_batches_of_controls_lie_beyond_sampling_error():
-    generator = np.random.default_rng(0)
-    adata = make_adata(("control", "G0", "G1"), n=20, controls=4_000)
-    adata.X = (generator.normal(size=adata.shape) + 5).astype(np.float32)
-    still = read_screen(adata, ScreenOptions(value_kind="log"))
-    assert batch_drift(still) < 0.02
-    shift = generator.normal(size=N_GENES) * 0.3
-    adata.X[(adata.obs["batch"] == "b1").to_numpy()] += shift
-    moved = read_screen(adata, ScreenOptions(value_kind="log"))
-    # Two batches of one size lie half their distance from the whole.
-    expected = np.sqrt(np.mean((shift / 2) ** 2 / (1 + (shift / 2) ** 2)))
-    assert batch_drift(moved) == pytest.approx(expected, rel=0.1)
-    del adata.obs["batch"]
-    assert batch_drift(read_screen(adata, ScreenOptions(value_kind="log"))) == 0.06
-
-
-def test_in_context_reads_no_perturbed_cell(screen):
-    labels = sorted(screen.perturbations)
-    context = ScreenContext.build(screen, [], labels)
-    before = InContextModel(screen, n_factors=3).predict(context)
-    # Everything about perturbed cells but their target's change is replaced by garbage.
-    spoiled = read_screen(make_adata(), ScreenOptions(value_kind="log"))
-    perturbed = np.flatnonzero(~spoiled.is_control)
-    keep = spoiled.values[perturbed][:, spoiled.panel_targets].copy()
-    spoiled.values[perturbed] = 9.0
-    spoiled.values[np.ix_(perturbed, spoiled.panel_targets)] = keep
-    after = InContextModel(spoiled, n_factors=3).predict(ScreenContext.build(spoiled, [], labels))
-    assert np.array_equal(before.delta, after.delta)
-
-
-CHECK = "modeling_gppc.evaluation.in_context_model.check_responses"
-PAYS = ResponseCheck(0.9, 1.0, 0.6, 0.5)
-
-
-@pytest.mark.parametrize(
-    ("check", "kept"),
-    [
-        (PAYS, True),
-        (ResponseCheck(1.0, 1.0, 0.5, 0.5), False),
-        (ResponseCheck(1.1, 1.0, 0.6, 0.5), False),
-        (ResponseCheck(0.9, 1.0, 0.4, 0.5), False),
-    ],
-)
-def test_departure_is_kept_if_it_brings_responses_nearer(screen, monkeypatch, check, kept):
-    monkeypatch.setattr(CHECK, lambda model, values: check)
-    model = InContextModel(screen, n_factors=3, steps=2)
-    assert (model.model is not None) == kept and model.check == check
-    context = ScreenContext.build(screen, [], sorted(screen.perturbations))
-    linear = InContextModel(screen, n_factors=3).predict(context).delta
-    assert np.array_equal(model.predict(context).delta, linear) != kept
-
-
-def test_departure_is_what_the_network_adds(screen, monkeypatch):
-    monkeypatch.setattr(CHECK, lambda model, values: PAYS)
-    network = InContextModel(screen, n_factors=3, steps=2)
-    added = network.departure(np.array([0]), np.array([-0.5]))
-    assert 0 < np.abs(added).max() < 0.05
-    for parameter in network.model.readout.parameters():
-        parameter.data.zero_()
-    assert not network.departure(np.array([0]), np.array([-0.5])).any()
-
-
-def test_slope_is_the_conditional_gaussian(screen):
-    model = InContextModel(screen, n_factors=3, hold=0.0)
-    sigma = model.factors.loadings @ model.factors.loadings.T
-    within = sigma[0, 0] + model.factors.noise[0]
-    assert np.allclose(model.slope(np.array([0]), np.array([-0.5])), sigma[:, 0] / within * -0.5)
-    # Held firmly, the other targets hardly move.
-    firm = InContextModel(screen, n_factors=3, hold=1e4).slope(np.array([0]), np.array([-0.5]))
-    held = screen.panel_targets[screen.panel_targets != 0]
-    assert np.abs(firm[held]).max() < 0.05 < np.abs(model.slope(np.array([0]), np.array([-0.5]))[held]).max()
-
-
 @pytest.fixture(scope="module")
 def in_context(screen):
-    options = EvaluateOptions(mode="in-context", model="gppc", seeds=2, steps=3, n_shuffles=4)
+    options = EvaluateOptions(mode="in-context", n_shuffles=4)
     return evaluate_screen(screen, options, progress=False)
 
 
@@ -352,12 +232,11 @@ def test_in_context_finds_the_programs(in_context):
     assert methods["gppc"]["matched_minus_shuffled_ci95"][0] > 0
     assert methods["gppc"]["normalised_squared_error"] < 1
     assert not methods["gppc"]["reads_perturbed_cells"]
-    assert len(methods["gppc"]["seeds"]["pearson_delta"]) == 2
     assert in_context.summary["comparisons"]["covariance"]["above_ceiling_half"]["n"] == 6
 
 
 def test_fine_tuned_beats_the_mean(screen):
-    options = EvaluateOptions(mode="fine-tuned", model="factor", folds=2)
+    options = EvaluateOptions(mode="fine-tuned", folds=2)
     summary = evaluate_screen(screen, options, progress=False).summary
     methods = summary["methods"]
     assert set(methods) == {
@@ -370,67 +249,67 @@ def test_fine_tuned_beats_the_mean(screen):
         "ridge",
         "bilinear",
         "knn",
-        "factor",
+        "gppc",
     }
-    assert methods["factor"]["pearson_delta"] > methods["mean"]["pearson_delta"]
-    assert methods["factor"]["systema_pearson"] > 0 == methods["mean"]["systema_pearson"]
+    assert methods["gppc"]["pearson_delta"] > methods["mean"]["pearson_delta"]
+    assert methods["gppc"]["systema_pearson"] > 0 == methods["mean"]["systema_pearson"]
     gap = summary["comparisons"]["mean"]["systema_pearson"]
-    assert gap["difference"] == pytest.approx(methods["factor"]["systema_pearson"])
+    assert gap["difference"] == pytest.approx(methods["gppc"]["systema_pearson"])
     assert gap["ci95"][0] < gap["difference"] < gap["ci95"][1]
-    assert 0.5 < methods["factor"]["coverage90"] <= 1
+    assert 0.5 < methods["gppc"]["coverage90"] <= 1
 
 
 @pytest.mark.parametrize("seen", [0, 1, 2])
 def test_doubles_by_members_seen(doubles, seen):
-    options = EvaluateOptions(mode="fine-tuned", model="factor", split="combinations", seen=seen)
+    options = EvaluateOptions(mode="fine-tuned", split="combinations", seen=seen)
     evaluation = evaluate_screen(doubles, options, progress=False)
     expected = {0: ["G0+G5", "G3+G4"], 1: ["G0+G1", "G0+G5", "G1+G2"], 2: ["G0+G1", "G1+G2"]}[seen]
     assert evaluation.truth.labels == expected
     methods = evaluation.summary["methods"]
     if seen == 2:  # the cells are additive
-        assert methods["additive"]["pearson_delta"] > 0.95 and methods["factor"]["pearson_delta"] > 0.95
-        assert methods["factor"]["normalised_squared_error"] < 0.3
+        assert methods["additive"]["pearson_delta"] > 0.95 and methods["gppc"]["pearson_delta"] > 0.95
+        assert methods["gppc"]["normalised_squared_error"] < 0.3
 
 
 def test_a_saved_model_is_scored_as_it_is(screen, tmp_path):
     """Zero-shot: genes are found by symbol; those the model does not know do not change."""
-    config = GppcConfig(
-        vocab_size=N_GENES,
-        num_factors=4,
-        hidden_size=8,
-        readout_size=8,
-        num_latents=2,
-        use_departure=False,
-    )
-    model = GppcForPerturbationPrediction(config)
-    fitted = InContextModel(screen, n_factors=4, hold=0.0)
-    order = np.arange(N_GENES)[::-1].copy()
-    response = model.model.linear_response
-    with torch.no_grad():
-        response.loadings.copy_(torch.as_tensor(fitted.factors.loadings[order]))
-        response.noise.copy_(torch.as_tensor(fitted.factors.noise[order]))
-        response.gene_mean.copy_(torch.as_tensor(fitted.factors.mean[order]))
+    order = np.arange(N_GENES)[::-1]
+    extractor = GppcFeatureExtractor(gene_ids=[f"G{i}" if i else "unknown" for i in order], normalization="none")
+    torch.manual_seed(0)
+    model = GppcForPerturbationPrediction(GppcConfig.from_size("tiny", vocab_size=N_GENES, num_components=1)).eval()
+    model.model.linear_response.loadings.normal_(std=0.3)
     model.save_pretrained(tmp_path)
-    names = [f"G{i}" if i else "unknown" for i in order]
-    GppcFeatureExtractor(gene_ids=names).save_pretrained(tmp_path)
-    options = EvaluateOptions(mode="zero-shot", model=str(tmp_path), n_shuffles=2)
+    extractor.save_pretrained(tmp_path)
+    options = EvaluateOptions(mode="zero-shot", model=[str(tmp_path)], n_shuffles=2)
     evaluation = evaluate_screen(screen, options, progress=False)
     assert evaluation.summary["model"] == "folder" and str(tmp_path) not in json.dumps(evaluation.summary)
     prediction = evaluation.predictions["gppc"].delta
     row = evaluation.truth.labels.index("G2")
-    genes, changes = ScreenContext.build(screen, [], ["G2"]).changes("G2")
-    response = fitted.slope(genes, changes)
-    response[0] = 0
-    spread = screen.values[screen.is_control].std(axis=0)
-    others = np.setdiff1d(np.arange(N_GENES), screen.panel_targets)
-    expected = ResponseSize().of(screen)(response, spread, others)
-    assert np.allclose(prediction[row, others], expected[others], atol=1e-4)
+    change = ScreenContext.build(screen, [], ["G2"]).changes("G2")[1].item()
+    # What the model itself answers to, by hand.
+    cells = screen.cells_of("control")
+    cells = cells[np.random.default_rng(0).permutation(len(cells))[:256]]
+    state = screen.values[cells][:, order].copy()
+    measured = np.tile(order != 0, (len(cells), 1))
+    encoded = model.encode(**extractor.from_values(state, measured))
+    features = extractor.perturbation_features(f"G2=delta:{change!r}", state)
+    response = model.respond(encoded, **features).change.mean(dim=0).numpy()
+    others = np.setdiff1d(np.arange(N_GENES), 0)
+    assert np.allclose(prediction[row, others], response[N_GENES - 1 - others], atol=1e-5)
+    assert np.abs(response).max() > 0.01
     assert prediction[row, 0] == 0 and not prediction[evaluation.truth.labels.index("G0")].any()
     # What the run leaves is what a card of this model takes its scorecard from.
     (found,) = transfer_scorecard(tmp_path, [write_evaluation(evaluation, tmp_path / "scored")])["screens"]
     assert found["subject"] == "gppc" and found["n_genes"] == evaluation.summary["n_scored_genes"]
     for name, scores in evaluation.summary["methods"].items():
         assert found["methods"][name]["pearson_delta"] == scores["pearson_delta"]
+
+
+def test_a_model_of_other_values_is_refused(screen, tmp_path):
+    GppcForPerturbationPrediction(GppcConfig.from_size("tiny", vocab_size=N_GENES)).save_pretrained(tmp_path)
+    GppcFeatureExtractor(gene_ids=[f"G{i}" for i in range(N_GENES)]).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="normalised by log1p to 10000, the screen was read by none"):
+        evaluate_screen(screen, EvaluateOptions(mode="zero-shot", model=[str(tmp_path)]), progress=False)
 
 
 def test_files_and_page(in_context, tmp_path):
@@ -471,9 +350,9 @@ def test_genes_are_kept_without_perturbed_cells(screen):
     ("arguments", "words"),
     [
         ({"mode": "in_context"}, "`mode` is 'in_context'"),
-        ({"model": "nowhere"}, "neither a model folder nor one of"),
+        ({"model": ["nowhere"]}, "neither a model folder nor one of"),
         ({"mode": "zero-shot"}, "wanted a model folder"),
-        ({"seeds": 0}, "`seeds` is 0"),
+        ({"hold_targets": -1}, "`hold_targets` is -1"),
         ({"split": "cells"}, "`split` is 'cells'"),
         ({"split": "combinations"}, "only 'fine-tuned' trains"),
         ({"seen": 3, "mode": "fine-tuned"}, "`seen` is 3"),
@@ -488,7 +367,7 @@ def test_command(tmp_path, capsys):
     path, out = tmp_path / "screen.h5ad", tmp_path / "out"
     make_adata(("control", "G0", "G1", "G2"), n=30, controls=100).write_h5ad(path)
     base = ["evaluate", "--screen", str(path), "--out", str(out), "--quiet", "--value-kind", "log"]
-    assert main([*base, "--model", "factor"]) == 0
+    assert main(base) == 0
     printed = capsys.readouterr().out
     assert "3 perturbations" in printed and "covariance" in printed
     assert (out / "report.html").is_file()

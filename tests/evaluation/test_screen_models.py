@@ -4,39 +4,23 @@ import json
 import shutil
 
 import numpy as np
-import pandas as pd
 import pytest
-from test_screen_evaluation import N_GENES, make_adata
+from tiny_screens import make_adata
 
 import train
-from data_scripts.cells.screen_cells import cells_digest, some_cells, technical_residuals
+from data_scripts.cells.screen_cells import cells_digest, some_cells
 from data_scripts.cells.screen_splits import group_folds, stated_fold
 from data_scripts.cells.screens import ScreenOptions, read_screen
 from data_scripts.pairs.leak_guards import guard_model, model_leaks
-from data_scripts.pairs.pair_folder import PairFolder
 from gppc.cli import main
 from modeling_gppc.evaluation.evaluate_options import EvaluateOptions
-from modeling_gppc.evaluation.fine_tuned_model import FineTunedModel, relatives
-from modeling_gppc.evaluation.folder_model import FolderModel, read_run
-from modeling_gppc.evaluation.in_context_model import InContextModel
 from modeling_gppc.evaluation.screen_baselines import ScreenContext
 from modeling_gppc.evaluation.screen_evaluation import evaluate_screen, score_prediction_pearson
+from modeling_gppc.evaluation.screen_model import ScreenModel, read_run
 from modeling_gppc.evaluation.screen_runs import shuffled_null
 from modeling_gppc.evaluation.screen_scores import ScreenPrediction, observe, score_prediction
-from modeling_gppc.fitting.gene_features import read_gene_features
-from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
+from modeling_gppc.fitting.fit_screen import fit_screen
 from modeling_gppc.training.arguments import CONFIGS, parse_options
-
-SMALL = [
-    *("--model.num_factors", "3", "--model.hidden_size", "8", "--model.intermediate_size", "16"),
-    *("--model.readout_size", "8", "--model.num_latents", "2"),
-    *("--training.max_steps", "4", "--training.eval_steps", "2", "--training.save_steps", "2"),
-    *("--training.warmup_steps", "1", "--training.linear_start_iterations", "20"),
-    *("--training.per_device_train_batch_size", "32", "--training.use_cpu", "true"),
-    *("--training.dataloader_num_workers", "0", "--evaluation.n_resamples", "10"),
-    *("--evaluation.max_pairs", "100", "--evaluation.floors", "[mean]"),
-    *("--data.screen_options.value_kind", "log", "--data.screen_options.pairs_per_cell", "4"),
-]
 
 
 @pytest.fixture(scope="module")
@@ -51,21 +35,21 @@ def screen(file):
     return read_screen(file, ScreenOptions(value_kind="log"))
 
 
-def train_on(file, out, config, *flags):
-    assert train.main(["--config", config, "--data.screen", str(file), "--output_dir", str(out), *SMALL, *flags]) == 0
-    return out / "model"
+def train_on(file, out, *flags):
+    base = ["--config", "screen", "--data.screen", str(file), "--data.screen_options.value_kind", "log"]
+    assert train.main([*base, "--training.use_cpu", "true", "--output_dir", str(out), *flags]) == 0
+    return out
 
 
 @pytest.fixture(scope="module")
 def in_context(file, tmp_path_factory):
-    return train_on(file, tmp_path_factory.mktemp("in_context"), "screen_in_context")
+    return train_on(file, tmp_path_factory.mktemp("in_context"), "--screen.train_on", "controls") / "model"
 
 
 @pytest.fixture(scope="module")
 def folds(file, tmp_path_factory):
-    base = tmp_path_factory.mktemp("fine_tuned")
-    flags = ["--data.screen_options.folds", "2", "--data.screen_options.fold"]
-    return [train_on(file, base / str(fold), "screen_fine_tuned", *flags, str(fold)) for fold in range(2)]
+    out = train_on(file, tmp_path_factory.mktemp("folds"), "--screen.folds", "2", "--screen.fold", "all")
+    return sorted(out.glob("fold_*/model"))
 
 
 def evaluate(file, out, *arguments):
@@ -73,76 +57,48 @@ def evaluate(file, out, *arguments):
     return main([*base, *map(str, arguments)])
 
 
-def test_in_context_run_reads_controls_alone(in_context, screen):
+def test_a_model_of_controls_is_scored_in_context(in_context, file, screen, tmp_path, capsys):
     run = read_run(in_context)
     assert run["screen"]["train_on"] == "controls" and run["screen"]["held_out_perturbations"] == []
     assert run["datasets"] == ["screen"] and run["screen"]["cells_digest"] == cells_digest(screen)
-    folder = PairFolder(in_context.parent / "pairs")
-    for split in folder.splits:
-        assert all(folder.split(split).column("is_control").to_pylist())
-    assert folder.pairings == ["same_type"]
-    # Not even the table of genes describes perturbed cells.
-    assert set(folder.genes.column("n_cells_measured").to_pylist()) == {240}
-
-
-def test_a_folder_adapted_to_controls_is_scored_in_context(in_context, file, tmp_path, capsys):
-    assert evaluate(file, tmp_path / "out", "--mode", "in-context", "--model", in_context, "--seeds", 1) == 0
+    assert evaluate(file, tmp_path / "out", "--mode", "in-context", "--model", in_context) == 0
     summary = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     method = summary["methods"]["gppc"]
     assert summary["model"] == "folder" and not method["reads_perturbed_cells"] and summary["notes"] == []
     assert method["pearson_delta"] > 0.8 and method["normalised_squared_error"] < 1
+    # The very numbers of an evaluation that fits the model itself.
+    assert evaluate(file, tmp_path / "here", "--mode", "in-context") == 0
+    assert json.loads((tmp_path / "here" / "evaluation.json").read_text())["methods"]["gppc"] == method
     for mode, words in (("zero-shot", "was among what"), ("fine-tuned", "wants a model trained on perturbations")):
         assert evaluate(file, tmp_path / mode, "--mode", mode, "--model", in_context) == 2
         assert words in capsys.readouterr().err
 
 
-def test_fine_tuned_folders_are_scored_on_what_they_did_not_see(folds, file, tmp_path, capsys):
+def test_models_of_folds_are_scored_on_what_they_did_not_see(folds, file, tmp_path, capsys):
     seen = [read_run(folder)["screen"] for folder in folds]
     assert not set(seen[0]["held_out_perturbations"]) & set(seen[0]["train_perturbations"])
     assert sorted(seen[0]["held_out_perturbations"] + seen[1]["held_out_perturbations"]) == [f"G{i}" for i in range(6)]
-    pairs = PairFolder(folds[0].parent / "pairs").split("train").to_pylist()
-    targets = {row["target_soma_joinid"] for row in pairs if row["pairing"] == "screen"}
-    assert targets and {tuple(row["perturbation_gene_ids"]) for row in pairs if row["pairing"] == "screen"} == {
-        (int(label[1:]),) for label in seen[0]["train_perturbations"]
-    }
-    assert evaluate(file, tmp_path / "out", "--mode", "fine-tuned", "--model", *folds) == 0
+    flags = ["--mode", "fine-tuned", "--folds", 2]
+    assert evaluate(file, tmp_path / "out", *flags, "--model", *folds) == 0
     summary = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert summary["n_perturbations"] == 6 and summary["methods"]["gppc"]["reads_perturbed_cells"]
+    assert evaluate(file, tmp_path / "here", *flags) == 0
+    assert json.loads((tmp_path / "here" / "evaluation.json").read_text())["methods"] == summary["methods"]
     assert evaluate(file, tmp_path / "twice", "--mode", "fine-tuned", "--model", folds[0], folds[0]) == 2
     assert "two folders hold out the same perturbation" in capsys.readouterr().err
     assert evaluate(file, tmp_path / "context", "--model", folds[0]) == 2
     assert "wants a model trained on controls" in capsys.readouterr().err
 
 
-def test_a_run_starts_from_a_trained_model(in_context, file, tmp_path):
-    """Weights of shared genes are taken over, by id; the screen it has seen is remembered."""
-    adata = make_adata(n=40, controls=300, seed=5)
-    adata.var_names = [f"G{i}" if i else "NEW" for i in range(N_GENES)]
-    other = tmp_path / "other.h5ad"
-    adata.write_h5ad(other)
-    flags = ["--training.start_from", str(in_context), "--training.learning_rate", "1e-12", "--seed", "1"]
-    model = train_on(other, tmp_path / "run", "screen_in_context", *flags)
-    start, end = (GppcForPerturbationPrediction.from_pretrained(path) for path in (in_context, model))
-    old, new = start.model.perturbation_embedding.weight, end.model.perturbation_embedding.weight
-    assert np.allclose(old[1:].detach(), new[1:].detach(), atol=1e-6)
-    assert not np.allclose(old[0].detach(), new[0].detach(), atol=1e-3)
-    assert read_run(model)["start_from"]["screen"]["name"] == "screen"
-    context = read_screen(file, ScreenOptions(value_kind="log"))
-    assert "was among what" in model_leaks(read_run(model), "screen", cells_digest(context), "in-context")[0]
-    assert (
-        train.main(["--config", "screen_in_context", "--data.screen", str(other), "--training.start_from", "x"]) == 2
-    )
-
-
 def test_shipped_configs_trip_no_guard(in_context, folds, screen):
-    """What the two screen configurations leave passes in the mode they are for; the others read no screen at all."""
+    """What the screen configuration leaves passes in the mode it is for; the others read no screen at all."""
     guard_model(read_run(in_context), screen.name, cells_digest(screen), "in-context")
     for folder in folds:
         guard_model(read_run(folder), screen.name, cells_digest(screen), "fine-tuned")
     for path in CONFIGS.glob("*.yaml"):
-        flags = ["--data.screen", "x.h5ad"] if path.stem.startswith("screen_") else []
+        flags = ["--data.screen", "x.h5ad"] if path.stem == "screen" else []
         flags += ["--pairs.query.uri", "cells"] if path.stem == "pbmc" else []
-        assert (parse_options(path.stem, flags).data.screen is not None) == path.stem.startswith("screen_")
+        assert (parse_options(path.stem, flags).data.screen is not None) == (path.stem == "screen")
 
 
 CLEAN = {"datasets": ["screen"], "screen": {"cells_digest": "d", "train_on": "controls", "name": "screen"}}
@@ -176,20 +132,8 @@ def test_clean_models_pass():
 def test_a_model_without_its_run_is_scored_with_a_note(in_context, screen, tmp_path):
     shutil.copytree(in_context, tmp_path / "model")
     (tmp_path / "model" / "run.json").unlink()
-    options = EvaluateOptions(mode="zero-shot", model=str(tmp_path / "model"), n_shuffles=1)
+    options = EvaluateOptions(mode="zero-shot", model=[str(tmp_path / "model")], n_shuffles=1)
     assert "is not stated" in evaluate_screen(screen, options, progress=False).summary["notes"][0]
-
-
-def test_covariates_are_regressed_by_the_slopes_of_controls():
-    adata = make_adata()
-    adata.X = np.random.default_rng(0).poisson(3.0, adata.shape).astype(np.float32)
-    adata.obs["n_counts_full"] = np.linspace(500, 5_000, adata.n_obs)
-    screen = read_screen(adata)
-    controls, every = screen.cells_of("control"), np.arange(len(screen.values))
-    both = technical_residuals(screen, every, controls)
-    assert np.allclose(both[controls], technical_residuals(screen, controls))
-    screen.values[~screen.is_control] += 1
-    assert np.allclose(technical_residuals(screen, every, controls)[controls], both[controls])
 
 
 def test_some_cells_keeps_the_panel(screen):
@@ -207,7 +151,7 @@ def test_a_batch_is_predicted_from_the_others(screen, hold_out, monkeypatch):
         "build",
         classmethod(lambda cls, s, *a, **k: read.append(set(s.batch)) or build(cls, s, *a, **k)),
     )
-    options = EvaluateOptions(mode="fine-tuned", model="factor", hold_out=hold_out)
+    options = EvaluateOptions(mode="fine-tuned", hold_out=hold_out)
     evaluation = evaluate_screen(screen, options, progress=False)
     groups = ["b2"] if "=" in hold_out else ["b1", "b2"]
     assert evaluation.truth.labels == [f"G{i} @ {group}" for group in groups for i in range(6)]
@@ -223,19 +167,19 @@ def test_a_batch_is_predicted_from_the_others(screen, hold_out, monkeypatch):
     assert np.allclose(aligned, here, atol=1e-5)
     methods = evaluation.summary["methods"]
     # The same perturbation was seen in the other batch, and says more than the mean of all.
-    assert methods["factor"]["pearson_delta"] > 0.95 > methods["mean"]["pearson_delta"]
-    assert 0.8 < methods["factor"]["coverage90"] <= 1
+    assert methods["gppc"]["pearson_delta"] > 0.95 > methods["mean"]["pearson_delta"]
+    assert 0.8 < methods["gppc"]["coverage90"] <= 1
 
 
 def test_one_stimulus_is_predicted_from_cell_line_to_cell_line():
     adata = make_adata(("control", "G0"), n=80, controls=200)
     adata.obs["cell_line"] = np.array(["x", "y", "z", "x"])[np.arange(adata.n_obs) % 4]
     screen = read_screen(adata, ScreenOptions(value_kind="log"))
-    options = EvaluateOptions(mode="fine-tuned", model="factor", hold_out="cell_line")
+    options = EvaluateOptions(mode="fine-tuned", hold_out="cell_line")
     evaluation = evaluate_screen(screen, options, progress=False)
     assert evaluation.truth.labels == ["G0 @ x", "G0 @ y", "G0 @ z"]
     methods = evaluation.summary["methods"]
-    assert methods["factor"]["pearson_delta"] > 0.9 and {"mean", "covariance"} <= set(methods)
+    assert methods["gppc"]["pearson_delta"] > 0.9 and {"mean", "covariance"} <= set(methods)
 
 
 def test_groups_that_cannot_be_held_out_are_named(screen):
@@ -257,7 +201,8 @@ def test_groups_that_cannot_be_held_out_are_named(screen):
         ({"hold_out": "batch"}, "only 'fine-tuned' trains"),
         ({"mode": "fine-tuned", "hold_out": "donor"}, "wanted batch or cell_line"),
         ({"mode": "fine-tuned", "hold_out": "batch", "split": "combinations"}, "without `split`"),
-        ({"more_models": ("x",)}, "several models are several folders"),
+        ({"mode": "fine-tuned", "model": ["gppc", "x"]}, "several models are several folders"),
+        ({"change": "guessed"}, "`change` is 'guessed'"),
         ({"gene_features": "nowhere.tsv"}, "is not a file"),
     ],
 )
@@ -266,56 +211,11 @@ def test_bad_options_are_named(arguments, words):
         EvaluateOptions(**arguments)
 
 
-def test_gene_features_are_terms_or_numbers(tmp_path):
-    terms = tmp_path / "terms.tsv"
-    terms.write_text("symbol\tterm\nA\tx\nA\ty\nB\tx\nC\tz\nD\tx\n")
-    features = read_gene_features(terms, ["a", "B", "GHOST"])
-    assert set(features) == {"a", "B"} and features["a"] == pytest.approx([np.log(4 / 3), np.log(4)])
-    assert features["B"] == pytest.approx([np.log(4 / 3), 0])
-    numbers = tmp_path / "numbers.parquet"
-    pd.DataFrame({"gene": ["A", "B"], "one": [1.0, 2.0], "two": [0.0, np.nan]}).to_parquet(numbers)
-    assert read_gene_features(numbers, ["B"])["B"].tolist() == [2.0, 0.0]
-    with pytest.raises(ValueError, match="knows none of the 1 perturbed genes"):
-        read_gene_features(numbers, ["Z"])
-    (tmp_path / "bad.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match="has none of the columns"):
-        read_gene_features(tmp_path / "bad.csv", ["A"])
-
-
-def test_perturbations_of_like_genes_respond_alike(screen):
-    """The process by hand: two like perturbations in training, one of their kind predicted, another unlike any."""
-    labels = sorted(screen.perturbations)
-    features = dict(zip(labels, np.eye(3)[[0, 0, 1, 0]])) | {labels[5]: np.eye(3)[2]}
-    context = ScreenContext.build(screen, labels[:3], [labels[3], labels[5]], features=features)
-    model = FineTunedModel(InContextModel(screen, n_factors=3), powers=(0.0,), weights=(0.0,))
-    found = model.predict(context)
-    train, mean = context.train_delta, context.mean_response
-    likeness = np.array([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
-    alike = mean + np.array([1.0, 1.0, 0.0]) @ np.linalg.solve(likeness + np.eye(3), train - mean)
-    others = np.setdiff1d(np.arange(N_GENES), screen.panel_targets)
-    assert np.allclose(found.delta[0, others], model.scale * alike[others])
-    assert np.allclose(found.delta[1, others], model.scale * mean[others])
-    plain = model.predict(ScreenContext.build(screen, labels[:3], [labels[3]]))
-    assert np.allclose(plain.delta[0, others], model.scale * mean[others])
-    adata = make_adata(("control", "G0", "G1", "G0+G1"), n=20, controls=60)
-    double = read_screen(adata, ScreenOptions(value_kind="log"))
-    related = relatives(ScreenContext.build(double, ["G0", "G0+G1", "G1"], []))
-    assert related.tolist() == [[True, True, False], [True, True, True], [False, True, True]]
-
-
-def test_a_folder_answers_to_the_sized_change(in_context, screen):
-    context = ScreenContext.build(screen, [], ["G2"])
-    prediction = FolderModel(str(in_context)).predict(context)
-    assert np.isfinite(prediction.delta).all() and prediction.variance.min() > 0
-    assert prediction.delta[0, 2] == pytest.approx(context.changes("G2")[1][0])
-
-
 def test_the_null_does_not_score_what_was_imposed(screen):
     """A random gene in the target's place is imposed like the target, and like it must not be scored."""
     context = ScreenContext.build(screen, [], sorted(screen.perturbations))
-    options = EvaluateOptions(model="factor", n_shuffles=3)
-    model = InContextModel(screen, n_factors=3)
-    null = shuffled_null([model.predict], context, options)
+    model = ScreenModel(*fit_screen(screen, [], EvaluateOptions(n_factors=3)))
+    null = shuffled_null(model.predict, context, EvaluateOptions(n_shuffles=3))
     assert len(null) == 3
     for prediction, imposed in null:
         assert (imposed.sum(axis=1) == 1).all() and not imposed[:, screen.panel_targets].any()

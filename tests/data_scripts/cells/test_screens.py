@@ -9,8 +9,6 @@ import scipy.sparse
 from data_scripts.cells.screen_labels import is_control_word, read_modality, split_label
 from data_scripts.cells.screen_options import ScreenOptions, find_column, options_from_flags
 from data_scripts.cells.screens import read_screen
-from data_scripts.pairs.pair_folder import PairFolder
-from data_scripts.pairs.screen_pairs import match_controls, screen_pair_table, write_screen_pairs
 
 GENES = ["STAT1", "IRF1", "MYC", "HLA-A", "ACTB"]
 
@@ -169,28 +167,6 @@ def test_bad_options_are_named():
         read_screen(make_screen(), ScreenOptions(perturbation_column="pertubation"))
     with pytest.raises(ValueError, match="is not a file"):
         read_screen("nowhere.h5ad")
-
-
-def test_controls_are_matched_within_batch(tmp_path):
-    adata = make_screen(batch=np.tile(["a", "b"], 30))
-    screen = read_screen(adata)
-    cells = np.flatnonzero(screen.label != "control")
-    partner = match_controls(screen, cells, seed=0)
-    assert screen.is_control[partner].all() and np.array_equal(screen.batch[partner], screen.batch[cells])
-    controls = screen.cells_of("control")
-    assert (match_controls(screen, controls, seed=0) != controls).all()
-    table = screen_pair_table(screen, ["STAT1"])
-    row = table.slice(3, 1).to_pylist()[0]
-    source, target = row["source_soma_joinid"], row["target_soma_joinid"]
-    assert row["perturbation_gene_ids"] == [0] and row["pairing"] == "screen"
-    assert row["perturbation_values"][0] == pytest.approx(screen.values[target, 0] - screen.values[source, 0])
-    assert row["target_gene_ids"] == np.flatnonzero(screen.values[target]).tolist()
-    folder = write_screen_pairs(tmp_path / "pairs", screen, {"train": ["control"], "test": ["STAT1", "IRF1"]})
-    assert isinstance(folder, PairFolder) and folder.pairings == ["same_type", "screen"]
-    assert folder.split("train").num_rows == 20 and folder.split("test").num_rows == 40
-    assert all(1 <= len(genes) <= 5 for genes in folder.split("train").column("perturbation_gene_ids").to_pylist())
-    with pytest.raises(ValueError, match="which is not in the screen"):
-        screen_pair_table(screen, ["STAT2"])
 
 
 @pytest.mark.real_data

@@ -7,35 +7,41 @@ import pytest
 
 from data_scripts.synthetic.best_predictor import true_response
 from data_scripts.synthetic.interventions import regulators_screen
-from modeling_gppc.evaluation.in_context_model import InContextModel
 from modeling_gppc.evaluation.metrics import pearson_delta
-from modeling_gppc.evaluation.response_size import ResponseSize
-from modeling_gppc.evaluation.screen_baselines import covariance
-
-# Full size: here the response follows the change, and the truth says so.
-AS_IMPOSED = ResponseSize(share=1.0, drift=1e6)
-
+from modeling_gppc.evaluation.screen_baselines import ScreenContext, covariance
+from modeling_gppc.evaluation.screen_model import ScreenModel
+from modeling_gppc.fitting.fit_screen import fit_screen
+from modeling_gppc.fitting.fit_screen_options import ScreenFitOptions
 
 known_screen = functools.cache(regulators_screen)
 
 
+def unsized(screen, hold_targets=0.1):
+    """A model of the controls that follows the change whatever its size: here the truth says that responses do."""
+    model, extractor = fit_screen(screen, [], ScreenFitOptions(n_factors=10, hold_targets=hold_targets))
+    model.screen_response.share.fill_(1.0)
+    model.screen_response.reach.fill_(1e6)
+    return ScreenModel(model, extractor)
+
+
 def score(form: str, seed: int, **options) -> tuple[float, float]:
     """Mean pearson_delta of the covariance rule and of the model in context."""
-    _, screen, context, truth, mask = known_screen(form, seed)
-    model = InContextModel(screen, n_factors=10, size=AS_IMPOSED, **options)
-    found = [pearson_delta(p.delta, truth, mask).mean() for p in (covariance(context), model.predict(context))]
-    return float(found[0]), float(found[1])
+    _, screen, truth, mask = known_screen(form, seed)
+    context = ScreenContext.build(screen, [], sorted(screen.perturbations))
+    predictions = (covariance(context), unsized(screen, **options).predict(context))
+    rule, model = (float(pearson_delta(one.delta, truth, mask).mean()) for one in predictions)
+    return rule, model
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_linear_network_gives_what_covariance_gives(seed):
-    rule, model = score("linear", seed, hold=0.0)
+    rule, model = score("linear", seed, hold_targets=0.0)
     assert model == pytest.approx(rule, abs=0.03)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_nonlinear_network_is_predicted_better_than_by_covariance(seed):
-    rule, firm = score("count", seed, hold=5.0)
+    rule, firm = score("count", seed, hold_targets=5.0)
     assert firm > rule + 0.03
     _, default = score("count", seed)
     assert default > rule
@@ -43,7 +49,7 @@ def test_nonlinear_network_is_predicted_better_than_by_covariance(seed):
 
 def test_holding_regulators_takes_confounding_away():
     """Regulators share programs; conditioning on all of them leaves what each does."""
-    rule, model = score("linear", 0, hold=5.0)
+    rule, model = score("linear", 0, hold_targets=5.0)
     assert model > rule + 0.1
 
 
@@ -51,7 +57,7 @@ def test_a_common_cause_passes_for_an_effect():
     """The named limit: two targets of one regulator correlate, neither acts on the other, and a response is predicted."""
     network, screen, *_ = known_screen("linear", 0)
     position = {gene: index for index, gene in enumerate(screen.gene_ids)}
-    model = InContextModel(screen, n_factors=10, size=AS_IMPOSED)
+    model = unsized(screen)
     pairs = network.confounded_pairs(n_pairs=10)
     assert len(pairs) == 10
     for first, second, correlation in pairs:
@@ -59,5 +65,6 @@ def test_a_common_cause_passes_for_an_effect():
         truth = true_response(network, {first: level}).delta
         assert truth[network.gene_index([first])[0]] == pytest.approx(-1.5, abs=0.5)
         assert truth[network.gene_index([second])[0]] == pytest.approx(0, abs=1e-9)
-        predicted = model.slope(np.array([position[first]]), np.array([-1.5]))[position[second]]
+        features = model.extractor.perturbation_features(f"{first}=delta:-1.5", model.model.levels())
+        predicted = float(model.model.respond(**features).change[0, position[second]])
         assert abs(predicted) > 0.2 and np.sign(predicted) == -np.sign(correlation)

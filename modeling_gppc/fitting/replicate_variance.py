@@ -1,13 +1,12 @@
 """How much the response to one perturbation differs between batches or cell lines: a random-effects estimate."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from data_scripts.cells.screens import CONTROL
-from modeling_gppc.evaluation.screen_baselines import ScreenContext
-from modeling_gppc.evaluation.screen_scores import scored_genes, within_variance
+from data_scripts.cells.screens import CONTROL, Screen
+from modeling_gppc.fitting.observed_responses import scored_genes, within_variance
 
 # Fewer cells than this have no response worth comparing.
 MIN_CELLS = 10
@@ -42,10 +41,10 @@ class GroupResponses:
         )
 
 
-def responses_by_group(context: ScreenContext, groups: np.ndarray) -> dict[str, GroupResponses]:
-    """Responses of the training perturbations, group by group; `groups` names that of each cell, `(n_obs,)`."""
-    screen, found = context.screen, {}
-    within = within_variance(screen, [CONTROL, *context.train])
+def responses_by_group(screen: Screen, labels: Sequence[str], groups: np.ndarray) -> dict[str, GroupResponses]:
+    """Responses to the perturbations `labels`, group by group; `groups` names that of each cell, `(n_obs,)`."""
+    found = {}
+    within = within_variance(screen, [CONTROL, *labels])
     expressed = (screen.values != 0).mean(axis=0)
     rows_of = {group: np.flatnonzero(groups == group) for group in np.unique(groups)}
     controls = {group: np.intersect1d(rows, screen.cells_of(CONTROL)) for group, rows in rows_of.items()}
@@ -55,7 +54,7 @@ def responses_by_group(context: ScreenContext, groups: np.ndarray) -> dict[str, 
         if len(cells) >= MIN_CELLS
     }
     n_genes = screen.values.shape[1]
-    for label in context.train:
+    for label in labels:
         names, delta, sampling, counted = [], [], [], []
         for group, level in levels.items():
             cells = np.intersect1d(screen.cells_of(label), rows_of[group])
@@ -92,14 +91,14 @@ def random_effects(parts: Mapping[str, GroupResponses], within: np.ndarray, mask
     return 0.5 * np.maximum(own, 0) + 0.5 * ratio * within
 
 
-def variance_between(context: ScreenContext, parts: Mapping[str, GroupResponses], kind: str) -> np.ndarray:
-    """Variance of a response in a new group about its mean over groups, `(V,)`; reads the groups of `context` alone.
+def variance_between(screen: Screen, parts: Mapping[str, GroupResponses], kind: str) -> np.ndarray:
+    """Variance of a response in a new group about its mean over groups, `(V,)`.
 
     The random-effects estimate has the right sum; that differences have heavier tails than a Gaussian is met by a
     factor with which 90 % intervals hold 90 % of each group's responses as told by the others.
     """
-    mask = scored_genes(context.screen)
-    within = within_variance(context.screen, [CONTROL, *context.train])
+    mask = scored_genes(screen)
+    within = within_variance(screen, [CONTROL, *parts])
     everything = random_effects(parts, within, mask)
     if everything is None:
         return USUAL_RATIO[kind] * within

@@ -2,19 +2,18 @@
 
 import numpy as np
 import pytest
-from test_screen_evaluation import N_GENES, make_adata
+from tiny_screens import N_GENES, make_adata
 
 from data_scripts.cells.screens import ScreenOptions, read_screen
 from modeling_gppc.evaluation.evaluate_options import EvaluateOptions
-from modeling_gppc.evaluation.group_variance import (
+from modeling_gppc.evaluation.screen_evaluation import evaluate_screen
+from modeling_gppc.fitting.replicate_variance import (
     USUAL_RATIO,
     GroupResponses,
     random_effects,
     responses_by_group,
     variance_between,
 )
-from modeling_gppc.evaluation.screen_baselines import ScreenContext
-from modeling_gppc.evaluation.screen_evaluation import evaluate_screen
 
 LABELS = ("control", *(f"G{i}" for i in range(6)))
 
@@ -53,8 +52,7 @@ def test_random_effects_are_spread_minus_sampling_error():
 
 def test_responses_are_against_the_controls_of_their_group():
     screen = grouped_screen(2, 0.0)
-    context = ScreenContext.build(screen, LABELS[1:], LABELS[1:])
-    part = responses_by_group(context, screen.batch)["G2"]
+    part = responses_by_group(screen, LABELS[1:], screen.batch)["G2"]
     inside = screen.batch == "b1"
     by_hand = screen.values[inside & (screen.label == "G2")].mean(axis=0) - screen.values[
         inside & screen.is_control
@@ -64,9 +62,8 @@ def test_responses_are_against_the_controls_of_their_group():
 
 def test_one_group_has_the_usual_variance():
     screen = grouped_screen(2, 0.3)
-    context = ScreenContext.build(screen, LABELS[1:], LABELS[1:])
-    parts = {label: part.without("b1") for label, part in responses_by_group(context, screen.batch).items()}
-    batch, line = (variance_between(context, parts, kind) for kind in ("batch", "cell_line"))
+    parts = {label: part.without("b1") for label, part in responses_by_group(screen, LABELS[1:], screen.batch).items()}
+    batch, line = (variance_between(screen, parts, kind) for kind in ("batch", "cell_line"))
     assert np.allclose(line / batch, USUAL_RATIO["cell_line"] / USUAL_RATIO["batch"])
 
 
@@ -74,6 +71,6 @@ def test_one_group_has_the_usual_variance():
 def test_intervals_hold_what_they_say_in_a_group_that_was_held_out(spread):
     """However far apart batches respond, and however far apart their controls lie."""
     screen = grouped_screen(4, spread)
-    options = EvaluateOptions(mode="fine-tuned", model="factor", hold_out="batch")
+    options = EvaluateOptions(mode="fine-tuned", hold_out="batch")
     methods = evaluate_screen(screen, options, progress=False).summary["methods"]
-    assert 0.85 <= methods["factor"]["coverage90"] <= 0.95
+    assert 0.85 <= methods["gppc"]["coverage90"] <= 0.95

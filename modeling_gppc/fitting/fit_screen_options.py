@@ -1,0 +1,41 @@
+"""How a model is fitted on a CRISPR screen."""
+
+import dataclasses
+
+REPLICATES = ("batch", "cell_line")
+
+
+@dataclasses.dataclass
+class ScreenFitOptions:
+    """
+    How a model is fitted on a screen.
+
+    Args:
+        max_genes (`int`, *optional*, defaults to 2,000): Most variable genes *among controls* that are kept, targets
+            always among them.
+        gene_features (`str`, *optional*): Table of what is known of genes, e.g. annotation: two columns, gene and
+            term, or one row of numbers a gene. Genes of the table may then be asked about.
+        n_factors (`int`, *optional*): Factors of the control cells; chosen by held-out likelihood when absent.
+        hold_targets (`float`, *optional*, defaults to 0.1): How firmly the screen's other targets are kept at the
+            controls' level while one is changed: 0 not at all, 1 as firmly as a measurement. Where the panel holds the
+            network's regulators, and they correlate without acting on each other, that takes most of the confounding
+            away; where targets act through each other it hides what they do.
+        replicates (`str`, *optional*, defaults to `"batch"`): What replicates of a perturbation differ in, `"batch"` or
+            `"cell_line"`; the spread between them is the uncertainty of a response that was seen.
+        seed (`int`, *optional*, defaults to 0): Everything random.
+    """
+
+    max_genes: int = 2_000
+    gene_features: str | None = None
+    n_factors: int | None = None
+    hold_targets: float = 0.1
+    replicates: str = "batch"
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.replicates not in REPLICATES:
+            raise ValueError(f"`replicates` is {self.replicates!r}; wanted one of {', '.join(REPLICATES)}.")
+        for name, least in (("max_genes", 10), ("hold_targets", 0), ("seed", 0), ("n_factors", 1)):
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise ValueError(f"`{name}` is {value}; wanted at least {least}.")

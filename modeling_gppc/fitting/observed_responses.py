@@ -1,0 +1,83 @@
+"""Responses that were observed in a screen, and how well they are known."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from data_scripts.cells.screens import CONTROL, Screen
+
+# A response too small to be told from noise has a direction all the same: so much of it is always kept.
+LEAST_SHARE = 0.1
+
+
+def scored_genes(screen: Screen) -> np.ndarray:
+    """Genes that no perturbation of the screen targets, bool of shape `(V,)`."""
+    mask = np.ones(screen.values.shape[1], dtype=bool)
+    mask[screen.panel_targets] = False
+    return mask
+
+
+def within_variance(screen: Screen, labels: Sequence[str]) -> np.ndarray:
+    """Variance of single cells about the mean of their label, pooled over labels, `(V,)`.
+
+    The error of a mean must not be told by the cells behind that mean alone: where none of them happens to express a
+    rare gene they would claim to know its mean exactly.
+    """
+    squares, freedom = np.zeros(screen.values.shape[1]), 0
+    for label in labels:
+        cells = screen.values[screen.cells_of(label)]
+        if len(cells) > 1:
+            squares += cells.var(axis=0, dtype=np.float64) * len(cells)
+            freedom += len(cells) - 1
+    return squares / max(freedom, 1)
+
+
+@dataclasses.dataclass
+class ObservedResponses:
+    """
+    Responses to some perturbations: mean of their cells minus mean of the control cells.
+
+    Args:
+        labels (`list[str]`): The T perturbations.
+        delta (`np.ndarray`): Shape `(T, V)`.
+        n_cells (`np.ndarray`): Cells behind each, shape `(T,)`.
+        n_controls (`int`): Control cells.
+        within (`np.ndarray`): Variance of single cells, see [`within_variance`], shape `(V,)`.
+        counted (`np.ndarray` of bool): See [`scored_genes`], shape `(V,)`.
+    """
+
+    labels: list[str]
+    delta: np.ndarray
+    n_cells: np.ndarray
+    n_controls: int
+    within: np.ndarray
+    counted: np.ndarray
+
+    @classmethod
+    def of(cls, screen: Screen, labels: Sequence[str]) -> "ObservedResponses":
+        """Reads the cells of `labels` and the controls, and no others."""
+        controls = screen.cells_of(CONTROL)
+        control = screen.values[controls].mean(axis=0, dtype=np.float64)
+        cells = [screen.cells_of(label) for label in labels]
+        delta = [screen.values[rows].mean(axis=0, dtype=np.float64) - control for rows in cells]
+        return cls(
+            list(labels),
+            np.array(delta).reshape(len(cells), screen.values.shape[1]),
+            np.array([len(rows) for rows in cells], dtype=int),
+            len(controls),
+            within_variance(screen, [CONTROL, *labels]),
+            scored_genes(screen),
+        )
+
+    @property
+    def signal_share(self) -> np.ndarray:
+        """Share of the squared length of each response that sampling does not explain, `(T,)`, at least a tenth."""
+        length = np.maximum((self.delta[:, self.counted] ** 2).sum(axis=1), 1e-12)
+        error = self.within[self.counted].sum() * (1 / np.maximum(self.n_cells, 1) + 1 / self.n_controls)
+        return np.maximum(1 - error / length, LEAST_SHARE)
+
+    @property
+    def shrunken(self) -> np.ndarray:
+        """The responses drawn towards zero by the share of their length that sampling explains, `(T, V)`."""
+        return self.signal_share[:, None] * self.delta
