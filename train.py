@@ -4,89 +4,67 @@ The embedded default, on real cells that need no download:
 
     accelerate launch train.py
 
+Cells of your own, from AnnData files by way of a local store:
+
+    gppc make-census cells.soma FIRST.h5ad SECOND.h5ad
+    accelerate launch train.py --pairs.query.uri cells.soma
+
 Another shipped run, or your own YAML file; every option is also a flag:
 
     accelerate launch train.py --config linear
     accelerate launch train.py --config my.yaml --training.max_steps 5000 --output_dir runs/mine
 
-Pairs of the public Census (see modeling_gppc/training/configs/census_naive_b.yaml):
+Cells of the public Census, written as pairs first, or straight from the store:
 
     accelerate launch train.py --config census_naive_b
+    accelerate launch train.py --config census_naive_b --data.stream true
 
 A CRISPR screen, all its perturbations or, to be scored by `gppc evaluate`, one model a fold:
 
     accelerate launch train.py --config screen --data.screen SCREEN.h5ad
     accelerate launch train.py --config screen --data.screen SCREEN.h5ad --screen.fold all --output_dir runs/folds
 
-Straight from a store that is too large to be written out as pairs:
-
-    accelerate launch train.py --config census_naive_b --data.stream true
-
-Go on after an interruption with the same command and --resume.
+Go on after an interruption with the same command and --resume. Score a finished run again with `gppc score`.
 
 Search options, one short run after another (see modeling_gppc/training/configs/sweeps):
 
     python train.py --sweep default
 """
 
+import dataclasses
 import json
 import os
 import shlex
 import sys
-import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import PartialState
-from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
 from data_scripts.batches.data_collator import PairCollator
 from data_scripts.batches.pair_dataset import PairDataset
+from data_scripts.command_line import help_text, read_flags, run_command
+from data_scripts.files import share_weights, write_json
+from data_scripts.options import from_mapping, part_of
 from data_scripts.pairs.pair_folder import PairFolder
+from gppc.run_options import LaunchOptions, RunOptions, run_options
 from hub_card.model_card import write_model_card
-from hub_card.push_during_training import HubPush
-from modeling_gppc import GppcFeatureExtractor, GppcForPerturbationPrediction
-from modeling_gppc.evaluation.pair_scores import write_results
-from modeling_gppc.evaluation.plots import plot_learning_curve, plot_scores
-from modeling_gppc.evaluation.report import render_results
-from modeling_gppc.evaluation.score_run import evaluate_run, load_network_of
+from hub_card.push import push_model
+from hub_card.push_during_training import HubPush, check_push
+from modeling_gppc import GppcForPerturbationPrediction
+from modeling_gppc.evaluation.plots import plot_learning_curve
+from modeling_gppc.evaluation.score_run import check_scoring, load_network_of, score_model
 from modeling_gppc.fitting.fit_linear_response import initialize_linear_response, keep_departure_if_it_pays
-from modeling_gppc.inference.first_prediction import first_prediction
+from modeling_gppc.inference.loading import feature_extractor_of
 from modeling_gppc.pipeline_gppc import PerturbationPredictionPipeline
-from modeling_gppc.training.arguments import RunOptions, build_parser, parse_options
 from modeling_gppc.training.checkpoints import last_checkpoint
 from modeling_gppc.training.launch import broadcast_buffers, leave, main_first, start_processes
-from modeling_gppc.training.prepare_data import prepare_pairs
-from modeling_gppc.training.run_folder import claim_folder, write_json
+from modeling_gppc.training.run_facts import run_facts
+from modeling_gppc.training.run_folder import claim_folder
 from modeling_gppc.training.screen_run import fit_screen_run
-from modeling_gppc.training.start_from import start_from, what_was_read
 from modeling_gppc.training.stream_rows import open_stream
 from modeling_gppc.training.trainer import MODEL_FOLDER, GppcTrainer, make_trainer
-
-
-def make_model(options: RunOptions, folder: PairFolder) -> GppcForPerturbationPrediction:
-    """A model of the folder's vocabulary with fresh weights."""
-    set_seed(options.seed)
-    config = options.model_config(folder.genes.num_rows, folder.pairings)
-    config._attn_implementation = options.training.attn_implementation
-    if options.training.start_from is not None:
-        return start_from(options.training.start_from, config, folder.gene_ids, folder.gene_symbols)
-    return GppcForPerturbationPrediction(config)
-
-
-def make_extractor(folder: PairFolder) -> GppcFeatureExtractor:
-    """The feature extractor that does to cells what was done to the training cells."""
-    manifest = folder.manifest
-    return GppcFeatureExtractor(
-        gene_ids=folder.gene_ids,
-        gene_symbols=folder.gene_symbols,
-        normalization=manifest["normalization"],
-        target_sum=manifest["target_sum"],
-        gene_lengths=(
-            folder.genes.column("feature_length").to_pylist() if manifest["normalization"] == "log_tpm" else None
-        ),
-        organism=manifest["organism"],
-    )
 
 
 def train(
@@ -96,19 +74,22 @@ def train(
 
     With `push_to`, every checkpoint's model is pushed to that repository while training goes on.
     """
-    start = time.monotonic()
     settings = options.training
     # Where pairs are streamed, these rows are a sample of them.
     rows = PairDataset(folder.split("train"), folder.pairings)
     validation = PairDataset(folder.split("validation"), folder.pairings)
     redraw = options.pairs.perturbation if settings.redraw_perturbations else None
-    model = make_model(options, folder)
+    stream = None
+    if options.data.stream:
+        place = (state.process_index, state.num_processes)
+        stream = open_stream(folder, settings, options.data.stream_pool_shards, options.seed, *place)
+    model = options.make_model(folder)
     trainer = make_trainer(
         model,
         settings,
         options.output_dir,
         options.seed,
-        open_stream(options, folder, state.process_index, state.num_processes) if options.data.stream else rows,
+        rows if stream is None else stream,
         validation,
         PairCollator(folder.panels, redraw, seed=options.seed, n_query_genes=settings.n_query_genes),
         PairCollator(folder.panels),
@@ -126,73 +107,43 @@ def train(
                 seed=options.seed,
             )
         broadcast_buffers(state, model)
-    push = None
     if push_to is not None:
-        extractor = make_extractor(folder)
-        push = HubPush(push_to, extractor, lambda: run_facts(trainer, options, folder, time.monotonic() - start))
-        trainer.add_callback(push)
+        trainer.add_callback(HubPush(push_to, feature_extractor_of(folder), lambda: facts(trainer, options, folder)))
     trainer.train_or_load(checkpoint)
-    if push is not None:
-        push.finish(options.output_dir)
     kept = keep_departure_if_it_pays(model, trainer.state.log_history)
     if not kept and state.is_main_process:
         print("The learned departure did not pay on validation cells; the model is its linear response alone.")
     return trainer
 
 
-def save(
-    trainer: GppcTrainer,
-    model: GppcForPerturbationPrediction,
-    options: RunOptions,
-    folder: PairFolder,
-    seconds: float,
-) -> Path:
-    """Scores the model and writes everything that is kept into `<output_dir>/model`; returns that folder."""
+def facts(trainer: GppcTrainer, options: RunOptions, folder: PairFolder) -> dict:
+    """What the card says about the run, as of now."""
+    return run_facts(trainer, folder, options.data, options.training.start_from, command())
+
+
+def save(trainer: GppcTrainer, model: GppcForPerturbationPrediction, options: RunOptions, folder: PairFolder) -> Path:
+    """Writes the model with all that is known of it before it is scored; returns its folder."""
     out = Path(options.output_dir) / MODEL_FOLDER
-    extractor = make_extractor(folder)
-    # Writes the model, the feature extractor, their code and the pipeline's.
-    pipeline = PerturbationPredictionPipeline(model=model, feature_extractor=extractor, device=model.device)
-    pipeline.save_pretrained(out)
-    results = evaluate_run(
-        model, folder, options.evaluation, seed=options.seed, network=load_network_of(options.output_dir)
-    )
-    write_results(results, out / "results.json")
-    write_json(run_facts(trainer, options, folder, seconds), out / "run.json")
+    extractor = feature_extractor_of(folder)
+    # Writes model and feature extractor with their code and the pipeline's.
+    PerturbationPredictionPipeline(model=model, feature_extractor=extractor, device=model.device).save_pretrained(out)
+    share_weights(out)
+    write_json(facts(trainer, options, folder), out / "run.json")
     write_json(trainer.state.log_history, out / "training_log.json")
-    plot_scores(results, out / "figures" / "scores.png")
     plot_learning_curve(trainer.state.log_history, out / "figures" / "learning_curve.png")
-    print(f"\n{render_results(results)}\n")
-    prediction = first_prediction(model, extractor, folder, options.evaluation.perturbation)
-    prediction.plot(out / "figures" / "first_prediction.png")
-    print(f"{prediction.text()}\n")
     write_model_card(out)
     return out
 
 
-def run_facts(trainer: GppcTrainer, options: RunOptions, folder: PairFolder, seconds: float) -> dict:
-    """What the card says about the run."""
-    manifest = folder.manifest
-    query = manifest.get("options", {}).get("query", {})
-    source = options.data.example or query.get("census_version") or query.get("uri")
-    cells = manifest.get("report", {}).get("splits", {}).get("train", {}).get("cells")
-    n_pairs = manifest["splits"]["train"]["n_pairs"]
-    return {
-        "store": Path(source or folder.path).name,
-        "filters": query.get("obs_filter"),
-        "cells": cells or len(folder.split("train").column("source_soma_joinid").unique()),
-        "genes": folder.genes.num_rows,
-        "seconds": round(seconds, 1),
-        "flop": float(trainer.state.total_flos) or None,
-        "seed": options.seed,
-        "command": command(),
-        "pairs": n_pairs if not options.data.stream else "drawn anew in every epoch, straight from the store",
-        "pairings": ", ".join(folder.pairings),
-        "parameters": trainer.model.num_parameters(),
-        "steps": trainer.state.global_step,
-        "processes": trainer.args.world_size,
-        "digest": manifest.get("digest"),
-        **what_was_read(folder, options.training.start_from),
-    }
+def score(model: GppcForPerturbationPrediction, options: RunOptions, folder: PairFolder, out: Path) -> None:
+    """Scores the saved model beside its floors; a mistake here leaves the model and says how to go on."""
+    try:
+        network = load_network_of(options.output_dir)
+        print(f"\n{score_model(model, folder, options.evaluation, out, options.seed, network)}\n")
+        write_model_card(out)
+    except BaseException:
+        print(f"The model is saved and not scored; score it with: gppc score {out}", file=sys.stderr)
+        raise
 
 
 def run_screen(options: RunOptions) -> None:
@@ -211,51 +162,62 @@ def command() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one training; bad input ends with one line and exit status 2."""
-    arguments, flags = build_parser(__doc__).parse_known_args(argv)
-    transformers_logging.set_verbosity_error()
-    state = None
-    try:
-        if arguments.sweep is not None:
-            from modeling_gppc.training.sweep import read_sweep, run_sweep
+    """Runs one training; bad input ends with one line and exit status 2, an interruption with 130."""
+    words = sys.argv[1:] if argv is None else argv
+    return run_command("train.py", lambda: run(words))
 
-            out = run_sweep(read_sweep(arguments.sweep, flags), make_model, arguments.resume)
-            print((out / "sweep.md").read_text())
-            print(f"Sweep folder: {out}; best options: {out / 'best.yaml'}")
-            return 0
-        if arguments.hub_strategy != "end" and arguments.push_to_hub is None:
-            raise ValueError(f"`--hub_strategy` {arguments.hub_strategy} needs `--push_to_hub REPO`.")
-        options = parse_options(arguments.config, flags)
-        state = start_processes(options.training.use_cpu)
-        main_first(
-            state, lambda: state.is_main_process and claim_folder(options, arguments.resume, state.num_processes)
-        )
+
+def run(words: Sequence[str]) -> int | None:
+    """Runs what the words of a command line say."""
+    kind = RunOptions
+    if any(word.partition("=")[0] == "--sweep" for word in words):
+        from gppc.sweep import SweepOptions, read_sweep, run_sweep
+
+        kind = SweepOptions
+    if {"-h", "--help"} & set(words):
+        print(help_text("train.py", __doc__, LaunchOptions, kind))
+        return 0
+    changes = read_flags(words, LaunchOptions, kind)
+    launch, changes = from_mapping(LaunchOptions, part_of(changes, LaunchOptions)), part_of(changes, kind)
+    transformers_logging.set_verbosity_error()
+    if launch.sweep is not None:
+        out = run_sweep(read_sweep(launch.sweep, changes), RunOptions.make_model, launch.resume)
+        print(f"{(out / 'sweep.md').read_text()}\nSweep folder: {out}; best options: {out / 'best.yaml'}")
+        return 0
+    # 1. Everything that can be known is checked before anything long.
+    options = run_options(launch.config, changes)
+    options.check_files()
+    check_push(launch.push_to_hub, launch.hub_strategy)
+    state = start_processes(options.training.use_cpu)
+    try:
+        mine, content = state.is_main_process, dataclasses.asdict(options)
+        main_first(state, lambda: mine and claim_folder(content, launch.resume, state.num_processes))
         if options.data.screen is not None:
-            if state.is_main_process:
+            if mine:
                 run_screen(options)
             return 0
-        folder = main_first(state, lambda: prepare_pairs(options, progress=state.is_main_process))
-        start = time.monotonic()
-        push_to = arguments.push_to_hub if arguments.hub_strategy == "every_save" else None
-        trainer = train(options, folder, state, arguments.resume, push_to)
+        # 2. Cells become pairs, and what depends on the cells is checked.
+        folder = main_first(state, lambda: options.prepare_pairs(progress=mine))
+        check_scoring(folder, options.evaluation)
+        if mine:
+            print(folder.describe_splits())
+        # 3. Training.
+        push_to = launch.push_to_hub if launch.hub_strategy == "every_save" else None
+        trainer = train(options, folder, state, launch.resume, push_to)
         model = trainer.whole_model()
-        if state.is_main_process:
-            out = save(trainer, model, options, folder, time.monotonic() - start)
-            print(f"Model folder: {out}")
-            print(f'Load it with AutoModel.from_pretrained("{out}", trust_remote_code=True)')
-            if arguments.push_to_hub:
-                from hub_card.push import push_model
-
-                print(json.dumps(push_model(out, arguments.push_to_hub).__dict__, default=str))
+        if mine:
+            # 4. What was learned is saved before it is scored.
+            out = save(trainer, model, options, folder)
+            # 5. Scores, and the way to others.
+            score(model, options, folder, out)
+            print(f'Model folder: {out}\nLoad it with AutoModel.from_pretrained("{out}", trust_remote_code=True)')
+            if launch.push_to_hub is not None:
+                print(json.dumps(push_model(out, launch.push_to_hub).__dict__, default=str))
         state.wait_for_everyone()
-    except (ValueError, OSError) as error:
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"train.py: error: {error}", file=sys.stderr)
-        return 2
     finally:
         # Among several, `leave` ends the process: its group's end joins Gloo's threads and holds the interpreter's lock,
         # which these may be waiting for.
-        if state is not None and state.num_processes == 1:
+        if state.num_processes == 1:
             state.destroy_process_group()
     return 0
 

@@ -1,6 +1,6 @@
 """Census to pairs: cells per second, memory and bytes, against the loader of the origin and against merely reading.
 
-    gppc make-synthetic STORE --form count --cells 100000 --genes 20000
+    gppc make-synthetic STORE --form count --n_cells 100000 --n_genes 20000
     python benchmarks/bench_census_pairs.py --store STORE
     python benchmarks/bench_census_pairs.py --smoke        # a tiny store, to see that the benchmark runs
 

@@ -1,6 +1,6 @@
 """Arrow to batches of tensors: rows per second against `with_format("torch")`, and how random the batches are.
 
-gppc make-synthetic STORE --form count --cells 100000 --genes 20000
+gppc make-synthetic STORE --form count --n_cells 100000 --n_genes 20000
 python benchmarks/bench_collator.py --store STORE
 python benchmarks/bench_collator.py --store STORE --genes 0 --cells 4096    # all genes
 python benchmarks/bench_collator.py --store STORE --genes 0 --cells 4096 --queries 2000

@@ -17,9 +17,9 @@ import torch
 from model_bench import fitted_like_model, machine, peak_rss_gb, random_state, show, write_result
 from tqdm.auto import tqdm
 
+from gppc.run_options import parse_options
 from modeling_gppc import GppcConfig
 from modeling_gppc.modeling_gppc import GppcOutput
-from modeling_gppc.training.arguments import parse_options
 
 # The embedded default's sizes.
 SHIPPED = parse_options("default", []).model

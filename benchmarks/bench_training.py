@@ -28,10 +28,9 @@ def train(arguments: argparse.Namespace) -> None:
     from data_scripts.batches.data_collator import PairCollator
     from data_scripts.batches.pair_dataset import PairDataset
     from data_scripts.pairs.pair_folder import PairFolder
+    from gppc.run_options import parse_options
     from modeling_gppc import GppcForPerturbationPrediction
-    from modeling_gppc.training.arguments import parse_options
     from modeling_gppc.training.launch import leave, main_first, start_processes
-    from modeling_gppc.training.prepare_data import prepare_pairs
     from modeling_gppc.training.stream_rows import open_stream
     from modeling_gppc.training.trainer import make_trainer
 
@@ -54,10 +53,17 @@ def train(arguments: argparse.Namespace) -> None:
         if arguments.pairs:
             folder = PairFolder(arguments.pairs)
         else:
-            folder = main_first(state, lambda: prepare_pairs(options, progress=False))
+            folder = main_first(state, lambda: options.prepare_pairs(progress=False))
         rows = PairDataset(folder.split("train"), folder.pairings)
         if arguments.stream:
-            rows = open_stream(options, folder, state.process_index, state.num_processes)
+            rows = open_stream(
+                folder,
+                options.training,
+                options.data.stream_pool_shards,
+                options.seed,
+                state.process_index,
+                state.num_processes,
+            )
         trainer = make_trainer(
             GppcForPerturbationPrediction(options.model_config(folder.genes.num_rows, folder.pairings)),
             options.training,
@@ -103,12 +109,11 @@ def launch(arguments: argparse.Namespace, workers: int, processes: int, out: Pat
 
 def smoke_inputs(folder: Path) -> tuple[str, str]:
     """Tiny synthetic pairs and a configuration for them; returns both paths."""
-    from modeling_gppc.training.arguments import parse_options
-    from modeling_gppc.training.prepare_data import prepare_pairs
+    from gppc.run_options import parse_options
 
     cells = "{form: linear, n_genes: 30, n_regulators: 4, n_cells: 600, n_donors: 20, n_datasets: 2, n_cell_types: 4}"
     options = parse_options("linear", ["--data.synthetic", cells, "--output_dir", str(folder / "run")])
-    pairs = prepare_pairs(options, progress=False)
+    pairs = options.prepare_pairs(progress=False)
     config = folder / "smoke.yaml"
     config.write_text("model: {hidden_size: 16, num_attention_heads: 2, num_factors: 4, num_components: 2}\n")
     return str(pairs.path), str(config)

@@ -33,9 +33,9 @@ from modeling_gppc import GppcConfig, GppcForPerturbationPrediction
 from modeling_gppc.evaluation.metrics import gaussian_crps, interval_coverage
 from modeling_gppc.evaluation.pair_scores import write_results
 from modeling_gppc.evaluation.report import markdown_table
-from modeling_gppc.feature_extraction_gppc import normalize_counts
 from modeling_gppc.fitting.fit_linear_response import initialize_linear_response
 from modeling_gppc.modeling_gppc import IGNORED_LABEL
+from modeling_gppc.normalization_gppc import normalize_counts
 
 REVEAL = PerturbationOptions(min_genes=1, max_genes=5)
 WARMUP = 0.1  # share of the budget

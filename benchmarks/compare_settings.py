@@ -25,14 +25,15 @@ from transformers.trainer_utils import SaveStrategy
 
 from data_scripts.batches.data_collator import PairCollator
 from data_scripts.batches.pair_dataset import PairDataset
+from data_scripts.command_line import read_flags
+from data_scripts.options import merge
 from data_scripts.pairs.pair_folder import PairFolder
+from gppc.run_options import RunOptions, parse_options
+from gppc.sweep import SweepTrainer
 from modeling_gppc import GppcForPerturbationPrediction
 from modeling_gppc.evaluation.pair_scores import write_results
 from modeling_gppc.evaluation.report import markdown_table
 from modeling_gppc.fitting.fit_linear_response import initialize_linear_response
-from modeling_gppc.training.arguments import RunOptions, merge, parse_options, read_flags
-from modeling_gppc.training.prepare_data import prepare_pairs
-from modeling_gppc.training.sweep import SweepTrainer
 from modeling_gppc.training.trainer import make_trainer
 
 # A run of seconds on made-up cells.
@@ -260,10 +261,10 @@ def main() -> None:
     tables = list(TABLES.values()) if arguments.smoke else [TABLES[arguments.table]]
     results: list[dict] = []
     with tempfile.TemporaryDirectory() as scratch:
-        if "output_dir" not in read_flags(flags):
+        if "output_dir" not in read_flags(flags, RunOptions):
             flags = [*flags, "--output_dir", f"{scratch}/run"]
         options = parse_options(arguments.config, flags)
-        comparison = Comparison(options, prepare_pairs(options), arguments.pairing)
+        comparison = Comparison(options, options.prepare_pairs(), arguments.pairing)
         chosen = [
             item for table in tables for item in table.items() if not arguments.only or item[0] in arguments.only
         ]

@@ -152,9 +152,8 @@ def report(results: list[dict]) -> str:
 def smoke(folder: Path) -> list[Path]:
     """Untrained models of tiny cells of both forms, laid out as a run leaves them."""
     from data_scripts.batches.pair_dataset import PairDataset
+    from gppc.run_options import parse_options
     from modeling_gppc.fitting.fit_linear_response import initialize_linear_response
-    from modeling_gppc.training.arguments import parse_options
-    from modeling_gppc.training.prepare_data import prepare_pairs
 
     runs = []
     for form in ("linear", "count"):
@@ -169,7 +168,7 @@ def smoke(folder: Path) -> list[Path]:
         options = parse_options(
             "linear", [part for name, value in flags.items() for part in (f"--{name}", str(value))]
         )
-        pairs = prepare_pairs(options, progress=False)
+        pairs = options.prepare_pairs(progress=False)
         model = GppcForPerturbationPrediction(options.model_config(pairs.genes.num_rows, pairs.pairings))
         datasets = [PairDataset(pairs.split(name), pairs.pairings) for name in ("train", "validation")]
         initialize_linear_response(model, *datasets, pairs.panels, max_cells=500, n_iterations=5)

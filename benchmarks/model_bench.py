@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data_scripts.files import write_text
 from modeling_gppc import GppcConfig, GppcForPerturbationPrediction
 
 EXPRESSED_SHARE = 0.08
@@ -174,11 +175,7 @@ def write_result(result: dict, out: str | None) -> None:
     """Writes a benchmark's figures as JSON, complete or not at all."""
     if out is None:
         return
-    path = Path(out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(result, indent=1, default=str) + "\n")
-    os.replace(temporary, path)
+    write_text(json.dumps(result, indent=1, default=str) + "\n", out)
 
 
 def show(value: float) -> str:

@@ -13,7 +13,7 @@ from data_scripts.pairs.pair_folder import PairFolder, write_pair_folder
 from data_scripts.pairs.pair_options import PerturbationOptions
 from data_scripts.pairs.perturbation_sampling import sample_from_changes
 from data_scripts.pairs.schema import GENE_SCHEMA, PAIR_SCHEMA
-from modeling_gppc.feature_extraction_gppc import normalize_counts
+from modeling_gppc.normalization_gppc import normalize_counts
 
 PAIRINGS = ["same_type", "same_dataset"]
 

@@ -22,13 +22,13 @@ import numpy as np
 import pandas as pd
 from bench_screens import smoke_screen
 
-from data_scripts.cells.screen_options import options_from_flags
+from data_scripts.cells.screen_options import ScreenOptions
 from data_scripts.cells.screens import Screen, read_screen
 from modeling_gppc.evaluation.evaluate_options import EvaluateOptions
 from modeling_gppc.evaluation.report import markdown_table
 from modeling_gppc.evaluation.screen_evaluation import evaluate_screen
 from modeling_gppc.evaluation.screen_report import write_evaluation
-from modeling_gppc.feature_extraction_gppc import close_matches
+from modeling_gppc.normalization_gppc import close_matches
 
 TERM_COLUMNS = ("term", "GO_ID", "go_id", "GO ID")
 SYMBOL_COLUMNS = ("symbol", "Symbol", "gene_symbol", "gene_name", "hgnc_symbol")
@@ -172,7 +172,9 @@ def make_tables(files: list[Path], out: Path, arguments: argparse.Namespace) -> 
     """Runs every evaluation and returns the tables as Markdown."""
     in_context, parts = [], []
     for file in files:
-        screen = read_screen(file, options_from_flags(label_genes=arguments.label_genes))
+        screen = read_screen(
+            file, ScreenOptions(label_genes=dict(pair.split("=", 1) for pair in arguments.label_genes or ()))
+        )
         tasks = tasks_of(screen, arguments.gene_features, arguments.model, arguments.seeds, arguments.steps)
         for task, options in tasks.items():
             if arguments.only and not any(task.startswith(name) for name in arguments.only):

@@ -1,22 +1,91 @@
 """Strict reading of option dataclasses from YAML or JSON mappings."""
 
+import copy
 import dataclasses
+import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Annotated
 
 import yaml
 
-from modeling_gppc.feature_extraction_gppc import close_matches
+from modeling_gppc.normalization_gppc import close_matches
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """
+    The values that a number may take; stands in the annotation of an option: `Annotated[float, Range(0, above=True)]`.
+
+    Args:
+        low, high (`float`, *optional*): Bounds, themselves allowed.
+        above, below (`bool`, *optional*, defaults to `False`): Leave the lower, the upper bound itself out.
+    """
+
+    low: float = -math.inf
+    high: float = math.inf
+    above: bool = False
+    below: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        large = value > self.low if self.above else value >= self.low
+        return math.isfinite(value) and large and (value < self.high if self.below else value <= self.high)
+
+    def __str__(self) -> str:
+        low = [] if self.low == -math.inf else [f"{'>' if self.above else '>='} {self.low:.15g}"]
+        high = [] if self.high == math.inf else [f"{'<' if self.below else '<='} {self.high:.15g}"]
+        return f"a number {' and '.join(low + high)}" if low + high else "a finite number"
+
+
+# The usual ranges.
+Count = Annotated[int, Range(1)]
+CountOrZero = Annotated[int, Range(0)]
+Seed = Annotated[int, Range(0, 2**32 - 1)]  # what numpy takes
+Positive = Annotated[float, Range(0, above=True)]
+NotNegative = Annotated[float, Range(0)]
+Share = Annotated[float, Range(0, 1)]
+
+
+def check_numbers(options, where: str = "") -> None:
+    """Checks every number of an options object, also those in lists and mappings, against its annotated [`Range`].
+
+    Args:
+        options: A dataclass; a number without a range only has to be finite.
+        where (`str`, *optional*): Dotted name of the options, for messages.
+
+    Raises:
+        ValueError: For NaN, an infinite number or one out of its range, naming the option.
+    """
+    hints = typing.get_type_hints(type(options), include_extras=True)
+    for field in dataclasses.fields(options):
+        value, wanted = getattr(options, field.name), next(_ranges(hints[field.name]), None)
+        entries = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else [value]
+        for entry in entries:
+            number = isinstance(entry, (int, float)) and not isinstance(entry, bool)
+            if (number and entry not in (wanted or Range())) or (wanted and isinstance(entry, (bool, str))):
+                name = f"{where}.{field.name}" if where else field.name
+                raise ValueError(f"`{name}` is {value!r}; wanted {wanted or Range()}.")
+
+
+def _ranges(hint) -> Iterator[Range]:
+    """Ranges in the annotations of a type and of what it is made of."""
+    for part in typing.get_args(hint):
+        if isinstance(part, Range):
+            yield part
+        else:
+            yield from _ranges(part)
 
 
 def read_yaml(path: str | Path) -> dict:
     """Reads a YAML file that holds a mapping.
 
     Raises:
-        ValueError: If the file is not valid YAML or does not hold a mapping.
+        ValueError: If there is no such file, it is not valid YAML or does not hold a mapping.
     """
+    if not Path(path).is_file():
+        raise ValueError(f"`config` {path} is not a file; wanted a YAML file of options.")
     try:
         content = yaml.safe_load(Path(path).read_text())
     except yaml.YAMLError as error:
@@ -51,10 +120,37 @@ def from_mapping(cls: type, mapping: Mapping, where: str = ""):
         if key not in fields:
             raise ValueError(f"`{prefix}{key}` is not an option{close_matches(str(key), fields)}.")
         arguments[key] = _convert(hints[key], value, f"{prefix}{key}")
-    try:
-        return cls(**arguments)
-    except TypeError as error:  # a required option is missing
-        raise ValueError(f"`{where or cls.__name__}`: {error}.") from error
+    for name, field in fields.items():
+        if name not in arguments and field.default is field.default_factory is dataclasses.MISSING:
+            raise ValueError(f"`{prefix}{name}` is missing; it has no default.")
+    return cls(**arguments)
+
+
+def join_options(mapping: Mapping, *classes: type) -> list:
+    """Builds several dataclasses from one mapping; a key goes to every class that has a field of that name.
+
+    Raises:
+        ValueError: As [`from_mapping`].
+    """
+    known = [field.name for cls in classes for field in dataclasses.fields(cls)]
+    for key in mapping:
+        if key not in known:
+            raise ValueError(f"`{key}` is not an option{close_matches(str(key), known)}")
+    return [from_mapping(cls, part_of(mapping, cls)) for cls in classes]
+
+
+def part_of(mapping: Mapping, cls: type) -> dict:
+    """The entries of a mapping that are named like fields of a dataclass."""
+    return {field.name: mapping[field.name] for field in dataclasses.fields(cls) if field.name in mapping}
+
+
+def merge(base: Mapping, changes: Mapping) -> dict:
+    """`base` with `changes` laid over it, mapping by mapping."""
+    merged = copy.deepcopy(dict(base))
+    for key, value in changes.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = merge(merged[key], value) if both else copy.deepcopy(value)
+    return merged
 
 
 def _convert(hint, value, where: str):

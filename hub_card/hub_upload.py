@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id
 
 from hub_card.upload_scan import is_allowed, scan_files
 
@@ -26,6 +27,8 @@ HTTP_ERROR = HfHubHTTPError.__bases__[0]
 TRANSIENT = {408, 409, 412, 425, 429, 500, 502, 503, 504}
 # Files the Hub itself, or its form for new repositories, puts into an empty repository.
 NEUTRAL_FILES = (".gitattributes", "README.md")
+NO_TOKEN = "no access token: run `hf auth login` or set HF_TOKEN to a token with write access."
+OFFLINE = "the client is offline; unset HF_HUB_OFFLINE to push."
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,22 @@ class PushReport:
     left_out: list[str] = field(default_factory=list)
 
 
+def check_target(repo_id: str) -> None:
+    """Finds out, without the network, whether something could be pushed to a repository.
+
+    Raises:
+        ValueError: For a malformed name, a client that is offline, or a missing access token.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"`repo_id` is {repo_id!r}: {one_line(error)}") from error
+    if constants.HF_HUB_OFFLINE:
+        raise ValueError(OFFLINE)
+    if get_token() is None:
+        raise ValueError(NO_TOKEN)
+
+
 def push(upload: Upload, *, token: str | None = None, endpoint: str | None = None, retries: Retries | None = None):
     """Brings a repository to the given files with at most one commit.
 
@@ -115,7 +134,7 @@ def push(upload: Upload, *, token: str | None = None, endpoint: str | None = Non
         raise ValueError(f"`{strangers[0]}` is not a file of a {upload.kind} repository; nothing was uploaded.")
     scan_files(upload.files, [token] if token else [])
     if token is None:
-        raise ValueError("no access token: run `hf auth login` or set HF_TOKEN to a token with write access.")
+        raise ValueError(NO_TOKEN)
     session = _Session(upload, HfApi(endpoint=endpoint, token=token), retries or Retries())
     return session.run()
 
@@ -160,7 +179,7 @@ class _Session:
             except HFValidationError as error:
                 raise ValueError(f"`repo_id` is {self.repo_id!r}: {one_line(error)}") from error
             except OfflineModeIsEnabled as error:
-                raise ValueError("the client is offline; unset HF_HUB_OFFLINE to push.") from error
+                raise ValueError(OFFLINE) from error
             except (HTTP_ERROR, OSError, RuntimeError) as error:
                 cause = http_cause(error)
                 if cause is None:

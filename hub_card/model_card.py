@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import struct
 from collections.abc import Iterable, Mapping
@@ -11,8 +10,9 @@ from string import Template
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from data_scripts.files import write_json, write_text
 from modeling_gppc.evaluation.transfer_scorecard import TRANSFER_FILE, transfer_scorecard
-from modeling_gppc.feature_extraction_gppc import close_matches
+from modeling_gppc.normalization_gppc import close_matches
 
 TEMPLATES = Path(__file__).parent / "templates"
 # Stands for the repository's name until a push replaces it in what it uploads.
@@ -135,6 +135,9 @@ def progress_text(unfinished: Mapping) -> str:
             f"{shown(unfinished['eval_linear_mse'])}), r2 against the gene mean {shown(unfinished['eval_r2'])}."
         )
     return f"{text}\n"
+
+
+NOT_SCORED = "This checkpoint has not been scored yet: `gppc score` does it beside the pairs that it was trained on.\n"
 
 
 def score_tables(results: Mapping) -> str:
@@ -269,11 +272,11 @@ def render_model_card(folder: str | Path) -> str:
     """Renders the card of a run folder.
 
     Args:
-        folder (`str` or `Path`): Holds `config.json`, `preprocessor_config.json`, `results.json` (scores and floors by
-            split) and `run.json` (the facts of [`RUN_FACTS`], and those of [`OPTIONAL_FACTS`] that are known); where
-            that says `unfinished` (`step`, `max_steps` and, if known, `eval_mse`, `eval_linear_mse`, `eval_r2`), there
-            are no results yet and the card says so; also `transfer.json` where screens were
-            scored; see [`add_transfer`].
+        folder (`str` or `Path`): Holds `config.json`, `preprocessor_config.json` and `run.json` (the facts of
+            [`RUN_FACTS`], and those of [`OPTIONAL_FACTS`] that are known); where that says `unfinished` (`step`,
+            `max_steps` and, if known, `eval_mse`, `eval_linear_mse`, `eval_r2`), the card says how far training is.
+            A finished model that was scored has `results.json` (scores and floors by split), and `transfer.json`
+            where screens were scored; see [`add_transfer`].
 
     Returns:
         `str`: The Markdown text with its metadata block.
@@ -287,9 +290,9 @@ def render_model_card(folder: str | Path) -> str:
     run = read_json(folder / "run.json")
     check_run(run)
     unfinished = run.get("unfinished")
-    # A model of a screen has no pairs to be scored on; `gppc evaluate` scores it.
-    scored = not unfinished and not run.get("screen")
+    scored = not unfinished and (folder / "results.json").is_file()
     results = read_results(folder / "results.json") if scored else None
+    why = SCREEN_TEXT if run.get("screen") else NOT_SCORED
     name = portable(str(run.get("name") or "GPPC"))
     data = ModelCardData(
         license="apache-2.0",
@@ -309,7 +312,7 @@ def render_model_card(folder: str | Path) -> str:
         facts=_facts(run, config, folder),
         normalization=normalization,
         target_sum=target_sum,
-        scores=score_tables(results) if results else progress_text(unfinished) if unfinished else SCREEN_TEXT,
+        scores=score_tables(results) if results else progress_text(unfinished) if unfinished else why,
         figures=_figures(folder),
         transfer=_transfer(folder),
         vocab_size=shown(len(preprocessor.get("gene_ids", ()))),
@@ -331,19 +334,10 @@ def add_transfer(folder: str | Path, evaluations: Iterable[str | Path]) -> Path:
         Path of the card.
     """
     folder = Path(folder)
-    text = json.dumps(transfer_scorecard(folder, evaluations), indent=2)
-    write_text(folder / TRANSFER_FILE, f"{text}\n")
+    write_json(transfer_scorecard(folder, evaluations), folder / TRANSFER_FILE)
     return write_model_card(folder)
 
 
 def write_model_card(folder: str | Path) -> Path:
     """Renders the card of a run folder into its `README.md` and returns the path; see [`render_model_card`]."""
-    return write_text(Path(folder) / "README.md", render_model_card(folder))
-
-
-def write_text(path: Path, text: str) -> Path:
-    """Writes a file under a temporary name and moves it into place."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-    return path
+    return write_text(render_model_card(folder), Path(folder) / "README.md")

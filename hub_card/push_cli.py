@@ -1,32 +1,48 @@
 """`gppc push`: a model folder, a pairs folder, the metric or the demo to the Hub."""
 
-import argparse
-import sys
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
-KINDS = ("auto", "model", "dataset", "metric", "demo")
+from data_scripts.command_line import POSITIONAL
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments of `gppc push`."""
-    parser.add_argument("repo_id", help="name, or namespace/name")
-    parser.add_argument("folder", nargs="?", help="model folder or pairs folder; not needed for metric and demo")
-    parser.add_argument("--kind", choices=KINDS, default="auto", help="what to push; found out from the folder")
-    parser.add_argument("--public", action="store_true", help="a new repository is public (default: private)")
-    parser.add_argument("--revision", default="main", help="branch, created when absent (default: main)")
-    parser.add_argument("--tag", help="tag for the result, such as v1")
-    parser.add_argument("--no-create", action="store_true", help="fail when the repository is absent")
-    parser.add_argument("--message", default="Upload with gppc push", help="title of the commit")
-    parser.add_argument("--license", default="other", help="licence identifier for a data set (default: other)")
-    parser.add_argument("--model", help="model repository that the demo asks")
-    parser.add_argument(
-        "--evaluation",
-        nargs="+",
-        default=[],
-        metavar="DIR",
-        help="folders of `gppc evaluate` with this model, for its card; kept in the model folder as transfer.json",
-    )
-    parser.add_argument("--attempts", type=int, default=6, help="attempts after dropped connections, 429 and 5xx")
+@dataclass
+class PushOptions:
+    """
+    What is pushed, and where to.
+
+    Args:
+        repo_id (`str`): Name of the repository, or namespace/name.
+        folder (`str`, *optional*): Model folder or pairs folder; not needed for metric and demo.
+        kind (`str`, *optional*, defaults to `"auto"`): What to push; `auto` finds it out from the folder.
+        public (`bool`, *optional*, defaults to `False`): Make a new repository public.
+        revision (`str`, *optional*, defaults to `"main"`): Branch; created when absent.
+        tag (`str`, *optional*): Tag for the result, such as v1.
+        no_create (`bool`, *optional*, defaults to `False`): Fail when the repository is absent.
+        message (`str`, *optional*): Title of the commit.
+        license (`str`, *optional*, defaults to `"other"`): Licence identifier of a data set.
+        model (`str`, *optional*): Model repository that the demo asks.
+        evaluation (`list[str]`, *optional*): Folders that `gppc evaluate` wrote with this model, for its card; kept in
+            the model folder as transfer.json.
+        attempts (`int`, *optional*, defaults to 6): Attempts after dropped connections, 429 and 5xx.
+    """
+
+    repo_id: str = field(metadata=POSITIONAL)
+    folder: str | None = field(default=None, metadata=POSITIONAL)
+    kind: Literal["auto", "model", "dataset", "metric", "demo"] = "auto"
+    public: bool = False
+    revision: str = "main"
+    tag: str | None = None
+    no_create: bool = False
+    message: str = "Upload with gppc push"
+    license: str = "other"
+    model: str | None = None
+    evaluation: list[str] = field(default_factory=list)
+    attempts: int = 6
+
+
+OPTIONS = (PushOptions,)
 
 
 def find_kind(kind: str, folder: Path | None) -> str:
@@ -54,7 +70,7 @@ def find_kind(kind: str, folder: Path | None) -> str:
     return "model" if is_model else "dataset"
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: PushOptions) -> None:
     """Pushes and says in a few lines what happened."""
     folder = None if arguments.folder is None else Path(arguments.folder)
     kind = find_kind(arguments.kind, folder)
@@ -92,5 +108,4 @@ def run(arguments: argparse.Namespace) -> int:
     if report.left_out:
         shown = ", ".join(report.left_out[:5]) + (", ..." if len(report.left_out) > 5 else "")
         lines.append(f"not uploaded: {shown}")
-    sys.stdout.write("\n".join(lines) + "\n")
-    return 0
+    print("\n".join(lines))

@@ -10,18 +10,29 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hub_card.hub_upload import Retries
+from data_scripts.files import write_json
+from hub_card.hub_upload import Retries, check_target
 from hub_card.model_card import write_model_card
 from hub_card.push import push_model
-from modeling_gppc.feature_extraction_gppc import GppcFeatureExtractor
-from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
+from modeling_gppc import GppcFeatureExtractor, GppcForPerturbationPrediction
 from modeling_gppc.pipeline_gppc import PerturbationPredictionPipeline
-from modeling_gppc.training.run_folder import write_json
 
 logger = logging.getLogger(__name__)
 # Where the files of an upload wait, in the run's folder: the checkpoint itself may be gone before they are sent.
 STAGED = ".hub"
 VALIDATION = ("eval_mse", "eval_linear_mse", "eval_r2")
+
+
+def check_push(repo_id: str | None, strategy: str) -> None:
+    """Finds out before training whether what was asked for could be pushed.
+
+    Raises:
+        ValueError: As [`~hub_card.hub_upload.check_target`], or for a strategy without a repository.
+    """
+    if repo_id is not None:
+        check_target(repo_id)
+    elif strategy != "end":
+        raise ValueError(f"`--hub_strategy` {strategy} needs `--push_to_hub REPO`.")
 
 
 class HubPush(TrainerCallback):
@@ -87,8 +98,8 @@ class HubPush(TrainerCallback):
                 "step %d was not pushed (training goes on, the next push brings everything): %s", step, error
             )
 
-    def finish(self, output_dir: str | Path) -> None:
-        """Waits for the upload under way and clears its files; call it before the finished model is pushed."""
+    def on_train_end(self, args, state, control, **kwargs):
+        """Waits for the upload under way and clears its files, before the finished model is pushed."""
         if self._upload is not None:
             self._upload.join()
-            shutil.rmtree(Path(output_dir) / STAGED, ignore_errors=True)
+            shutil.rmtree(Path(args.output_dir) / STAGED, ignore_errors=True)

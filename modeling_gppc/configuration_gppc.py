@@ -1,5 +1,7 @@
 """Configuration of a GPPC model."""
 
+import math
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
@@ -71,17 +73,17 @@ class GppcConfig(PreTrainedConfig):
             above zero disables the fused kernels on CPU.
         num_factors (`int`, *optional*, defaults to 32): Shared factors of the linear response.
         num_components (`int`, *optional*, defaults to 16): Unsupervised cell states of the linear response, each of
-            which responds linearly; 1 is the plain conditional Gaussian.
+            which responds linearly; with 1 it is the conditional Gaussian.
         num_references (`int`, *optional*, defaults to 1000): Training pairs of each pairing that are kept, as factors,
-            to tell which imposed levels are familiar; elsewhere the prediction returns to one Gaussian. 0: it never does.
+            to tell which imposed levels are familiar, see [`GppcFamiliarity`]. With 0 all are.
         use_screen_response (`bool`, *optional*, defaults to `False`): The model was fitted on a CRISPR screen, see
             [`GppcScreenResponse`].
         num_perturbations (`int`, *optional*, defaults to 0): Perturbations of the screen that were seen.
         num_members (`int`, *optional*, defaults to 1): Most genes that one of them perturbs.
         num_targets (`int`, *optional*, defaults to 0): Genes that may be asked about without being measured.
-        use_linear_response (`bool`, *optional*, defaults to `True`): Predict linear response + learned departure;
-            otherwise gene mean + learned departure.
-        use_departure (`bool`, *optional*, defaults to `True`): Learn a departure from the linear response at all.
+        use_linear_response (`bool`, *optional*, defaults to `True`): Predict linear response + network's contribution;
+            otherwise gene mean + network's contribution.
+        use_departure (`bool`, *optional*, defaults to `True`): Add the network's contribution at all.
         pairings (`list[str]`, *optional*): Names of the contexts that the two cells of a training pair may share.
         default_pairing (`str`, *optional*, defaults to `"same_type"`): The context assumed when none is given.
         variance_loss_weight (`float`, *optional*, defaults to 0.1): Weight of the variance's likelihood in the loss.
@@ -151,24 +153,22 @@ class GppcConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Checks that sizes fit each other; called by `@strict` after construction."""
+        bounds = {
+            (1, math.inf): "vocab_size hidden_size num_latents readout_size num_attention_heads intermediate_size "
+            "num_factors num_components num_members",
+            (0, math.inf): "encoder_layers decoder_layers num_references num_perturbations num_targets "
+            "variance_loss_weight initializer_range layer_norm_eps",
+            (0, 1): "hidden_dropout_prob attention_probs_dropout_prob",
+        }
+        for (least, below), names in bounds.items():
+            for name in names.split():
+                if not least <= getattr(self, name) < below:
+                    raise ValueError(f"`{name}` is {getattr(self, name)}; wanted at least {least} and below {below}.")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"`hidden_size` is {self.hidden_size}; wanted a multiple of `num_attention_heads` "
                 f"({self.num_attention_heads})."
             )
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "num_latents",
-            "readout_size",
-            "num_factors",
-            "num_components",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; wanted at least 1.")
-        for name, least in (("num_references", 0), ("num_perturbations", 0), ("num_targets", 0), ("num_members", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; wanted at least {least}.")
 
 
 __all__ = ["GppcConfig"]

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from transformers import AutoModel, Pipeline
 
-from .feature_extraction_gppc import close_matches
+from .normalization_gppc import close_matches
 
 TASK = "perturbation-prediction"
 OPTIONS = ("top_k", "batch_size")

@@ -51,7 +51,7 @@ def test_every_command_exists():
 
 
 def test_every_shipped_run_is_named():
-    configs = Path(cli.__file__).parent / "training" / "configs"
+    configs = Path(__file__).parents[1] / "modeling_gppc" / "training" / "configs"
     table = README.split("| `--config` |")[1].split("\n\n")[0]
     named = set(re.findall(r"^\| `([a-z_]+)` \|", table, flags=re.M))
     assert named == {path.stem for path in configs.glob("*.yaml")}

@@ -4,12 +4,9 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import AutoFeatureExtractor, AutoModel
 
 from hub_card.model_card import write_model_card
-from modeling_gppc.configuration_gppc import GppcConfig
-from modeling_gppc.feature_extraction_gppc import GppcFeatureExtractor
-from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
+from modeling_gppc import GppcConfig, GppcFeatureExtractor, GppcForPerturbationPrediction
 from modeling_gppc.pipeline_gppc import PerturbationPredictionPipeline
 
 GENES = [f"ENSG{index:011d}" for index in range(12)]
@@ -56,9 +53,6 @@ def tiny_pipeline(seed: int = 0, **options) -> PerturbationPredictionPipeline:
 
 def write_model_folder(folder: Path, seed: int = 0) -> Path:
     """What training leaves behind: weights, code, scores, facts and card, and things that must not be uploaded."""
-    for cls, auto in ((GppcForPerturbationPrediction, AutoModel), (GppcFeatureExtractor, AutoFeatureExtractor)):
-        cls.register_for_auto_class(auto.__name__)
-    GppcConfig.register_for_auto_class()
     tiny_pipeline(seed).save_pretrained(folder)
     scores = {"mse": 0.25 + seed, "mse_ci95": [0.2, 0.3], "r2": 0.5, "pearson_delta": 0.75}
     mean = {"mse": 0.5, "mse_ci95": [0.4, 0.6], "r2": 0.0, "pearson_delta": None}

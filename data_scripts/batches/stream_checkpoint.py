@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-from data_scripts.pairs.pair_folder import write_bytes_atomically
+from data_scripts.files import write_json
 
 # Streams are instances of data_scripts.batches.stream_pairs.PairStream, which is not imported: it brings the SOMA libraries.
 
@@ -17,8 +17,7 @@ def stream_file(rank: int) -> str:
 
 def save_stream(stream, checkpoint: str | Path, n_batches: int | None = None) -> None:
     """Writes where the stream stands, or stood after `n_batches` of its batches, into a checkpoint."""
-    content = json.dumps(stream.state_dict(n_batches)).encode()
-    write_bytes_atomically(content, Path(checkpoint) / stream_file(stream.rank))
+    write_json(stream.state_dict(n_batches), Path(checkpoint) / stream_file(stream.rank))
 
 
 def restore_stream(stream, checkpoint: str | Path) -> None:

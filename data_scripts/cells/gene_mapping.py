@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from modeling_gppc.feature_extraction_gppc import close_matches
+from modeling_gppc.normalization_gppc import close_matches
 
 # Census name -> (label, NCBI taxonomy id, prefix of its Ensembl gene ids).
 ORGANISMS = {

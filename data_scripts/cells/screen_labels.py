@@ -6,7 +6,7 @@ import re
 import numpy as np
 
 from data_scripts.cells.screen_options import ScreenOptions
-from modeling_gppc.feature_extraction_gppc import close_matches
+from modeling_gppc.normalization_gppc import close_matches
 
 CONTROL_WORDS = frozenset(
     [

@@ -1,9 +1,9 @@
 """Options of reading a CRISPR screen, and the column names that the usual collections use."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from modeling_gppc.feature_extraction_gppc import close_matches
+from modeling_gppc.normalization_gppc import close_matches
 
 # Names by which the usual collections (scPerturb, pertpy, cell-eval, GEARS, Census) call their columns, best first.
 STANDARD_COLUMNS = {
@@ -98,20 +98,3 @@ def find_column(names: Sequence[str], kind: str, given: str | None, required: bo
         wanted = ", ".join(STANDARD_COLUMNS[kind][:6])
         raise ValueError(f"`{kind}_column` is not given and obs has none of {wanted}{close_matches(wanted, names)}.")
     return None
-
-
-def options_from_flags(**flags) -> ScreenOptions:
-    """[`ScreenOptions`] from command-line values; `label_genes` and `guide_efficiency` as `LABEL=VALUE` texts."""
-    pairs: Mapping[str, type] = {"label_genes": str, "guide_efficiency": float}
-    for name, kind in pairs.items():
-        entries = {}
-        for text in flags.get(name) or ():
-            key, equals, value = text.partition("=")
-            try:
-                entries[key] = kind(value)
-            except ValueError:
-                equals = ""
-            if not equals or not key:
-                raise ValueError(f"`{name}` {text!r} is not LABEL={'GENE' if kind is str else 'SHARE'}.")
-        flags[name] = entries
-    return ScreenOptions(**flags)

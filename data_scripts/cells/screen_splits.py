@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from data_scripts.cells.screens import Screen
-from modeling_gppc.feature_extraction_gppc import close_matches
+from modeling_gppc.normalization_gppc import close_matches
 
 
 @dataclasses.dataclass
@@ -96,7 +96,7 @@ def held_out_group(screen: Screen, column: str, value: str) -> Fold:
 
 
 def group_folds(screen: Screen, hold_out: str) -> list[Fold]:
-    """Folds of `--hold-out`: `"batch"` or `"cell_line"` holds out each in turn, `"batch=NAME"` that one.
+    """Folds of `--hold_out`: `"batch"` or `"cell_line"` holds out each in turn, `"batch=NAME"` that one.
 
     Raises:
         ValueError: If there is no such column or group, or only one group.

@@ -9,7 +9,7 @@ import scipy.sparse
 
 from data_scripts.cells.screen_labels import CONTROL, Perturbation, read_labels
 from data_scripts.cells.screen_options import ScreenOptions, find_column
-from modeling_gppc.feature_extraction_gppc import check_raw_counts, close_matches, normalize_counts
+from modeling_gppc.normalization_gppc import check_raw_counts, close_matches, normalize_counts
 
 # Covariates that are batches: 1 in the cells of one, 0 in all others.
 BATCH_PREFIX = "batch "

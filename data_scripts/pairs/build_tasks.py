@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import functools
-import io
 import json
 import multiprocessing
 import os
@@ -15,8 +14,9 @@ import numpy as np
 import pyarrow as pa
 from tqdm.auto import tqdm
 
+from data_scripts.files import write_atomically, write_json
 from data_scripts.pairs.gene_selection import PanelPart, count_genes
-from data_scripts.pairs.pair_folder import write_bytes_atomically, write_table_atomically
+from data_scripts.pairs.pair_folder import write_table_atomically
 from data_scripts.pairs.pair_plan import PairPlan, digest_of
 from data_scripts.pairs.pair_shard import ShardRows, gene_moments, read_shard_values
 from data_scripts.pairs.schema import PAIR_SCHEMA, SPLITS
@@ -83,8 +83,7 @@ def build_shard(out: str, identity: str, index: int) -> None:
     if train_rows is not None:
         rows.report.pop(SPLITS[0], None)  # not all were counted
     _write_npz(plan.work / f"shard-{index:05d}.npz", gene_moments(values, cells.split == 0))
-    content = json.dumps({"files": files, "report": rows.report})
-    write_bytes_atomically(content.encode(), plan.work / f"shard-{index:05d}.json")
+    write_json({"files": files, "report": rows.report}, plan.work / f"shard-{index:05d}.json")
 
 
 def first_rows(batches: Iterator[pa.RecordBatch], n: int) -> Iterator[pa.RecordBatch]:
@@ -105,9 +104,8 @@ def shard_done(plan: PairPlan, index: int) -> bool:
 
 
 def _write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    write_bytes_atomically(buffer.getvalue(), path)
+    with write_atomically(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)
 
 
 def _end_with_parent(parent: int) -> None:

@@ -13,6 +13,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
+from data_scripts.files import write_json
 from data_scripts.pairs.build_tasks import build_shard, count_part, load_part, run_tasks, shard_done
 from data_scripts.pairs.gene_selection import find_genes, read_gene_list, select_genes
 from data_scripts.pairs.pair_folder import MANIFEST, PairFolder, finish_pair_folder, read_table
@@ -145,7 +146,7 @@ def choose_genes(plan: PairPlan, num_proc: int, progress: bool, dask: str | None
             raise ValueError("`splits` leave no cell for training, so no gene panel can be chosen; change the rules.")
         parts = (load_part(plan, index) for index in range(plan.n_shards))
         genes, steps = select_genes(parts, cells_per_dataset, plan.measured, selected, options)
-    (plan.work / "panel.json").write_text(json.dumps(steps))
+    write_json(steps, plan.work / "panel.json")
     write_array(plan.work / "genes.npy", genes.astype(np.int64))
     if not any(mask.any() for mask in plan.revealable):
         raise ValueError("`perturbation` allows none of the panel's genes; name genes of the panel.")
@@ -164,7 +165,8 @@ def finish(plan: PairPlan) -> None:
     if sampled:
         report["splits"] = {SPLITS[0]: {"cells": plan.n_training_cells}, **report["splits"]}
     if not any(entry["n_pairs"] for entry in splits.values()):
-        raise ValueError(f"no cell found a partner ({report['splits']}); relax `pairings` or `min_shared_genes`.")
+        reasons = sorted({reason for entry in report["splits"].values() for reason in entry["cells_unpaired"]})
+        raise ValueError(f"no cell found a partner ({', '.join(reasons)}); relax `pairings` or `min_shared_genes`.")
     options = dataclasses.asdict(plan.options)
     finish_pair_folder(
         plan.out,
@@ -179,6 +181,7 @@ def finish(plan: PairPlan) -> None:
             "options": options,
             "identity": plan.content["identity"],
             "splits": splits,
+            "split_by": plan.content["split_by"],
             "report": report,
             **({"train_split": "a random sample of the pairs; training streams all of them"} if sampled else {}),
         },

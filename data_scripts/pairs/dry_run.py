@@ -1,4 +1,4 @@
-"""`gppc build-pairs --dry-run`: what a build would give and take, from the labels and a few blocks of cells."""
+"""`gppc build-pairs --dry_run`: what a build would give and take, from the labels and a few blocks of cells."""
 
 import time
 

@@ -9,7 +9,7 @@ import pandas as pd
 
 from data_scripts.pairs.pair_options import PanelOptions
 from data_scripts.store.cell_stream import CellStream, check_values, normalize_block
-from modeling_gppc.feature_extraction_gppc import close_matches
+from modeling_gppc.normalization_gppc import close_matches
 
 DISPERSION_BINS = 20
 

@@ -11,15 +11,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
+from data_scripts.files import write_json
 from data_scripts.pairs.schema import GENE_SCHEMA, PAIR_SCHEMA, PANEL_SCHEMA, SCHEMA_VERSION, SPLITS
 from data_scripts.pairs.shard_files import (
     file_digest,
     read_decoded,
     read_table,
-    write_bytes_atomically,
     write_table_atomically,
 )
-from modeling_gppc.feature_extraction_gppc import close_matches
+from modeling_gppc.normalization_gppc import close_matches
 
 MANIFEST = "manifest.json"
 FILE_FORMATS = ("arrow", "parquet")
@@ -105,7 +105,7 @@ def finish_pair_folder(path: str | Path, genes: pa.Table, panels: np.ndarray, ma
         **manifest,
         "digest": hashlib.blake2b("|".join(digests).encode(), digest_size=16).hexdigest(),
     }
-    write_bytes_atomically((json.dumps(content, indent=2) + "\n").encode(), path / MANIFEST)
+    write_json(content, path / MANIFEST)
 
 
 class PairFolder:
@@ -183,6 +183,11 @@ class PairFolder:
     def splits(self) -> list[str]:
         """Names of the splits that hold pairs."""
         return [name for name in SPLITS if self.manifest["splits"].get(name, {}).get("n_pairs", 0) > 0]
+
+    def describe_splits(self) -> str:
+        """One line: what the splits were made by, and the pairs of each."""
+        counts = ", ".join(f"{name} {self.manifest['splits'][name]['n_pairs']:,} pairs" for name in self.splits)
+        return f"Splits by {self.manifest.get('split_by', 'whoever wrote the pairs')}: {counts}."
 
     def split(self, name: str) -> pa.Table:
         """Rows of a split in `PAIR_SCHEMA`: memory-mapped shards, one after the other, nothing copied.

@@ -1,10 +1,11 @@
 """Options of `gppc build-pairs`: what to read, which genes, which partners, what is revealed, which split."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from data_scripts.options import Count, CountOrZero, NotNegative, Positive, Range, Seed, Share, check_numbers
 from data_scripts.pairs.schema import SPLITS
-from modeling_gppc.feature_extraction_gppc import close_matches
+from modeling_gppc.normalization_gppc import close_matches
 
 
 def _check(condition: bool, name: str, value, wanted: str) -> None:
@@ -36,7 +37,7 @@ class QueryOptions:
     var_filter: str | None = None
     layer: Literal["raw", "normalized", "log_values"] = "raw"
     normalization: Literal["log1p", "log_tpm", "none"] = "log1p"
-    target_sum: float = 10_000.0
+    target_sum: Positive = 10_000.0
 
     def __post_init__(self):
         if self.uri is not None and self.census_version is not None:
@@ -44,7 +45,7 @@ class QueryOptions:
                 f"`uri` is {self.uri!r} and `census_version` is {self.census_version!r}; give one of them: a store of "
                 "your own or a release of the public Census."
             )
-        _check(self.target_sum > 0, "target_sum", self.target_sum, "a positive number")
+        check_numbers(self)
         if (self.layer == "log_values") != (self.normalization == "none"):
             raise ValueError(
                 f"`normalization` is {self.normalization!r} with `layer` {self.layer!r}; log values are used as they "
@@ -75,16 +76,14 @@ class PanelOptions:
     """
 
     rule: Literal["common", "variable", "all", "file"] = "common"
-    n_genes: int | None = None
-    min_measured: float = 0.0
-    min_expressed: float = 0.0
+    n_genes: Count | None = None
+    min_measured: Share = 0.0
+    min_expressed: Share = 0.0
     dataset_weighting: Literal["equal", "cells"] = "equal"
     file: str | None = None
 
     def __post_init__(self):
-        _check(self.n_genes is None or self.n_genes > 0, "n_genes", self.n_genes, "a positive number of genes")
-        for name in ("min_measured", "min_expressed"):
-            _check(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a share between 0 and 1")
+        check_numbers(self)
         if (self.rule == "file") != (self.file is not None):
             raise ValueError(f"`file` is {self.file!r} with `rule` {self.rule!r}; a file is given with `rule: file`.")
         if self.n_genes is not None and self.rule in ("all", "file"):
@@ -105,11 +104,11 @@ class PairingOptions:
     """
 
     keys: list[str]
-    weight: float = 1.0
+    weight: Positive = 1.0
     different: list[str] = field(default_factory=list)
 
     def __post_init__(self):
-        _check(self.weight > 0, "weight", self.weight, "a positive number")
+        check_numbers(self)
         both = sorted(set(self.keys) & set(self.different))
         if both:
             raise ValueError(f"`different` names {both[0]!r}, which `keys` holds equal; name it once.")
@@ -139,16 +138,15 @@ class MatchingOptions:
     """
 
     pairings: dict[str, PairingOptions] = field(default_factory=default_pairings)
-    pairs_per_cell: int = 1
+    pairs_per_cell: Count = 1
     policy: Literal["random", "nearest", "farthest"] = "random"
-    min_shared_genes: int = 1
+    min_shared_genes: Count = 1
     both_directions: bool = False
-    pseudobulk: int = 1
+    pseudobulk: Count = 1
 
     def __post_init__(self):
+        check_numbers(self)
         _check(len(self.pairings) > 0, "pairings", self.pairings, "at least one pairing")
-        for name in ("pairs_per_cell", "min_shared_genes", "pseudobulk"):
-            _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
 
 
 @dataclass(frozen=True)
@@ -160,7 +158,7 @@ class PerturbationOptions:
         distribution (`str`, *optional*, defaults to `"uniform"`): Number of genes: `uniform` between the two bounds,
             `geometric` from `min_genes` on (mean `mean_genes`, cut at `max_genes`) or `fixed` at `max_genes`.
         min_genes (`int`, *optional*, defaults to 1): 0 allows pairs with nothing revealed.
-        max_genes (`int`, *optional*, defaults to 5).
+        max_genes (`int`, *optional*, defaults to 5): At most so many.
         mean_genes (`float`, *optional*, defaults to 2): For `geometric`.
         weighting (`str`, *optional*, defaults to `"uniform"`): Genes differing between the cells are drawn `uniform`
             or in proportion to their absolute `change`.
@@ -169,16 +167,18 @@ class PerturbationOptions:
     """
 
     distribution: Literal["uniform", "geometric", "fixed"] = "uniform"
-    min_genes: int = 1
-    max_genes: int = 5
-    mean_genes: float = 2.0
+    min_genes: CountOrZero = 1
+    max_genes: Count = 5
+    mean_genes: NotNegative = 2.0
     weighting: Literal["uniform", "change"] = "uniform"
     genes: list[str] | None = None
     genes_file: str | None = None
 
     def __post_init__(self):
-        _check(self.min_genes >= 0, "min_genes", self.min_genes, "0 or more")
-        _check(self.max_genes >= max(1, self.min_genes), "max_genes", self.max_genes, "at least 1 and `min_genes`")
+        check_numbers(self)
+        _check(
+            self.max_genes >= self.min_genes, "max_genes", self.max_genes, f"at least `min_genes` ({self.min_genes})"
+        )
         if self.distribution == "geometric":
             wanted = f"a number above `min_genes` ({self.min_genes})"
             _check(self.mean_genes > self.min_genes, "mean_genes", self.mean_genes, wanted)
@@ -201,9 +201,10 @@ class SplitRule:
     where: dict[str, Any] = field(default_factory=dict)
     split: str | None = None
     by: str | None = None
-    fractions: dict[str, float] = field(default_factory=dict)
+    fractions: dict[str, Share] = field(default_factory=dict)
 
     def __post_init__(self):
+        check_numbers(self)
         if (self.split is None) == (self.by is None):
             raise ValueError(f"`rules` entry has `split` {self.split!r} and `by` {self.by!r}; give one of them.")
         if (self.by is None) != (not self.fractions):
@@ -213,13 +214,7 @@ class SplitRule:
                 raise ValueError(
                     f"`rules` names split {name!r}; wanted {', '.join(SPLITS)}{close_matches(name, SPLITS)}"
                 )
-        good = all(0 <= share <= 1 for share in self.fractions.values()) and sum(self.fractions.values()) <= 1 + 1e-9
-        _check(good, "fractions", self.fractions, "shares between 0 and 1 that sum to at most 1")
-
-
-def default_split_rules() -> list[SplitRule]:
-    """Donors are shared out, so that no test donor was seen in training."""
-    return [SplitRule(by="donor_id", fractions={"test": 0.1, "validation": 0.1})]
+        _check(sum(self.fractions.values()) <= 1 + 1e-9, "fractions", self.fractions, "shares that sum to at most 1")
 
 
 @dataclass(frozen=True)
@@ -228,20 +223,21 @@ class SplitOptions:
     Which cells are for training, validation and test.
 
     Args:
-        rules (`list[SplitRule]`, *optional*): In order; default: a tenth of the donors each for validation and test.
+        rules (`list[SplitRule]`, *optional*): In order. Without any, whole donors are held out where there are enough,
+            else single cells: see `default_rules` in `splits.py`.
         held_out_genes (`dict[str, float]`, *optional*): Split -> share of genes (by stable hash) that are revealed in
             pairs of that split only.
         seed (`int`, *optional*, defaults to 0): Part of every hash.
     """
 
-    rules: list[SplitRule] = field(default_factory=default_split_rules)
-    held_out_genes: dict[str, float] = field(default_factory=dict)
-    seed: int = 0
+    rules: list[SplitRule] | None = None
+    held_out_genes: dict[str, Annotated[float, Range(0, 1, below=True)]] = field(default_factory=dict)
+    seed: Seed = 0
 
     def __post_init__(self):
-        for name, share in self.held_out_genes.items():
+        check_numbers(self)
+        for name in self.held_out_genes:
             _check(name in SPLITS[1:], "held_out_genes", name, "the split `validation` or `test`")
-            _check(0 <= share < 1, "held_out_genes", share, "a share between 0 and 1")
 
 
 @dataclass(frozen=True)
@@ -263,9 +259,9 @@ class PairOptions:
     matching: MatchingOptions = field(default_factory=MatchingOptions)
     perturbation: PerturbationOptions = field(default_factory=PerturbationOptions)
     splits: SplitOptions = field(default_factory=SplitOptions)
-    seed: int = 0
-    shard_cells: int = 16_384
+    seed: Seed = 0
+    shard_cells: Annotated[int, Range(2)] = 16_384
     file_format: Literal["auto", "arrow", "parquet"] = "auto"
 
     def __post_init__(self):
-        _check(self.shard_cells >= 2, "shard_cells", self.shard_cells, "at least 2 cells")
+        check_numbers(self)

@@ -11,13 +11,14 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
+from data_scripts.files import write_atomically, write_json
 from data_scripts.options import from_mapping
 from data_scripts.pairs.gene_selection import find_genes, gene_lengths_of, read_gene_list
-from data_scripts.pairs.pair_folder import MANIFEST, write_bytes_atomically, write_table_atomically
+from data_scripts.pairs.pair_folder import MANIFEST, write_table_atomically
 from data_scripts.pairs.pair_options import PairOptions
 from data_scripts.pairs.pair_shard import CellTable
 from data_scripts.pairs.schema import CONTEXT_COLUMNS, SCHEMA_VERSION, SPLITS
-from data_scripts.pairs.splits import assign_splits, columns_of, held_out_gene_split
+from data_scripts.pairs.splits import assign_splits, columns_of, default_rules, describe_rules, held_out_gene_split
 from data_scripts.store.cell_stream import tile_boundary
 from data_scripts.store.census_query import CellQuery, open_experiment, open_query
 
@@ -216,15 +217,21 @@ class PairPlan:
             written["query"]["uri"] = str(Path(options.query.uri).resolve())
         if "census_version" in query.source:
             written["query"]["census_version"] = query.source["census_version"]  # the alias may move meanwhile
+        split_by = "the given rules"
+        if options.splits.rules is None:
+            rules = default_rules(query.obs, options.splits.seed)
+            written["splits"]["rules"] = [dataclasses.asdict(rule) for rule in rules]
+            split_by = describe_rules(rules)
         content = {
             "identity": identity,
             "options": written,
+            "split_by": split_by,
             "source": query.source,
             "dataset_ids": dataset_ids,
             "n_cells": len(query.obs),
             "bounds": shard_bounds(query.obs["soma_joinid"].to_numpy(), options.shard_cells).tolist(),
         }
-        write_bytes_atomically((json.dumps(content) + "\n").encode(), work / PLAN)
+        write_json(content, work / PLAN)
         return cls(out)
 
     @cached_property
@@ -324,8 +331,5 @@ class PairPlan:
 
 def write_array(path: Path, array: np.ndarray) -> None:
     """Writes a `.npy` file atomically."""
-    import io
-
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    write_bytes_atomically(buffer.getvalue(), path)
+    with write_atomically(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, array, allow_pickle=False)

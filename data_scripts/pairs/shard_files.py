@@ -3,8 +3,6 @@
 import fcntl
 import hashlib
 import io
-import os
-import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,20 +11,9 @@ import pyarrow.parquet as pq
 import xxhash
 from huggingface_hub.constants import HF_HOME
 
+from data_scripts.files import write_atomically
+
 DECODED_ROWS = 1_024  # decoded at once
-
-
-def write_bytes_atomically(content: bytes, path: str | Path) -> None:
-    """Writes `content` under a temporary name beside `path` and renames it: a reader sees all of it or nothing."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_table_atomically(batches: Iterable[pa.RecordBatch], schema: pa.Schema, path: str | Path) -> dict:
@@ -43,20 +30,13 @@ def write_table_atomically(batches: Iterable[pa.RecordBatch], schema: pa.Schema,
         `dict` with `n_rows`, `n_bytes` and `digest` of the file.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     n_rows = 0
-    try:
-        with HashedFile(temporary) as file:
-            with pa.PythonFile(file, "w") as sink, shard_writer(sink, schema, path.suffix) as writer:
-                for batch in batches:
-                    writer.write_batch(batch)
-                    n_rows += batch.num_rows
-            summary = {"n_rows": n_rows, "n_bytes": file.tell(), "digest": file.digest()}
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return summary
+    with write_atomically(path) as temporary, HashedFile(temporary) as file:
+        with pa.PythonFile(file, "w") as sink, shard_writer(sink, schema, path.suffix) as writer:
+            for batch in batches:
+                writer.write_batch(batch)
+                n_rows += batch.num_rows
+        return {"n_rows": n_rows, "n_bytes": file.tell(), "digest": file.digest()}
 
 
 class HashedFile(io.RawIOBase):

@@ -7,9 +7,11 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from data_scripts.pairs.pair_options import SplitOptions
+from data_scripts.pairs.pair_options import SplitOptions, SplitRule
 from data_scripts.pairs.schema import SPLITS
-from modeling_gppc.feature_extraction_gppc import close_matches
+from modeling_gppc.normalization_gppc import close_matches
+
+HELD_OUT = 0.1  # of the cells, at least, for test and as many again for validation, where no rules are given
 
 
 def stable_uniform(seed: int, column: str, values: Sequence) -> np.ndarray:
@@ -27,8 +29,42 @@ def stable_uniform(seed: int, column: str, values: Sequence) -> np.ndarray:
 
 def columns_of(options: SplitOptions) -> list[str]:
     """Columns of obs that the rules read; `cell` stands for the cell's own identifier."""
-    names = [name for rule in options.rules for name in [*rule.where, rule.by] if name is not None]
+    names = [name for rule in options.rules or () for name in [*rule.where, rule.by] if name is not None]
     return list(dict.fromkeys(names))
+
+
+def default_rules(obs: pd.DataFrame, seed: int) -> list[SplitRule]:
+    """Rules for cells that come without: whole donors for test and validation where donors suffice, else single cells.
+
+    Donors are taken in the order of their hash until they hold a tenth of the cells for test, then until they hold
+    another tenth for validation. They suffice if at least half of the cells are left for training: four donors of
+    equal size do, three do not.
+
+    Args:
+        obs (`pd.DataFrame`): Cells, with `donor_id`.
+        seed (`int`): Part of the hash.
+    """
+    donors, sizes = np.unique(obs["donor_id"].astype(str), return_counts=True)
+    order = np.argsort(stable_uniform(seed, "donor_id", donors.tolist()))
+    share = np.cumsum(sizes[order]) / len(obs)
+    test = int(np.searchsorted(share, HELD_OUT)) + 1
+    both = int(np.searchsorted(share, share[test - 1] + HELD_OUT)) + 1
+    if both > len(donors) or share[both - 1] > 0.5:
+        return [SplitRule(by="cell", fractions={"test": HELD_OUT, "validation": HELD_OUT})]
+    names = donors[order].tolist()
+    return [
+        SplitRule(where={"donor_id": names[:test]}, split="test"),
+        SplitRule(where={"donor_id": names[test:both]}, split="validation"),
+    ]
+
+
+def describe_rules(rules: Sequence[SplitRule]) -> str:
+    """What [`default_rules`] chose, for people."""
+    if rules[0].by == "cell":
+        return "single cells, for there are too few donors"
+    held_out = [(rule.split, rule.where["donor_id"]) for rule in rules]
+    shown = [f"{split} {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}" for split, names in held_out]
+    return f"whole donors ({'; '.join(shown)})"
 
 
 def assign_splits(obs: pd.DataFrame, options: SplitOptions) -> np.ndarray:
@@ -37,7 +73,7 @@ def assign_splits(obs: pd.DataFrame, options: SplitOptions) -> np.ndarray:
     Args:
         obs (`pd.DataFrame`): Cells, with the columns the rules name; `cell` is `observation_joinid` within its data
             set where obs has it (it survives new releases of a store), else `soma_joinid`.
-        options (`SplitOptions`): The rules.
+        options (`SplitOptions`): The rules; without any those of [`default_rules`].
 
     Returns:
         `np.ndarray` of int8, shape `(n_obs,)`: index into `SPLITS`.
@@ -50,7 +86,7 @@ def assign_splits(obs: pd.DataFrame, options: SplitOptions) -> np.ndarray:
     # Share of each column's hash range that earlier rules tried and passed on; the rest is spread over [0, 1) again,
     # so that a second rule by the same column takes its share of what the first one left.
     passed: dict[str, np.ndarray] = {}
-    for rule in options.rules:
+    for rule in default_rules(obs, options.seed) if options.rules is None else options.rules:
         chosen = (split < 0) & _matches(obs, rule.where)
         if rule.split is not None:
             split[chosen] = SPLITS.index(rule.split)

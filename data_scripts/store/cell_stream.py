@@ -13,7 +13,7 @@ import scipy.sparse as sp
 import tiledbsoma
 
 from data_scripts.pairs.pair_options import QueryOptions
-from modeling_gppc.feature_extraction_gppc import check_raw_counts, normalize_counts
+from modeling_gppc.normalization_gppc import check_raw_counts, normalize_counts
 
 Item = TypeVar("Item")
 BLOCK_CELLS = 2_048

@@ -13,7 +13,7 @@ import tiledbsoma
 
 from data_scripts.pairs.pair_options import QueryOptions
 from data_scripts.store.freed_memory import keep_freed_memory
-from modeling_gppc.feature_extraction_gppc import close_matches
+from modeling_gppc.normalization_gppc import close_matches
 
 # Small buffers are filled, copied and filled again, and few tiles are decoded ahead: most time of a reader that takes
 # more goes into fresh memory.

@@ -12,7 +12,7 @@ from scipy import sparse
 
 from data_scripts.cells.gene_mapping import find_column, named_column
 from data_scripts.store.census_layout import VALUES_PER_WRITE
-from modeling_gppc.feature_extraction_gppc import close_matches
+from modeling_gppc.normalization_gppc import close_matches
 
 DATASET_NAMES = ("dataset_id", "dataset")
 

@@ -23,10 +23,11 @@ from data_scripts.cells.gene_mapping import (
     read_gene_table,
     shared_symbols,
 )
+from data_scripts.files import write_atomically
 from data_scripts.store import census_layout
 from data_scripts.store.census_source import CensusSource, row_blocks, sources_from_file
 from data_scripts.store.obs_columns import census_obs, find_obs_columns, library_sizes
-from modeling_gppc.feature_extraction_gppc import check_raw_counts, close_matches
+from modeling_gppc.normalization_gppc import check_raw_counts, close_matches
 
 __all__ = ["CensusReport", "CensusSource", "sources_from_file", "write_census"]
 
@@ -61,11 +62,9 @@ class CensusReport:
 
     def write_genes(self, path: str | Path) -> Path:
         """Writes `genes` as CSV and returns the path."""
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        self.genes.to_csv(temporary, index=False)
-        os.replace(temporary, path)
-        return path
+        with write_atomically(path) as temporary:
+            self.genes.to_csv(temporary, index=False)
+        return Path(path)
 
     def summary(self, n_examples: int = 5) -> str:
         """A few lines for people: what was written, and which genes could not be mapped."""

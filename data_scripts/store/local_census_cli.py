@@ -1,84 +1,97 @@
 """`gppc make-census`: AnnData files into a local store in Census layout."""
 
-import argparse
+import dataclasses
 from pathlib import Path
+from typing import Literal
 
-from data_scripts.cells.gene_mapping import ORGANISMS, UNMAPPED
-
-# flag -> (argument of CensusSource, what it names)
-SOURCE_FLAGS = {
-    "--cell-type-key": ("cell_type_key", "obs column with the cell type"),
-    "--donor-key": ("donor_key", "obs column with the donor"),
-    "--assay-key": ("assay_key", "obs column with the assay"),
-    "--tissue-key": ("tissue_key", "obs column with the tissue"),
-    "--sex-key": ("sex_key", "obs column with the sex"),
-    "--disease-key": ("disease_key", "obs column with the disease"),
-    "--development-stage-key": ("development_stage_key", "obs column with the development stage"),
-    "--library-size-key": ("library_size_key", "obs column with the counts over all genes"),
-    "--symbol-key": ("symbol_key", "var column with gene symbols"),
-    "--ensembl-key": ("ensembl_key", "var column with Ensembl ids"),
-}
+from data_scripts.command_line import POSITIONAL
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags; columns that are not named are found by their usual names."""
-    parser.add_argument("store", metavar="STORE", type=Path, help="folder of the new store")
-    parser.add_argument("files", metavar="FILE.h5ad", type=Path, nargs="+", help="files of raw counts")
-    parser.add_argument(
-        "--organism", default="homo_sapiens", metavar="NAME", help=f"one of {', '.join(ORGANISMS)} (%(default)s)"
-    )
-    parser.add_argument(
-        "--gene-table",
-        type=Path,
-        action="append",
-        metavar="FILE",
-        help="csv, tsv or parquet with symbols and Ensembl ids (lengths and biotypes if it has them); may be repeated",
-    )
-    parser.add_argument(
-        "--unmapped",
-        choices=UNMAPPED,
-        default="keep",
-        help="genes without Ensembl id: keep them under their names, drop them, or stop (%(default)s)",
-    )
-    parser.add_argument(
-        "--counts", default="X", metavar="WHERE", help="where the counts are: X, raw, or a layer (%(default)s)"
-    )
-    parser.add_argument("--dataset-key", metavar="COLUMN", help="obs column that splits a file into data sets")
-    for flag, (_, summary) in SOURCE_FLAGS.items():
-        parser.add_argument(flag, metavar="COLUMN", help=summary)
-    parser.add_argument(
-        "--keep-obs", nargs="+", default=[], metavar="COLUMN", help="further obs columns to carry along"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace a store of that name")
+@dataclasses.dataclass
+class CensusOptions:
+    """
+    Files and the store that they are written into.
+
+    Args:
+        store (`str`): Folder of the new store.
+        files (`list[str]`): AnnData files of raw counts (.h5ad).
+        organism (`str`, *optional*, defaults to `"homo_sapiens"`): Census name of the species.
+        gene_table (`list[str]`, *optional*): Tables (csv, tsv or parquet) with symbols and Ensembl ids, lengths and
+            biotypes if they have them.
+        unmapped (`str`, *optional*, defaults to `"keep"`): What happens to genes without Ensembl id: keep them under
+            their names, drop them, or stop.
+        dataset_key (`str`, *optional*): Column of obs that splits a file into data sets.
+        keep_obs (`list[str]`, *optional*): Further columns of obs to carry along.
+        overwrite (`bool`, *optional*, defaults to `False`): Replace a store of that name.
+    """
+
+    store: str = dataclasses.field(metadata=POSITIONAL)
+    files: list[str] = dataclasses.field(metadata=POSITIONAL)
+    organism: str = "homo_sapiens"
+    gene_table: list[str] = dataclasses.field(default_factory=list)
+    unmapped: Literal["keep", "drop", "error"] = "keep"
+    dataset_key: str | None = None
+    keep_obs: list[str] = dataclasses.field(default_factory=list)
+    overwrite: bool = False
+
+    def __post_init__(self):
+        seen = set()
+        for path in map(Path, self.files):
+            if path.resolve() in seen:
+                raise ValueError(f"file {path} is given twice; give every file once.")
+            seen.add(path.resolve())
 
 
-def run(arguments: argparse.Namespace) -> int:
+@dataclasses.dataclass
+class FileOptions:
+    """
+    Where the files hold what is read; columns are found by their usual names where they are not named.
+
+    Args:
+        counts (`str`, *optional*, defaults to `"X"`): Where the counts are: X, raw, or a layer.
+        cell_type_key, donor_key, assay_key, tissue_key, sex_key, disease_key, development_stage_key (`str`,
+            *optional*): Column of obs with this label of the cells; `unknown` where there is none.
+        library_size_key (`str`, *optional*): Column of obs with the counts over all genes.
+        symbol_key (`str`, *optional*): Column of var with gene symbols.
+        ensembl_key (`str`, *optional*): Column of var with Ensembl ids.
+    """
+
+    counts: str = "X"
+    cell_type_key: str | None = None
+    donor_key: str | None = None
+    assay_key: str | None = None
+    tissue_key: str | None = None
+    sex_key: str | None = None
+    disease_key: str | None = None
+    development_stage_key: str | None = None
+    library_size_key: str | None = None
+    symbol_key: str | None = None
+    ensembl_key: str | None = None
+
+
+OPTIONS = (CensusOptions, FileOptions)
+
+
+def run(options: CensusOptions, columns: FileOptions) -> None:
     """Writes the store and `STORE.genes.csv` beside it, and prints what happened."""
-    # Imported here: these libraries take seconds to import, and `gppc --help` should not wait for them.
-    from .local_census import sources_from_file, write_census
+    # Imported here: these libraries take seconds to import, and help texts should not wait for them.
+    from data_scripts.store.local_census import sources_from_file, write_census
 
-    seen = set()
-    for path in arguments.files:
-        if path.resolve() in seen:
-            raise ValueError(f"file {path} is given twice; give every file once.")
-        seen.add(path.resolve())
-    keys = {argument: getattr(arguments, argument) for argument, _ in SOURCE_FLAGS.values()}
     sources = [
         source
-        for path in arguments.files
-        for source in sources_from_file(path, arguments.dataset_key, counts=arguments.counts, **keys)
+        for path in options.files
+        for source in sources_from_file(path, options.dataset_key, **dataclasses.asdict(columns))
     ]
     report = write_census(
-        arguments.store,
+        options.store,
         sources,
-        organism=arguments.organism,
-        gene_table=arguments.gene_table,
-        unmapped=arguments.unmapped,
-        keep_obs=arguments.keep_obs,
-        overwrite=arguments.overwrite,
+        organism=options.organism,
+        gene_table=options.gene_table,
+        unmapped=options.unmapped,
+        keep_obs=options.keep_obs,
+        overwrite=options.overwrite,
         progress=True,
     )
     table = report.write_genes(report.store.with_name(f"{report.store.name}.genes.csv"))
     print(report.summary())
     print(f"  every gene of every data set, and how it was mapped: {table}")
-    return 0

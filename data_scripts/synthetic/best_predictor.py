@@ -8,7 +8,7 @@ from scipy.special import digamma, logsumexp, ndtri
 from scipy.stats import nbinom, poisson
 
 from data_scripts.synthetic.network import TARGET_SUM, GeneNetwork
-from modeling_gppc.feature_extraction_gppc import close_matches
+from modeling_gppc.normalization_gppc import close_matches
 
 PAIRINGS = ("same_type", "same_dataset")
 

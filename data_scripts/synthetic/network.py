@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,9 @@ from safetensors.numpy import save_file
 from scipy.special import expit, ndtri
 from scipy.stats import qmc
 
+from data_scripts.files import write_atomically
 from data_scripts.synthetic.network_config import SyntheticConfig
-from modeling_gppc.feature_extraction_gppc import close_matches
+from modeling_gppc.normalization_gppc import close_matches
 
 TARGET_SUM = 10_000.0
 # Log rate of a gene that is knocked out: exp(-30) molecules are none, and 0 * -30 is not NaN.
@@ -268,13 +268,8 @@ class GeneNetwork:
             "config": json.dumps(dataclasses.asdict(self.config), sort_keys=True),
             "interventions": json.dumps(interventions, sort_keys=True),
         }
-        path = Path(path)
-        temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-        try:
+        with write_atomically(path) as temporary:
             save_file(arrays, temporary, metadata=header)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def matrix_root(covariance: np.ndarray) -> np.ndarray:

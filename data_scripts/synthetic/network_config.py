@@ -1,8 +1,10 @@
 """Options of the synthetic cells."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from modeling_gppc.feature_extraction_gppc import close_matches
+from data_scripts.options import Count, NotNegative, Positive, Range, Seed, Share, check_numbers
+from modeling_gppc.normalization_gppc import close_matches
 
 FORMS = ("linear", "count")
 
@@ -42,38 +44,35 @@ class SyntheticConfig:
     """
 
     form: str = "linear"
-    n_genes: int = 200
-    n_regulators: int = 10
-    n_cell_types: int = 32
-    n_donors: int = 150
-    n_datasets: int = 3
-    n_cells: int = 12_000
-    measured_share: float = 0.8
-    regulator_measured_share: float = 0.95
-    type_scale: float = 1.0
-    donor_scale: float = 0.6
-    dataset_scale: float = 0.05
-    within_scale: float = 0.7
-    target_scale: float = 1.5
-    noise_scale: float = 0.8
+    n_genes: Annotated[int, Range(3)] = 200
+    n_regulators: Annotated[int, Range(2)] = 10
+    n_cell_types: Count = 32
+    n_donors: Count = 150
+    n_datasets: Count = 3
+    n_cells: Annotated[int, Range(2)] = 12_000
+    measured_share: Annotated[float, Range(0, 1, above=True)] = 0.8
+    regulator_measured_share: Annotated[float, Range(0, 1, above=True)] = 0.95
+    type_scale: NotNegative = 1.0
+    donor_scale: NotNegative = 0.6
+    dataset_scale: NotNegative = 0.05
+    within_scale: Positive = 0.7
+    target_scale: Positive = 1.5
+    noise_scale: Positive = 0.8
     coupling: float = 0.4
-    switching_share: float = 0.4
-    library_mean: float | None = None
-    library_spread: float = 0.35
-    rate_spread: float = 1.2
-    dispersion: float = 0.1
-    dropout: float = 0.1
-    seed: int = 0
+    switching_share: Share = 0.4
+    library_mean: Positive | None = None
+    library_spread: NotNegative = 0.35
+    rate_spread: NotNegative = 1.2
+    dispersion: NotNegative = 0.1
+    dropout: Annotated[float, Range(0, 1, below=True)] = 0.1
+    seed: Seed = 0
 
     def __post_init__(self):
+        check_numbers(self)
         if self.form not in FORMS:
             raise ValueError(
                 f"`form` is {self.form!r}; wanted one of {', '.join(FORMS)}{close_matches(self.form, FORMS)}"
             )
-        minimum = {"n_genes": 3, "n_regulators": 2, "n_cell_types": 1, "n_donors": 1, "n_datasets": 1, "n_cells": 2}
-        for name, least in minimum.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; wanted at least {least}.")
         if self.n_regulators >= self.n_genes:
             raise ValueError(
                 f"`n_regulators` is {self.n_regulators}; wanted fewer than the {self.n_genes} of `n_genes`, "
@@ -84,21 +83,6 @@ class SyntheticConfig:
                 f"`n_donors` is {self.n_donors}; wanted at least the {self.n_datasets} of `n_datasets`, "
                 "because a donor belongs to one data set."
             )
-        for name in ("measured_share", "regulator_measured_share"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; wanted a share above 0 and up to 1.")
-        if not 0 <= self.switching_share <= 1:
-            raise ValueError(f"`switching_share` is {self.switching_share}; wanted a share between 0 and 1.")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"`dropout` is {self.dropout}; wanted a share from 0 to below 1.")
-        for name in ("within_scale", "target_scale", "noise_scale"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; wanted a standard deviation above 0.")
-        for name in ("type_scale", "donor_scale", "dataset_scale", "library_spread", "rate_spread", "dispersion"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; wanted 0 or more.")
-        if self.library_mean is not None and not self.library_mean > 0:
-            raise ValueError(f"`library_mean` is {self.library_mean}; wanted a number of molecules above 0.")
 
     @property
     def mean_library(self) -> float:

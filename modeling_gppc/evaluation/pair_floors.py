@@ -17,7 +17,7 @@ from modeling_gppc.evaluation.gaussian_floors import (
 from modeling_gppc.evaluation.linear_floors import centre, masked_mean
 from modeling_gppc.evaluation.mean_floors import ContextMeanFloor, Floor, MeanFloor, NoChangeFloor
 from modeling_gppc.evaluation.pair_arrays import PairArrays, sample_rows
-from modeling_gppc.feature_extraction_gppc import close_matches
+from modeling_gppc.normalization_gppc import close_matches
 
 # Dense covariances up to this many genes; above, the linear floors use a factor model's covariance.
 MAX_DENSE_GENES = 2_000

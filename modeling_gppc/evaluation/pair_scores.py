@@ -1,15 +1,13 @@
 """Scores of every method on held-out pairs, with paired bootstrap intervals over target cells."""
 
 import dataclasses
-import json
-import os
-import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 from tqdm.auto import tqdm
 
+from data_scripts.files import write_json
 from modeling_gppc.evaluation.metrics import (
     cluster_bootstrap,
     gaussian_crps,
@@ -244,13 +242,7 @@ def assemble_results(splits: Mapping[str, dict], seed: int, **facts) -> dict:
 
 def write_results(results: dict, path: str | Path) -> None:
     """Writes `results.json` atomically; NaN becomes null."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.write_text(json.dumps(_without_nan(results), indent=2, allow_nan=False) + "\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_json(_without_nan(results), path)
 
 
 def _without_nan(value):

@@ -1,7 +1,5 @@
 """Figures of a run: scores beside floors, learning curves."""
 
-import os
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +7,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from data_scripts.files import write_atomically
 from modeling_gppc.evaluation.pair_scores import MODEL_METHOD, OPTIMUM
 from modeling_gppc.evaluation.report import ordered
 
@@ -18,14 +17,8 @@ MODEL_COLOUR, CEILING_COLOUR, FLOOR_COLOUR = "#0b6e99", "#8a8a8a", "#c9b79c"
 def save_figure(figure: Figure, path: str | Path) -> Path:
     """Saves a figure atomically; the ending chooses the format."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}{path.suffix}")
-    try:
-        with matplotlib.rc_context({"svg.hashsalt": "gppc"}):
-            figure.savefig(temporary, dpi=150, bbox_inches="tight")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with write_atomically(path) as temporary, matplotlib.rc_context({"svg.hashsalt": "gppc"}):
+        figure.savefig(temporary, dpi=150, bbox_inches="tight", format=path.suffix.removeprefix("."))
     return path
 
 

@@ -8,16 +8,74 @@ import pyarrow as pa
 from tqdm.auto import tqdm
 
 from data_scripts.pairs.pair_folder import PairFolder
+from data_scripts.pairs.schema import SPLITS
 from data_scripts.synthetic.network import GeneNetwork
+from modeling_gppc.evaluation.first_prediction import first_prediction, perturbed_rows
 from modeling_gppc.evaluation.model_predictor import ModelPredictor
 from modeling_gppc.evaluation.pair_arrays import PairArrays, sample_rows
 from modeling_gppc.evaluation.pair_floors import fit_floors
-from modeling_gppc.evaluation.pair_scores import MODEL_METHOD, OPTIMUM, assemble_results, named_splits, score_split
-from modeling_gppc.feature_extraction_gppc import close_matches
-from modeling_gppc.training.arguments import EvaluationOptions
+from modeling_gppc.evaluation.pair_scores import (
+    MODEL_METHOD,
+    OPTIMUM,
+    assemble_results,
+    named_splits,
+    score_split,
+    write_results,
+)
+from modeling_gppc.evaluation.plots import plot_scores
+from modeling_gppc.evaluation.report import render_results
+from modeling_gppc.evaluation.score_options import EvaluationOptions
+from modeling_gppc.inference.loading import feature_extractor_of
+from modeling_gppc.normalization_gppc import close_matches
 
 # Fewer training pairs than this do not make a floor of their own.
 MIN_FLOOR_PAIRS = 1_000
+
+
+def check_scoring(folder: PairFolder, options: EvaluationOptions) -> None:
+    """Finds out whether a model of these pairs can be trained and scored as asked, before it is trained.
+
+    Raises:
+        ValueError: If a split holds no pairs, `options.splits` names an unknown one, or `options.perturbation` cannot
+            be shown.
+    """
+    for name in SPLITS:
+        if name not in folder.splits:
+            raise ValueError(
+                f"`pairs` hold no {name} pair; wanted some in each of {', '.join(SPLITS)}: give more cells, or other "
+                f"`pairs.splits`. {folder.describe_splits()}"
+            )
+    parts = _parts(folder.split("test"))
+    for name in options.splits or ():
+        if name not in parts:
+            raise ValueError(f"`evaluation.splits` names `{name}`{close_matches(name, parts)}")
+    perturbed_rows(feature_extractor_of(folder), folder, options.perturbation)
+
+
+def score_model(
+    model, folder: PairFolder, options: EvaluationOptions, out: Path, seed: int, network: GeneNetwork | None
+) -> str:
+    """
+    Scores a model and makes its first prediction: writes `results.json` and `figures` beside it.
+
+    Args:
+        model ([`GppcForPerturbationPrediction`]): The trained model.
+        folder, options, seed, network: See [`evaluate_run`].
+        out (`Path`): The model's folder.
+
+    Returns:
+        The scores and the first prediction for people.
+
+    Raises:
+        ValueError: As [`check_scoring`].
+    """
+    results = evaluate_run(model, folder, options, seed, network)
+    write_results(results, out / "results.json")
+    plot_scores(results, out / "figures" / "scores.png")
+    text = render_results(results)
+    prediction = first_prediction(model, feature_extractor_of(folder), folder, options.perturbation)
+    prediction.plot(out / "figures" / "first_prediction.png")
+    return f"{text}\n\n{prediction.text()}"
 
 
 def evaluate_run(
@@ -44,13 +102,11 @@ def evaluate_run(
         The content of `results.json`.
 
     Raises:
-        ValueError: If there are no test pairs or `options.splits` names an unknown split.
+        ValueError: As [`check_scoring`].
     """
+    check_scoring(folder, options)
     test = folder.split("test")
     parts = _parts(test)
-    for name in options.splits or []:
-        if name not in parts:
-            raise ValueError(f"`evaluation.splits` names `{name}`{close_matches(name, parts)}")
     results = {}
     names = options.splits or list(parts)
     for name in tqdm(names, desc="splits", unit="split", disable=not progress):

@@ -7,8 +7,8 @@ import numpy as np
 
 from data_scripts.cells.screens import CONTROL, Screen
 from modeling_gppc.evaluation.screen_scores import ScreenPrediction
-from modeling_gppc.feature_extraction_gppc import close_matches
 from modeling_gppc.fitting.observed_responses import ObservedResponses
+from modeling_gppc.normalization_gppc import close_matches
 
 N_FEATURES = 20
 

@@ -5,8 +5,6 @@ import csv
 import html
 import io
 import json
-import os
-import uuid
 from pathlib import Path
 
 import anndata
@@ -14,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from data_scripts.cells.screens import CONTROL
+from data_scripts.files import write_atomically, write_text
 from modeling_gppc.evaluation.pair_scores import write_results
 from modeling_gppc.evaluation.report import markdown_table, text_table
 from modeling_gppc.evaluation.screen_evaluation import ScreenEvaluation
@@ -133,7 +132,7 @@ def write_per_perturbation(evaluation: ScreenEvaluation, path: Path) -> None:
         for name, scores in evaluation.scores.items():
             values = [f"{scores[m][row]:.6g}" if m in scores and np.isfinite(scores[m][row]) else "" for m in metrics]
             writer.writerow([label, name, truth.n_cells[row], measured, f"{truth.ceiling[row]:.4f}", *values])
-    _write_text(path, buffer.getvalue())
+    write_text(buffer.getvalue(), path)
 
 
 def response_anndatas(
@@ -182,12 +181,8 @@ def write_evaluation(evaluation: ScreenEvaluation, folder: str | Path) -> Path:
     write_per_perturbation(evaluation, folder / "per_perturbation.csv")
     method = summary["subject"] or "covariance"
     for adata, name in zip(response_anndatas(evaluation, method), ("predicted.h5ad", "observed.h5ad")):
-        temporary = folder / f".{name}.{uuid.uuid4().hex}.tmp"
-        try:
+        with write_atomically(folder / name) as temporary:
             adata.write_h5ad(temporary)
-            os.replace(temporary, folder / name)
-        finally:
-            temporary.unlink(missing_ok=True)
     figures = {
         "Scores beside baselines, null and ceiling": plot_screen_scores(summary, folder / "figures" / "scores.png"),
         f"Predicted ({method}) against observed responses": plot_responses(
@@ -196,7 +191,7 @@ def write_evaluation(evaluation: ScreenEvaluation, folder: str | Path) -> Path:
     }
     if summary["calibration"]:
         figures["Coverage of intervals"] = plot_calibration(summary, folder / "figures" / "calibration.png")
-    _write_text(folder / "report.html", render_page(evaluation, figures))
+    write_text(render_page(evaluation, figures), folder / "report.html")
     return folder
 
 
@@ -249,12 +244,3 @@ def render_page(evaluation: ScreenEvaluation, figures: dict[str, Path]) -> str:
         + (f"<h2>Set aside</h2>{table(['reason', 'cells', 'examples'], excluded)}" if excluded else "")
         + f"<h2>Options</h2><pre>{html.escape(json.dumps(summary['options'], indent=2))}</pre></html>\n"
     )
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -7,13 +7,11 @@ import torch
 
 from data_scripts.cells.screen_cells import TechnicalCovariates
 from data_scripts.cells.screens import BATCH_PREFIX, Screen
-from modeling_gppc.configuration_gppc import GppcConfig
-from modeling_gppc.feature_extraction_gppc import GppcFeatureExtractor
+from modeling_gppc import GppcConfig, GppcFeatureExtractor, GppcForPerturbationPrediction
 from modeling_gppc.fitting.fit_controls import SHARE, ControlFit, fit_controls
 from modeling_gppc.fitting.fit_screen_options import ScreenFitOptions
 from modeling_gppc.fitting.fit_screen_response import fit_screen_response
 from modeling_gppc.fitting.gene_features import GeneFeatures
-from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
 
 CONTROL_PAIRING = "same_type"
 

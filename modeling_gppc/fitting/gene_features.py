@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import scipy.sparse
 
-from modeling_gppc.feature_extraction_gppc import close_matches
+from modeling_gppc.normalization_gppc import close_matches
 
 GENE_COLUMNS = ("gene", "symbol", "gene_symbol", "gene_name", "gene_id", "ensembl_id")
 

@@ -10,7 +10,8 @@ import pandas as pd
 from scipy import sparse
 
 from data_scripts.cells.gene_mapping import ENSEMBL_COLUMNS, SYMBOL_COLUMNS, find_column
-from modeling_gppc.feature_extraction_gppc import GppcFeatureExtractor, check_raw_counts, close_matches
+from modeling_gppc.feature_extraction_gppc import GppcFeatureExtractor
+from modeling_gppc.normalization_gppc import check_raw_counts, close_matches
 
 # Columns of obs that usually hold the counts over all genes.
 LIBRARY_COLUMNS = ("n_counts_full", "raw_sum", "total_counts", "n_counts", "ncount_rna")

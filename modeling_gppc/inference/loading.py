@@ -8,10 +8,11 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModel
 
-import modeling_gppc  # noqa: F401  (registers the classes, so that no code from the checkpoint is run)
-from modeling_gppc.configuration_gppc import GppcConfig
-from modeling_gppc.feature_extraction_gppc import GppcFeatureExtractor, close_matches
-from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
+from data_scripts.pairs.pair_folder import PairFolder
+
+# From the package, which registers the classes, so that no code from the checkpoint is run.
+from modeling_gppc import GppcConfig, GppcFeatureExtractor, GppcForPerturbationPrediction
+from modeling_gppc.normalization_gppc import close_matches
 
 # What save_pretrained writes; any one of the weight files will do.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
@@ -53,6 +54,20 @@ def load_model(
             f"{extractor.vocab_size}; the folder mixes two models."
         )
     return model.eval().to(device), extractor
+
+
+def feature_extractor_of(folder: PairFolder) -> GppcFeatureExtractor:
+    """The feature extractor that does to cells what was done to those of a folder of pairs."""
+    manifest = folder.manifest
+    per_length = manifest["normalization"] == "log_tpm"
+    return GppcFeatureExtractor(
+        gene_ids=folder.gene_ids,
+        gene_symbols=folder.gene_symbols,
+        normalization=manifest["normalization"],
+        target_sum=manifest["target_sum"],
+        gene_lengths=folder.genes.column("feature_length").to_pylist() if per_length else None,
+        organism=manifest["organism"],
+    )
 
 
 def check_model_name(name: str | Path) -> None:

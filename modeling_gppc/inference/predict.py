@@ -1,7 +1,5 @@
 """Predicted expression after perturbations: AnnData in, AnnData out."""
 
-import os
-import uuid
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +10,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from data_scripts.files import write_atomically
 from modeling_gppc.feature_extraction_gppc import GppcFeatureExtractor
 from modeling_gppc.inference.input_cells import check_cells_path, read_cells
 from modeling_gppc.inference.loading import load_model
@@ -108,27 +107,21 @@ def predict_file(
     parse_perturbations(loaded[1], perturbations)  # a mistyped gene should not wait for a large file
     prediction = prepare_prediction(loaded, read_cells(cells), perturbations, batch_size=batch_size, **options)
     prediction.uns.update({"model": str(model), "cells": str(cells)})
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with h5py.File(temporary, "w") as file:
-            obs = prediction.obs.assign(**dict.fromkeys(prediction.columns, np.float32(0)))
-            frame = anndata.AnnData(obs=obs, var=prediction.var, uns={"gppc": prediction.uns})
-            frame.varm["mean_delta"] = np.zeros((prediction.shape[1], len(prediction.texts)), dtype=np.float32)
-            anndata.io.write_elem(file, "/", frame)
-            arrays = {}
-            for name in ("X", *LAYERS):
-                path = name if name == "X" else f"layers/{name}"
-                if path in file:
-                    del file[path]
-                arrays[name] = file.create_dataset(path, shape=prediction.shape, dtype=np.float32)
-                arrays[name].attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
-            arrays |= {name: file[f"obs/{name}"] for name in prediction.columns}
-            mean_delta = fill(prediction, arrays, batch_size, progress)
-            file["varm/mean_delta"][...] = mean_delta
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with write_atomically(out) as temporary, h5py.File(temporary, "w") as file:
+        obs = prediction.obs.assign(**dict.fromkeys(prediction.columns, np.float32(0)))
+        frame = anndata.AnnData(obs=obs, var=prediction.var, uns={"gppc": prediction.uns})
+        frame.varm["mean_delta"] = np.zeros((prediction.shape[1], len(prediction.texts)), dtype=np.float32)
+        anndata.io.write_elem(file, "/", frame)
+        arrays = {}
+        for name in ("X", *LAYERS):
+            path = name if name == "X" else f"layers/{name}"
+            if path in file:
+                del file[path]
+            arrays[name] = file.create_dataset(path, shape=prediction.shape, dtype=np.float32)
+            arrays[name].attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
+        arrays |= {name: file[f"obs/{name}"] for name in prediction.columns}
+        mean_delta = fill(prediction, arrays, batch_size, progress)
+        file["varm/mean_delta"][...] = mean_delta
     return prediction, mean_delta
 
 

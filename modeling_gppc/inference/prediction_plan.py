@@ -12,10 +12,11 @@ import numpy as np
 import pandas as pd
 import torch
 
-from modeling_gppc.feature_extraction_gppc import GppcFeatureExtractor, close_matches
+from modeling_gppc.feature_extraction_gppc import GppcFeatureExtractor
 from modeling_gppc.inference.input_cells import InputCells, input_cells
 from modeling_gppc.inference.loading import load_model
 from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
+from modeling_gppc.normalization_gppc import close_matches
 from modeling_gppc.screen_response_gppc import SOURCES
 
 # Columns of obs that a prediction adds; columns of these names in the input are kept with `input_` in front.

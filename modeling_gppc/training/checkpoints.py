@@ -8,6 +8,8 @@ from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from data_scripts.files import make_durable
+
 logger = logging.getLogger(__name__)
 # Sizes of a checkpoint's files, written last.
 LISTING = "checkpoint.json"
@@ -40,12 +42,12 @@ def publish(written: Path, output_dir: str | Path) -> Path:
     listing = written / LISTING
     listing.write_text(json.dumps(sizes, indent=1) + "\n")
     for path in (*files, listing, written):
-        _make_durable(path)
+        make_durable(path)
     final = Path(output_dir) / written.name
     if final.exists():  # damaged, or of another number of processes; training went past it again
         discard(final)
     os.rename(written, final)
-    _make_durable(final.parent)
+    make_durable(final.parent)
     return final
 
 
@@ -101,12 +103,3 @@ def is_whole(checkpoint: Path) -> bool:
         return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError, AttributeError):
         return False
-
-
-def _make_durable(path: Path) -> None:
-    """Waits until a file or folder is on disk, so that a rename never outlives what it names."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -4,45 +4,69 @@ import dataclasses
 from pathlib import Path
 
 from data_scripts.pairs.pair_folder import PairFolder
+from data_scripts.pairs.pair_options import PairOptions
 from data_scripts.pairs.splits import guard_splits
-from modeling_gppc.training.arguments import RunOptions
-from modeling_gppc.training.stream_rows import sample_rows_of
+from modeling_gppc.training.arguments import DataOptions
 
 # Census and SOMA libraries are imported where cells are read: a run on finished pairs needs none of them.
 
 
-def prepare_pairs(options: RunOptions, progress: bool = True) -> PairFolder:
+def check_files(data: DataOptions, pairs: PairOptions) -> None:
+    """Looks at the files that the options name, without reading cells.
+
+    Raises:
+        ValueError: For a missing file, two files of one name, or a list of genes that names none.
+    """
+    files = data.files or ([] if data.screen is None else [data.screen])
+    for file in files:
+        if not Path(file).exists():
+            raise ValueError(f"`data.{'screen' if data.files is None else 'files'}` {file} does not exist.")
+    names = [Path(file).stem for file in files]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"`data.files` holds two files named {name!r}; their names tell data sets apart.")
+    from data_scripts.pairs.gene_selection import read_gene_list
+
+    for path in (pairs.panel.file, pairs.perturbation.genes_file):
+        if path is not None:
+            read_gene_list(path)
+
+
+def prepare_pairs(
+    data: DataOptions,
+    pairs: PairOptions,
+    out: str | Path,
+    *,
+    train_rows: int | None = None,
+    progress: bool = True,
+) -> PairFolder:
     """Opens the pairs of a run, after writing a local store and building the pairs where that is still to do.
 
     Args:
-        options (`RunOptions`): The run; `data` says where cells come from.
+        data (`DataOptions`): Where cells come from.
+        pairs (`PairOptions`): How cells become pairs.
+        out (`str` or `Path`): Folder of the run, in which `cells` and `pairs` are written.
+        train_rows (`int`, *optional*): Training rows to write beside a stream, about; all of them without it.
         progress (`bool`, *optional*, defaults to `True`): Whether to show progress bars.
 
     Raises:
         ValueError: For missing files, bad counts, a query without cells and so on, before long work.
     """
-    if options.data.pairs is not None:
-        return open_pairs(options.data.pairs)
+    if data.pairs is not None:
+        return open_pairs(data.pairs)
+    out = Path(out)
     from data_scripts.pairs.census_pairs import build_pairs
 
-    folder = Path(options.output_dir)
-    pairs = options.pairs
     if pairs.query.uri is None and pairs.query.census_version is None:
-        store = folder / "cells"
+        store = out / "cells"
         if not store.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            write_store(store, options, progress)
+            out.mkdir(parents=True, exist_ok=True)
+            write_store(store, data, pairs.query.organism, progress)
         query = dataclasses.replace(pairs.query, uri=str(store))
-        if options.data.synthetic is not None and options.data.synthetic.form == "linear":
+        if data.synthetic is not None and data.synthetic.form == "linear":
             query = dataclasses.replace(query, layer="log_values", normalization="none")
         pairs = dataclasses.replace(pairs, query=query)
-    return build_pairs(
-        pairs,
-        folder / "pairs",
-        num_proc=options.data.num_proc,
-        progress=progress,
-        train_rows=sample_rows_of(options),
-    )
+    return build_pairs(pairs, out / "pairs", num_proc=data.num_proc, progress=progress, train_rows=train_rows)
 
 
 def open_pairs(path: str | Path) -> PairFolder:
@@ -61,11 +85,10 @@ def open_pairs(path: str | Path) -> PairFolder:
     return folder
 
 
-def write_store(store: Path, options: RunOptions, progress: bool) -> None:
-    """Writes the cells of `options.data` into a local store."""
+def write_store(store: Path, data: DataOptions, organism: str, progress: bool) -> None:
+    """Writes the example's, the files' or the synthetic cells into a local store."""
     from data_scripts.store.local_census import CensusSource, write_census
 
-    data = options.data
     if data.synthetic is not None:
         from data_scripts.synthetic.network_store import write_synthetic
 
@@ -76,10 +99,6 @@ def write_store(store: Path, options: RunOptions, progress: bool) -> None:
 
         sources = [CensusSource(adata=library_cells_pbmc68k(), dataset_id=data.example)]
     else:
-        names = [Path(file).stem for file in data.files]
-        repeated = sorted({name for name in names if names.count(name) > 1})
-        if repeated:
-            raise ValueError(f"`data.files` holds two files named {repeated[0]!r}; their names tell data sets apart.")
         keys = {name: getattr(data, name) for name in ("library_size_key", "cell_type_key", "donor_key")}
-        sources = [CensusSource(path=file, dataset_id=name, **keys) for file, name in zip(data.files, names)]
-    write_census(store, sources, organism=options.pairs.query.organism, progress=progress)
+        sources = [CensusSource(path=file, dataset_id=Path(file).stem, **keys) for file in data.files]
+    write_census(store, sources, organism=organism, progress=progress)

@@ -1,39 +1,38 @@
 """The folder of a run: which run it holds, and whether that one may go on."""
 
-import dataclasses
 import json
-import os
+from collections.abc import Mapping
 from pathlib import Path
 
-from modeling_gppc.training.arguments import RunOptions
+from data_scripts.files import write_json
 
 OPTIONS_FILE = "options.json"
 WORKERS = "training.dataloader_num_workers"
-
-
-# What may change when a run goes on: it moves no number of the result.
+# What may change when a run goes on: it moves no weight.
 FREE = (
     "output_dir",
     "data.num_proc",
     WORKERS,
     "training.report_to",
+    "training.save_total_limit",
     "training.use_cpu",
+    "evaluation",
 )
 
 
-def claim_folder(options: RunOptions, resume: bool, processes: int = 1) -> Path:
+def claim_folder(options: Mapping, resume: bool, processes: int = 1) -> Path:
     """Takes the run's folder, or refuses to mix two runs in one.
 
     Args:
-        options (`RunOptions`): The run.
+        options (`Mapping`): All options of the run as a nested mapping; `output_dir` is the folder.
         resume (`bool`): Whether to go on with the run that the folder holds.
         processes (`int`, *optional*, defaults to 1): Training processes; they decide which pairs make a step.
 
     Raises:
         ValueError: If the folder holds a run and `resume` is not set, or another run, naming the first difference.
     """
-    folder = Path(options.output_dir)
-    mine = json.loads(json.dumps({**dataclasses.asdict(options), "processes": processes}))
+    folder = Path(options["output_dir"])
+    mine = json.loads(json.dumps({**options, "processes": processes}))
     file = folder / OPTIONS_FILE
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"`output_dir` {folder} is a file; choose a folder.")
@@ -43,7 +42,7 @@ def claim_folder(options: RunOptions, resume: bool, processes: int = 1) -> Path:
         except ValueError as error:
             raise ValueError(f"`output_dir` {folder} has a damaged {OPTIONS_FILE}; choose another folder.") from error
         # The order of a stream depends on how many read it.
-        free = FREE if not options.data.stream else tuple(name for name in FREE if name != WORKERS)
+        free = FREE if not options["data"]["stream"] else tuple(name for name in FREE if name != WORKERS)
         difference = first_difference(theirs, mine, free)
         if difference is not None:
             raise ValueError(
@@ -81,10 +80,3 @@ def first_difference(theirs, mine, free: tuple[str, ...] = FREE, where: str = ""
                 return difference
         return None
     return None if theirs == mine else f"`{where}` is {theirs!r} there and {mine!r} here"
-
-
-def write_json(content, path: Path) -> None:
-    """Writes a JSON file under a temporary name and moves it into place."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(temporary, path)

@@ -11,11 +11,11 @@ from data_scripts.cells.screen_cells import cells_digest, keep_genes
 from data_scripts.cells.screen_options import ScreenOptions
 from data_scripts.cells.screen_splits import Fold, perturbation_folds
 from data_scripts.cells.screens import Screen, read_screen
+from data_scripts.files import share_weights, write_json
 from modeling_gppc.fitting.fit_controls import fit_controls
 from modeling_gppc.fitting.fit_screen import fit_screen
 from modeling_gppc.fitting.gene_features import read_gene_features
 from modeling_gppc.pipeline_gppc import PerturbationPredictionPipeline
-from modeling_gppc.training.run_folder import write_json
 from modeling_gppc.training.screen_run_options import EVERY_FOLD, ScreenRunOptions
 
 
@@ -62,6 +62,7 @@ def fit_screen_run(
             shutil.rmtree(unfinished, ignore_errors=True)
             # Writes the model, the feature extractor, their code and the pipeline's.
             PerturbationPredictionPipeline(model=model, feature_extractor=extractor).save_pretrained(unfinished)
+            share_weights(unfinished)
             facts = screen_facts(screen, fold, options)
             write_json(facts | {"seconds": round(time.monotonic() - start, 1)}, unfinished / "run.json")
             unfinished.rename(out)

@@ -3,10 +3,8 @@
 import json
 from pathlib import Path
 
-import pyarrow.compute as pc
 import torch
 
-from data_scripts.pairs.pair_folder import PairFolder
 from modeling_gppc.configuration_gppc import GppcConfig
 from modeling_gppc.feature_extraction_gppc import GppcFeatureExtractor
 from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
@@ -31,6 +29,20 @@ PAIRING_TABLE = "pairing_embedding"
 FITTED_ANEW = ("linear_response", "state_proj", "factor_proj")
 
 
+def check_start(folder: str) -> None:
+    """Refuses a folder that holds no GPPC model, without reading its weights.
+
+    Raises:
+        ValueError: Naming what is missing.
+    """
+    for name in ("config.json", "preprocessor_config.json"):
+        if not (Path(folder) / name).is_file():
+            raise ValueError(f"`training.start_from` {folder} holds no model (no {name}); wanted a model folder.")
+    kind = json.loads((Path(folder) / "config.json").read_text()).get("model_type")
+    if kind != GppcConfig.model_type:
+        raise ValueError(f"`training.start_from` {folder} holds a {kind!r} model; wanted a gppc model.")
+
+
 def start_from(
     folder: str, config: GppcConfig, gene_ids: list[str], gene_symbols: list[str]
 ) -> GppcForPerturbationPrediction:
@@ -48,8 +60,7 @@ def start_from(
     Raises:
         ValueError: If the folder holds no model, or one that knows none of the genes.
     """
-    if not (Path(folder) / "config.json").is_file():
-        raise ValueError(f"`training.start_from` {folder} holds no model (no config.json); wanted a model folder.")
+    check_start(folder)
     earlier = GppcForPerturbationPrediction.from_pretrained(folder)
     extractor = GppcFeatureExtractor.from_pretrained(folder)
     settings = earlier.config.to_dict()
@@ -80,18 +91,3 @@ def start_from(
             else:
                 tensor.copy_(old[name])
     return model
-
-
-def what_was_read(folder: PairFolder, start_folder: str | None) -> dict:
-    """What leak guards ask a model folder for: `datasets` of the training pairs, and the same of the model that the run
-    started from (`start_from`)."""
-    earlier = None
-    if start_folder is not None:
-        run_file = Path(start_folder) / "run.json"
-        run = json.loads(run_file.read_text()) if run_file.is_file() else {}
-        earlier = {name: run.get(name) for name in ("store", "datasets", "screen", "digest", "start_from")}
-    datasets = pc.unique(folder.split("train").column("dataset_id")).to_pylist()
-    return {
-        "datasets": sorted(str(name) for name in datasets if name is not None),
-        "start_from": earlier,
-    }

@@ -7,7 +7,8 @@ import torch
 from data_scripts.batches.data_collator import PairCollator
 from data_scripts.batches.pair_dataset import PairDataset
 from data_scripts.pairs.pair_folder import PairFolder
-from modeling_gppc.training.arguments import RunOptions
+from data_scripts.pairs.pair_options import PairOptions
+from modeling_gppc.training.arguments import TrainingOptions
 
 
 class TableCollator:
@@ -31,20 +32,26 @@ class TableCollator:
         return self.collator(rows)
 
 
-def sample_rows_of(options: RunOptions) -> int | None:
-    """Training rows that a streaming run writes beside its stream, about; `None` where all are written."""
-    if not options.data.stream:
-        return None
-    n_pairings = len(options.pairs.matching.pairings)
-    return n_pairings * max(options.training.linear_start_cells, options.evaluation.max_floor_pairs)
+def sample_rows(pairs: PairOptions, training: TrainingOptions) -> int:
+    """Training rows that a streaming run writes beside its stream, about: what the closed-form start reads."""
+    return len(pairs.matching.pairings) * training.linear_start_cells
 
 
-def open_stream(options: RunOptions, folder: PairFolder, rank: int = 0, world_size: int = 1):
+def open_stream(
+    folder: PairFolder,
+    training: TrainingOptions,
+    pool_shards: int,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+):
     """The training pairs of one process, batch after batch without end.
 
     Args:
-        options (`RunOptions`): The run; `data.stream` is true.
-        folder ([`PairFolder`]): What `prepare_pairs` made for it.
+        folder ([`PairFolder`]): What `prepare_pairs` made for the run.
+        training ([`TrainingOptions`]): Batch size, workers and queried genes.
+        pool_shards (`int`): Shards that a batch draws its pairs from.
+        seed (`int`, *optional*, defaults to 0): Of the orders of shards and rows.
         rank, world_size (`int`, *optional*): This process among those that train.
 
     Returns:
@@ -56,16 +63,11 @@ def open_stream(options: RunOptions, folder: PairFolder, rank: int = 0, world_si
     # Reads cells, with the libraries that this takes.
     from data_scripts.batches.stream_pairs import PairStream, StreamOptions
 
-    settings = options.training
-    collator = PairCollator(folder.panels, seed=options.seed, n_query_genes=settings.n_query_genes)
+    collator = PairCollator(folder.panels, seed=seed, n_query_genes=training.n_query_genes)
     return PairStream(
         folder.path,
-        StreamOptions(
-            batch_size=settings.per_device_train_batch_size,
-            pool_shards=options.data.stream_pool_shards,
-            seed=options.seed,
-        ),
-        num_workers=settings.dataloader_num_workers,
+        StreamOptions(batch_size=training.per_device_train_batch_size, pool_shards=pool_shards, seed=seed),
+        num_workers=training.dataloader_num_workers,
         rank=rank,
         world_size=world_size,
         transform=TableCollator(collator, folder.pairings),

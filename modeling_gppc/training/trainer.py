@@ -22,7 +22,8 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from data_scripts.batches.data_collator import PairCollator
 from data_scripts.batches.pair_dataset import PairDataset
 from data_scripts.batches.stream_checkpoint import restore_stream, save_stream
-from modeling_gppc.modeling_gppc import IGNORED_LABEL, GppcForPerturbationPrediction
+from modeling_gppc import GppcForPerturbationPrediction
+from modeling_gppc.modeling_gppc import IGNORED_LABEL
 from modeling_gppc.training.arguments import TrainingOptions
 from modeling_gppc.training.checkpoints import clear_unfinished, publish, rotate, unfinished_folder
 from modeling_gppc.training.throughput import Throughput, summarize
@@ -94,6 +95,7 @@ class GppcTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.eval_collator = eval_collator
         self.throughput = Throughput()
+        self.began = time.monotonic()
         self._writing = False
 
     @property

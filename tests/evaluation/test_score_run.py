@@ -11,9 +11,9 @@ from data_scripts.batches.data_collator import PairCollator
 from data_scripts.batches.pair_dataset import PairDataset
 from data_scripts.pairs.pair_folder import PairFolder
 from modeling_gppc import GppcConfig, GppcForPerturbationPrediction
+from modeling_gppc.evaluation.score_options import EvaluationOptions
 from modeling_gppc.evaluation.score_run import evaluate_run, load_network_of
 from modeling_gppc.modeling_gppc import IGNORED_LABEL
-from modeling_gppc.training.arguments import EvaluationOptions
 
 SIZES = {"num_factors": 3, "num_components": 2, "num_latents": 2, "hidden_size": 8, "intermediate_size": 16}
 SMALL = {**SIZES, "readout_size": 8, "num_attention_heads": 2}

@@ -13,6 +13,7 @@ from data_scripts.cells.screen_splits import group_folds, stated_fold
 from data_scripts.cells.screens import ScreenOptions, read_screen
 from data_scripts.pairs.leak_guards import guard_model, model_leaks
 from gppc.cli import main
+from gppc.run_options import parse_options
 from modeling_gppc.evaluation.evaluate_options import EvaluateOptions
 from modeling_gppc.evaluation.screen_baselines import ScreenContext
 from modeling_gppc.evaluation.screen_evaluation import evaluate_screen, score_prediction_pearson
@@ -20,7 +21,7 @@ from modeling_gppc.evaluation.screen_model import ScreenModel, read_run
 from modeling_gppc.evaluation.screen_runs import shuffled_null
 from modeling_gppc.evaluation.screen_scores import ScreenPrediction, observe, score_prediction
 from modeling_gppc.fitting.fit_screen import fit_screen
-from modeling_gppc.training.arguments import CONFIGS, parse_options
+from modeling_gppc.training.arguments import CONFIGS
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ EXPECTED = {
     "linear_response_gppc.py",
     "model.safetensors",
     "modeling_gppc.py",
+    "normalization_gppc.py",
     "origin_form_gppc.py",
     "outputs_gppc.py",
     "pipeline_gppc.py",

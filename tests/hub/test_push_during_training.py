@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,12 +12,12 @@ from huggingface_hub import ModelCard, constants
 from safetensors.torch import load
 from tiny_runs import arguments, distance, last_weights, logged, train_module, write_run_pairs
 
+from data_scripts.files import write_json
 from hub_card import push_during_training as hub_push
 from hub_card.hub_upload import Retries
 from hub_card.model_card import render_model_card
 from hub_card.push_during_training import STAGED, HubPush
 from hub_card.upload_scan import ABSOLUTE_PATH, SECRETS
-from modeling_gppc.training.run_folder import write_json
 from modeling_gppc.training.trainer import GppcTrainer
 
 FLAGS = {
@@ -120,14 +121,14 @@ def test_nothing_was_uploaded_that_was_not_meant_to_be(hub, train):
 )
 def test_a_network_that_fails_does_not_end_training(hub, train, unpushed, tmp_path, caplog, failure):
     scripted = hub.fail(".", **failure, times=10**6)
-    original = HubPush.finish
+    original = HubPush.on_train_end
 
-    def finish(self, output_dir):  # training is over, the network is back
+    def on_train_end(self, *args, **kwargs):  # the network is back
         scripted.times = 0
-        original(self, output_dir)
+        original(self, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(HubPush, "finish", finish)
+        patch.setattr(HubPush, "on_train_end", on_train_end)
         assert train() == 0
     assert [title for title, _ in commits(hub)] == ["Upload with gppc push"]
     told = [record.getMessage() for record in caplog.records if "was not pushed" in record.getMessage()]
@@ -182,7 +183,7 @@ def test_an_upload_that_is_still_under_way_is_not_joined_by_another(tmp_path, ca
     push.on_save(None, State, None)
     assert "step 7 is not pushed: the upload before it is still under way" in caplog.text
     release.set()
-    push.finish(tmp_path)
+    push.on_train_end(SimpleNamespace(output_dir=tmp_path), None, None)
     assert not push._upload.is_alive()
 
 

@@ -14,9 +14,10 @@ from scipy import sparse
 from tiny_model import GENES, SYMBOLS, tiny_extractor, tiny_model, tiny_pipeline
 
 from gppc import cli
-from modeling_gppc.feature_extraction_gppc import GppcFeatureExtractor, normalize_counts
+from modeling_gppc.feature_extraction_gppc import GppcFeatureExtractor
 from modeling_gppc.inference.loading import load_model
 from modeling_gppc.inference.predict import predict_anndata, predict_file
+from modeling_gppc.normalization_gppc import normalize_counts
 
 N_CELLS = 7
 # What the cells name: nine genes of the model by symbol, one by id, two that it does not know.

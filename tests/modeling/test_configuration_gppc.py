@@ -5,8 +5,7 @@ from huggingface_hub.errors import StrictDataclassError
 from tiny_model import SIZES, tiny_model
 from transformers import AutoConfig
 
-from modeling_gppc.configuration_gppc import GppcConfig
-from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
+from modeling_gppc import GppcConfig, GppcForPerturbationPrediction
 
 
 @pytest.mark.parametrize(

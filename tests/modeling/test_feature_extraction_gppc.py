@@ -10,13 +10,8 @@ from scipy import sparse
 from tiny_model import GENES, SYMBOLS
 from transformers import AutoFeatureExtractor
 
-from modeling_gppc.feature_extraction_gppc import (
-    GppcFeatureExtractor,
-    change_of_log_value,
-    check_raw_counts,
-    close_matches,
-    normalize_counts,
-)
+from modeling_gppc import GppcFeatureExtractor
+from modeling_gppc.normalization_gppc import change_of_log_value, check_raw_counts, close_matches, normalize_counts
 
 RNG = np.random.default_rng(0)
 COUNTS = RNG.poisson(1.5, size=(5, 12))

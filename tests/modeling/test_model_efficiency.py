@@ -6,10 +6,10 @@ from test_modeling_gppc import random_inputs, random_model
 from tiny_model import SIZES
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gppc.run_options import parse_options
 from modeling_gppc.configuration_gppc import SIZES as NAMED_SIZES
 from modeling_gppc.configuration_gppc import GppcConfig
 from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
-from modeling_gppc.training.arguments import parse_options
 
 OUTPUTS = ("logits", "logvar", "linear_response")
 WIDE = 4_000

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from data_scripts.batches.stream_pairs import PairStream, StreamOptions
-from data_scripts.pairs.pair_folder import write_bytes_atomically
+from data_scripts.files import write_json
 
 SAVE_EVERY = 5
 
@@ -30,7 +30,7 @@ def main() -> None:
             done += 1
             if done % SAVE_EVERY == 0 or done == n_batches:
                 content = {"done": done, "learned": learned, "stream": stream.state_dict()}
-                write_bytes_atomically(json.dumps(content).encode(), saved)
+                write_json(content, saved)
             if done == n_batches:
                 break
 

@@ -1,26 +1,19 @@
 """Options of a run from files and flags; bad input ends with one line and status 2 before anything is made."""
 
+import dataclasses
 import json
-from pathlib import Path
 
 import anndata
 import numpy as np
 import pytest
 import scipy.sparse as sp
-from tiny_runs import train_module, write_run_pairs
+from tiny_runs import ROWS, train_module, write_run_pairs
 
+from data_scripts.command_line import argument_texts, kind_of, read_flags, sections_of
 from data_scripts.store.local_census import CensusSource, write_census
+from gppc.run_options import LaunchOptions, ModelOptions, RunOptions, parse_options
 from modeling_gppc.training import arguments as arguments_module
-from modeling_gppc.training.arguments import (
-    CONFIGS,
-    RunOptions,
-    TrainingOptions,
-    build_parser,
-    find_config,
-    merge,
-    parse_options,
-    read_flags,
-)
+from modeling_gppc.training.arguments import CONFIGS, TrainingOptions, find_config
 from modeling_gppc.training.run_folder import holds_work
 
 
@@ -74,17 +67,17 @@ BAD = {
     "unknown config": (["--config", "pmbc", "--data.pairs", "PAIRS"], ["`config` pmbc", "did you mean `pbmc`"]),
     "unknown key": (
         ["--data.pairs", "PAIRS", "--training.learning_rat", "0.1"],
-        ["`training.learning_rat`", "did you mean `learning_rate`"],
+        ["`--training.learning_rat`", "did you mean `training.learning_rate`"],
     ),
     "unknown section": (
         ["--data.pairs", "PAIRS", "--trainin.max_steps", "3"],
-        ["`trainin`", "did you mean `training`"],
+        ["`--trainin.max_steps`", "did you mean `training.max_steps`"],
     ),
     "wrong type": (
         ["--data.pairs", "PAIRS", "--training.max_steps", "many"],
         ["`training.max_steps`", "'many'", "int"],
     ),
-    "wrong value": (["--data.pairs", "PAIRS", "--training.max_steps", "0"], ["`training.max_steps` is 0", "positive"]),
+    "wrong value": (["--data.pairs", "PAIRS", "--training.max_steps", "0"], ["`training.max_steps` is 0", ">= 1"]),
     "wrong choice": (
         ["--data.pairs", "PAIRS", "--training.precision", "fp64"],
         ["`training.precision` is 'fp64'", "'bf16'"],
@@ -125,7 +118,31 @@ BAD = {
         ["--data.pairs", "PAIRS", "--training.per_device_train_batch_size", "500"],
         ["500", "203 training pairs"],
     ),
-    "missing cells": (["--data.files", "[EMPTY/none.h5ad]"], ["none.h5ad"]),
+    "missing cells": (["--data.files", "[EMPTY/none.h5ad]"], ["`data.files`", "none.h5ad does not exist"]),
+    "missing screen": (["--data.screen", "EMPTY/none.h5ad"], ["`data.screen`", "none.h5ad does not exist"]),
+    "missing list of genes": (
+        ["--pairs.query.uri", "STORE", "--pairs.perturbation.genes_file", "EMPTY/none.txt"],
+        ["none.txt does not exist"],
+    ),
+    "settings of another schedule": (
+        ["--data.pairs", "PAIRS", "--training.lr_scheduler_kwargs", "{min_lr: 1e-5}"],
+        ["`training.lr_scheduler_kwargs`", "do not fit 'cosine'"],
+    ),
+    "no model to start from": (
+        ["--data.pairs", "PAIRS", "--training.start_from", "EMPTY/none"],
+        ["`training.start_from`", "holds no model"],
+    ),
+    "repository with three slashes": (
+        ["--data.pairs", "PAIRS", "--push_to_hub", "a/b/c/d"],
+        ["`repo_id` is 'a/b/c/d'", "namespace/repo_name"],
+    ),
+    "repository without a name": (["--data.pairs", "PAIRS", "--push_to_hub", ""], ["`repo_id` is ''"]),
+    "push without a network": (["--data.pairs", "PAIRS", "--push_to_hub", "a/b"], ["offline", "HF_HUB_OFFLINE"]),
+    "unknown floor": (["--data.pairs", "PAIRS", "--evaluation.floors", "[meen]"], ["`evaluation.floors`", "`mean`"]),
+    "split of another pairing": (
+        ["--pairs.query.uri", "STORE", "--evaluation.splits", "[same_typ]"],
+        ["`evaluation.splits` names 'same_typ'", "did you mean `same_type`"],
+    ),
     "output is a file": (
         ["--data.pairs", "PAIRS", "--output_dir", "PAIRS/genes.parquet"],
         ["`output_dir`", "is a file"],
@@ -161,6 +178,97 @@ def test_bad_input_is_one_line_and_status_2(name, store, pairs, tmp_path, capsys
     assert not holds_work(tmp_path / "run")
 
 
+# Known only with the genes and the pairs, and before anything is fitted.
+KNOWN_WITH_PAIRS = {
+    "split": (["--evaluation.splits", "[same_typ]"], ["`evaluation.splits` names `same_typ`", "`same_type`"]),
+    "unknown gene": (["--evaluation.perturbation", "NOPE=ko"], ["`evaluation.perturbation`", "NOPE"]),
+    "no action": (["--evaluation.perturbation", "GENE1"], ["`evaluation.perturbation`", "GENE=ACTION"]),
+    "unknown action": (["--evaluation.perturbation", "GENE1=kick"], ["`evaluation.perturbation`", "kick"]),
+    "share above 1": (["--evaluation.perturbation", "GENE1=kd:2"], ["`evaluation.perturbation`", "between 0 and 1"]),
+}
+
+
+@pytest.mark.parametrize("name", KNOWN_WITH_PAIRS)
+def test_what_only_the_pairs_tell_is_told_before_training(name, pairs, tmp_path, capsys, monkeypatch):
+    flags, words = KNOWN_WITH_PAIRS[name]
+    module = train_module()
+    monkeypatch.setattr(module, "train", None)
+    assert module.main(["--data.pairs", str(pairs), "--output_dir", str(tmp_path / "run"), *flags]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("train.py: error: ") and all(word in line for word in words), line
+
+
+@pytest.mark.parametrize("without", ["train", "validation", "test"])
+def test_pairs_that_lack_a_split_are_told_before_training(without, tmp_path, capsys):
+    rows = {name: count for name, count in ROWS.items() if name != without}
+    pairs = write_run_pairs(tmp_path / "pairs", rows)
+    assert train_module().main(["--data.pairs", str(pairs), "--output_dir", str(tmp_path / "run")]) == 2
+    assert f"`pairs` hold no {without} pair" in capsys.readouterr().err
+
+
+NUMBERS = {
+    "training.learning_rate": ("nan", "inf", "-1e-3", "0", "true", "[1]"),
+    "training.weight_decay": ("nan", "-1"),
+    "training.adam_beta2": ("1.0", "nan"),
+    "training.warmup_steps": ("-1", "1.5"),
+    "training.max_steps": ("0", "true", "1.5", "many"),
+    "training.dataloader_num_workers": ("-1",),
+    "evaluation.max_pairs": ("0", "nan"),
+    "evaluation.n_resamples": ("-1", "0"),
+    "evaluation.optimum_samples": ("0",),
+    "data.num_proc": ("0",),
+    "seed": ("-1", "4294967296", "x"),
+    "pairs.seed": ("-1",),
+    "pairs.query.target_sum": ("nan", "inf", "0"),
+    "pairs.panel.min_measured": ("1.5", "nan"),
+    "pairs.panel.n_genes": ("0",),
+    "pairs.matching.pairs_per_cell": ("0",),
+    "pairs.perturbation.min_genes": ("-1",),
+    "pairs.splits.held_out_genes": ("{test: 1}", "{test: nan}"),
+    "model.num_factors": ("0", "-1", "1.5", "true"),
+    "model.encoder_layers": ("-1",),
+    "model.num_attention_heads": ("0",),
+    "model.hidden_dropout_prob": ("nan", "1", "-0.1"),
+    "model.variance_loss_weight": ("inf", "-1"),
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in NUMBERS.items() for value in values])
+def test_numbers_out_of_range_are_refused_by_name(name, value):
+    with pytest.raises(ValueError) as caught:
+        parse_options("default", [f"--{name}", value.replace("nan", ".nan").replace("inf", ".inf")])
+    message = str(caught.value)
+    assert name.rsplit(".", 1)[-1] in message and "\n" not in message, message
+    assert "wanted" in message or "expected" in message, message
+
+
+@pytest.mark.parametrize(
+    ("flags", "out"),
+    [
+        ([], "runs/default"),
+        (["--pairs.query.uri", "store/blood.soma"], "runs/blood"),
+        (["--data.files", "[a.h5ad, b.h5ad]"], "runs/a"),
+        (["--data.synthetic", "{form: count}"], "runs/own"),
+        (["--pairs.query.uri", "blood.soma", "--output_dir", "here"], "here"),
+        (["--pairs.query.obs_filter", "null"], "runs/default"),
+    ],
+)
+def test_cells_of_a_flag_take_the_place_of_the_examples(flags, out):
+    options = parse_options(None, flags)
+    assert options.output_dir == out
+    own = parse_options("own", ["--pairs.query.uri", "x"]).training
+    assert options.training == (parse_options("default", []).training if out == "runs/default" else own)
+
+
+def test_cells_of_a_flag_take_the_place_of_those_of_the_file():
+    options = parse_options("linear", ["--data.pairs", "p"])
+    assert options.data.pairs == "p" and options.data.synthetic is None and options.output_dir == "runs/linear"
+    assert options.training == parse_options("linear", []).training
+    assert parse_options("census_naive_b", ["--pairs.query.uri", "s"]).pairs.query.census_version is None
+    with pytest.raises(ValueError, match=r"`data\.pairs` and `data\.example`; wanted exactly one"):
+        parse_options("linear", ["--data.pairs", "p", "--data.example", "pbmc68k_reduced"])
+
+
 def test_a_logger_that_is_not_installed(monkeypatch):
     monkeypatch.setattr(arguments_module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(
@@ -172,8 +280,8 @@ def test_a_logger_that_is_not_installed(monkeypatch):
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configs_are_valid(path):
     # The store or the screen is the caller's.
-    flags = {"pbmc": ["--pairs.query.uri", "cells.soma"]}
-    flags |= {name: ["--data.screen", "screen.h5ad"] for name in ("screen_in_context", "screen_fine_tuned")}
+    flags = {name: ["--pairs.query.uri", "cells.soma"] for name in ("own", "pbmc")}
+    flags["screen"] = ["--data.screen", "screen.h5ad"]
     options = parse_options(path.stem, flags.get(path.stem, []))
     assert isinstance(options, RunOptions) and options.output_dir.startswith("runs/")
     assert json.loads(json.dumps(options.model)) == options.model
@@ -201,7 +309,7 @@ def test_configs_are_found_by_name_and_by_path(tmp_path):
     ],
 )
 def test_flags_are_nested_yaml(flags, found):
-    assert read_flags(flags) == found
+    assert read_flags(flags, RunOptions) == found
 
 
 def test_flags_lie_over_the_file_and_the_file_over_defaults(tmp_path):
@@ -213,28 +321,27 @@ def test_flags_lie_over_the_file_and_the_file_over_defaults(tmp_path):
     assert options.output_dir == "runs/own"
 
 
-def test_merge_leaves_both_as_they_are():
-    base, changes = {"a": {"b": 1, "c": [1]}}, {"a": {"c": [2]}, "d": {}}
-    assert merge(base, changes) == {"a": {"b": 1, "c": [2]}, "d": {}}
-    assert base == {"a": {"b": 1, "c": [1]}} and changes == {"a": {"c": [2]}, "d": {}}
-
-
-def test_help_tells_commands(capsys):
-    parser = build_parser(train_module().__doc__)
-    with pytest.raises(SystemExit):
-        parser.parse_args(["--help"])
+def test_help_lists_every_option_with_its_meaning(capsys):
+    assert train_module().main(["--help"]) == 0
     text = capsys.readouterr().out
-    for word in (
-        "accelerate launch train.py --config linear",
-        "--resume",
-        "--push_to_hub",
-        "--training.max_steps 500",
-    ):
-        assert word in text
+    assert "accelerate launch train.py --config linear" in text and "--resume" in text
+    sections = list(sections_of(LaunchOptions, RunOptions))
+    assert {"data.", "data.synthetic.", "pairs.query.", "pairs.splits.", "screen.", "model.", "training."} <= {
+        prefix for prefix, _, _ in sections
+    }
+    n_options = 0
+    for prefix, cls, fields in sections:
+        texts = argument_texts(cls)
+        assert not prefix or f"\n{prefix[:-1]}:\n" in text
+        for field, hint in fields:
+            if not dataclasses.is_dataclass(kind_of(hint)):
+                n_options += 1
+                assert f"\n  --{prefix}{field.name} " in text and texts[field.name], field.name
+    assert n_options > 100 and text.count("(default:") == n_options
+    assert {entry.name for entry in dataclasses.fields(ModelOptions)} > {"size", "hidden_size", "layer_norm_eps"}
 
 
-def test_every_training_option_is_documented():
-    documented = TrainingOptions.__doc__
-    for name in TrainingOptions.__dataclass_fields__:
-        assert name in documented, name
-    assert Path(arguments_module.__file__).is_file()
+def test_help_of_a_sweep_lists_its_options(capsys):
+    assert train_module().main(["--sweep", "default", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "--n_trials INTEGER" in text and "\n  --training.max_steps " not in text

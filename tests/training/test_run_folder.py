@@ -1,16 +1,19 @@
 """Which run a folder holds, and who may go on with it."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
-from modeling_gppc.training.arguments import DataOptions, RunOptions, TrainingOptions
-from modeling_gppc.training.run_folder import OPTIONS_FILE, claim_folder, first_difference, holds_work, write_json
+from data_scripts.files import write_json
+from gppc.run_options import RunOptions
+from modeling_gppc.evaluation.score_options import EvaluationOptions
+from modeling_gppc.training.arguments import DataOptions, TrainingOptions
+from modeling_gppc.training.run_folder import OPTIONS_FILE, claim_folder, first_difference, holds_work
 
 
-def options(folder, **changes) -> RunOptions:
-    return replace(RunOptions(output_dir=str(folder), data=DataOptions(pairs="pairs")), **changes)
+def options(folder, **changes) -> dict:
+    return asdict(replace(RunOptions(output_dir=str(folder), data=DataOptions(pairs="pairs")), **changes))
 
 
 @pytest.fixture
@@ -58,6 +61,7 @@ def test_another_run_is_refused(used, changes, resume, processes, words):
         {},
         {"training": TrainingOptions(dataloader_num_workers=3, use_cpu=True)},
         {"data": DataOptions(pairs="pairs", num_proc=4)},
+        {"evaluation": EvaluationOptions(max_pairs=7, floors=["mean"], perturbation="CST3=ko")},
     ],
 )
 def test_the_same_run_goes_on(used, changes):

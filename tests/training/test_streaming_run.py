@@ -13,8 +13,8 @@ from data_scripts.batches.pair_dataset import PairDataset
 from data_scripts.batches.stream_checkpoint import stream_file
 from data_scripts.options import from_mapping
 from data_scripts.pairs.pair_folder import PairFolder
-from modeling_gppc.training.arguments import RunOptions
-from modeling_gppc.training.stream_rows import TableCollator, open_stream, sample_rows_of
+from gppc.run_options import RunOptions
+from modeling_gppc.training.stream_rows import TableCollator, open_stream, sample_rows
 from modeling_gppc.training.trainer import GppcTrainer
 
 SHORT = {"training__max_steps": 30, "training__eval_steps": 4, "training__save_steps": 4, "training__logging_steps": 1}
@@ -98,7 +98,7 @@ def test_epochs_and_waiting_are_logged(streamed):
 
 
 def test_a_large_store_leaves_a_sample(store, tmp_path):
-    small = {"training__linear_start_cells": 40, "evaluation__max_floor_pairs": 30}
+    small = {"training__linear_start_cells": 40}
     out = tmp_path / "run"
     assert train_module().main(stream_arguments(store, out, **SHORT, **small)) == 0
     folder = PairFolder(out / "pairs")
@@ -126,7 +126,7 @@ def test_ranks_of_a_run_share_out_the_cells(streamed):
     for world_size in (1, 2, 3):
         rows = 0
         for rank in range(world_size):
-            stream = open_stream(options, folder, rank, world_size)
+            stream = open_stream(folder, options.training, 2, rank=rank, world_size=world_size)
             batches = iter(stream)
             while True:  # one epoch of this rank's
                 state = stream.state_dict()
@@ -138,7 +138,7 @@ def test_ranks_of_a_run_share_out_the_cells(streamed):
             torch.testing.assert_close(next(iter(stream))["labels"], batch["labels"], atol=0, rtol=0)
         assert rows == wanted
     with pytest.raises(ValueError, match=r"makes 12 shard\(s\) for 13 readers \(13 process\(es\) x 1 worker\(s\)\)"):
-        open_stream(options, folder, 0, 13)
+        open_stream(folder, options.training, 2, rank=0, world_size=13)
 
 
 @pytest.mark.parametrize(
@@ -213,10 +213,8 @@ def test_a_stream_always_redraws():
 
 def test_size_of_the_sample():
     mapping = {"data": {"example": "pbmc68k_reduced"}, "training": {"linear_start_cells": 500}}
-    assert sample_rows_of(from_mapping(RunOptions, mapping)) is None
-    mapping["data"]["stream"] = True
-    mapping["evaluation"] = {"max_floor_pairs": 700}
-    assert sample_rows_of(from_mapping(RunOptions, mapping)) == 2 * 700
+    options = from_mapping(RunOptions, mapping)
+    assert sample_rows(options.pairs, options.training) == 2 * 500
 
 
 def test_pairs_of_a_folder_still_train(stored, tmp_path):

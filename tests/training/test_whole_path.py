@@ -10,8 +10,9 @@ import train
 from data_scripts.batches.data_collator import PairCollator
 from data_scripts.batches.pair_dataset import PairDataset
 from data_scripts.pairs.pair_folder import PairFolder
+from gppc.run_options import parse_options
 from modeling_gppc import GppcConfig, GppcForPerturbationPrediction
-from modeling_gppc.training.arguments import find_config, parse_options
+from modeling_gppc.training.arguments import find_config
 
 CELLS = "{form: linear, n_genes: 40, n_regulators: 5, n_cells: 2500, n_donors: 50, n_datasets: 2, n_cell_types: 8}"
 BUDGET = [
@@ -55,7 +56,7 @@ def test_model_folder_holds_what_a_stranger_needs(run):
 
 def test_origins_form_fails_on_the_same_data_and_budget(run, tmp_path):
     """One gene's identity short: where nothing is perturbed every gene gets the same number."""
-    flags = ["--data.synthetic", "null", "--data.pairs", str(run / "pairs"), "--model.architecture", "origin"]
+    flags = ["--data.pairs", str(run / "pairs"), "--model.architecture", "origin"]
     flags += ["--evaluation.floors", "[mean]", "--output_dir", str(tmp_path / "origin")]
     flags += ["--evaluation.splits", "[same_type, same_dataset]"]
     assert train.main(["--config", "linear", *flags, *BUDGET]) == 0

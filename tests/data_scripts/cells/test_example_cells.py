@@ -5,7 +5,7 @@ import pytest
 import scanpy
 
 from data_scripts.cells.example_cells import library_cells_pbmc68k
-from modeling_gppc.feature_extraction_gppc import check_raw_counts, normalize_counts
+from modeling_gppc.normalization_gppc import check_raw_counts, normalize_counts
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,9 @@ import pytest
 import scipy.sparse
 
 from data_scripts.cells.screen_labels import is_control_word, read_modality, split_label
-from data_scripts.cells.screen_options import ScreenOptions, find_column, options_from_flags
+from data_scripts.cells.screen_options import ScreenOptions, find_column
 from data_scripts.cells.screens import read_screen
+from data_scripts.command_line import read_options
 
 GENES = ["STAT1", "IRF1", "MYC", "HLA-A", "ACTB"]
 
@@ -91,7 +92,7 @@ def test_target_changes_measured_and_stated_stay_apart():
     cells, controls = screen.cells_of("STAT1"), screen.cells_of("control")
     assert column == 0 and form == "measured"
     assert change == pytest.approx(screen.values[cells, 0].mean() - screen.values[controls, 0].mean(), abs=1e-6)
-    stated = read_screen(adata, options_from_flags(guide_efficiency=["STAT1=0.8"]))
+    stated = read_screen(adata, ScreenOptions(guide_efficiency={"STAT1": 0.8}))
     ((_, change, form),) = stated.target_changes("STAT1")
     level = screen.values[controls, 0].mean()
     assert form == "stated" and change == pytest.approx(np.log1p(0.2 * np.expm1(level)) - level, abs=1e-5)
@@ -146,7 +147,7 @@ def test_what_is_set_aside_is_counted():
     assert said["labels spelt differently were merged, nothing was lost"][1] == "STAT1 = stat1"
     assert list(screen.perturbations) == ["STAT1"] and screen.perturbations["STAT1"].modality == "CRISPRi"
     assert "set aside: 20 cells" in screen.summary()
-    mapped = read_screen(adata, options_from_flags(label_genes=["enh:chr1.5=MYC"]))
+    mapped = read_screen(adata, ScreenOptions(label_genes={"enh:chr1.5": "MYC"}))
     assert set(mapped.perturbations) == {"STAT1", "MYC"}
     cytokines = make_screen(["control", "IFNB1"], perturbation_type="cytokine")
     with pytest.raises(ValueError, match="no perturbation left: not a gene"):
@@ -156,13 +157,13 @@ def test_what_is_set_aside_is_counted():
 
 def test_bad_options_are_named():
     for flags, words in (
-        ({"guide_efficiency": ["STAT1=2"]}, "between 0 and 1"),
-        ({"guide_efficiency": ["STAT1"]}, "is not LABEL=SHARE"),
-        ({"value_kind": "raw"}, "'counts' or 'log'"),
-        ({"min_cells": 1}, "wanted >= 2"),
+        (["--guide-efficiency", "STAT1=2"], "between 0 and 1"),
+        (["--guide-efficiency", "STAT1"], "`guide_efficiency` is 'STAT1'; wanted NAME=VALUE"),
+        (["--value-kind", "raw"], "'counts' or 'log'"),
+        (["--min-cells", "1"], "wanted >= 2"),
     ):
         with pytest.raises(ValueError, match=words):
-            options_from_flags(**flags)
+            read_options(flags, ScreenOptions)
     with pytest.raises(ValueError, match="is not a column of obs"):
         read_screen(make_screen(), ScreenOptions(perturbation_column="pertubation"))
     with pytest.raises(ValueError, match="is not a file"):

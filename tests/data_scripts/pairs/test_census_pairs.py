@@ -290,13 +290,13 @@ def test_command_line(store, tmp_path, capsys):
 
     config = tmp_path / "pairs.yaml"
     config.write_text(json.dumps({"panel": {"n_genes": 12}, "splits": {"rules": RULES}}))
-    arguments = ["build-pairs", str(tmp_path / "out"), "--config", str(config), "--uri", str(store)]
-    assert main([*arguments, "--set", "perturbation.max_genes=2", "--seed", "4"]) == 0
+    arguments = ["build-pairs", str(tmp_path / "out"), "--config", str(config), "--query.uri", str(store)]
+    assert main([*arguments, "--perturbation.max_genes", "2", "--seed", "4"]) == 0
     assert "12 genes" in capsys.readouterr().out
     options = PairFolder(tmp_path / "out").manifest["options"]
     assert options["seed"] == 4 and options["perturbation"]["max_genes"] == 2
-    assert main([*arguments, "--set", "perturbation.max_gene=2"]) == 2
-    assert "did you mean `max_genes`" in capsys.readouterr().err
+    assert main([*arguments, "--perturbation.max_gene", "2"]) == 2
+    assert "did you mean `perturbation.max_genes`" in capsys.readouterr().err
 
 
 def test_dry_run(store, folder, tmp_path, capsys):
@@ -310,7 +310,7 @@ def test_dry_run(store, folder, tmp_path, capsys):
     assert numbers["pairs_at_most"] >= sum(entry["pairs"] for entry in report.values())
     # The sample of so small a store is all of it.
     assert numbers["genes"]["common"] == len(folder.gene_ids) and numbers["genes"]["all"] == 40
-    assert main(["build-pairs", str(tmp_path / "out"), "--uri", str(store), "--dry-run"]) == 0
+    assert main(["build-pairs", str(tmp_path / "out"), "--query.uri", str(store), "--dry-run"]) == 0
     shown = capsys.readouterr().out
     for line in (
         "cells             120 (train ",

@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 
 from data_scripts.pairs.pair_options import SplitOptions, SplitRule
 from data_scripts.pairs.schema import SPLITS
-from data_scripts.pairs.splits import assign_splits, guard_splits, held_out_gene_split, stable_uniform
+from data_scripts.pairs.splits import (
+    assign_splits,
+    default_rules,
+    describe_rules,
+    guard_splits,
+    held_out_gene_split,
+    stable_uniform,
+)
 
 OBS = pd.DataFrame(
     {
@@ -67,6 +74,32 @@ def test_a_held_out_donor_is_held_out_everywhere():
     rules = [SplitRule(by="cell", fractions={"validation": 0.1}), SplitRule(by="donor_id", fractions={"test": 0.5})]
     with pytest.raises(ValueError, match=r"hold out donor_id '\w+' for test, but an earlier rule .* in validation"):
         assign_splits(OBS, SplitOptions(rules=rules))
+
+
+# Cells of each donor -> whether there are enough donors.
+DONORS = {
+    "one": ([500], False),
+    "three of equal size": ([100, 100, 100], False),
+    "four of equal size": ([100, 100, 100, 100], True),
+    "five": ([226, 187, 181, 170, 105], True),
+    "many small ones": ([10] * 40, True),
+    "one with nearly all cells": ([1000, 5, 5, 5, 5], False),
+    "no cell of most": ([300, 1], False),
+}
+
+
+@pytest.mark.parametrize("name", DONORS)
+@pytest.mark.parametrize("seed", range(5))
+def test_whole_donors_are_held_out_where_they_suffice(name, seed):
+    sizes, enough = DONORS[name]
+    donors = np.repeat([f"d{index}" for index in range(len(sizes))], sizes)
+    obs = pd.DataFrame({"soma_joinid": np.arange(len(donors)), "donor_id": pd.Categorical(donors)})
+    split = assign_splits(obs, SplitOptions(seed=seed))
+    shares = np.bincount(split, minlength=3) / len(obs)
+    assert (shares[1:] > 0.05).all() and shares[0] >= 0.5
+    by_donor = pd.Series(split).groupby(donors).nunique().max() == 1
+    assert by_donor == enough
+    assert describe_rules(default_rules(obs, seed)).startswith("whole donors (test d" if enough else "single cells")
 
 
 def pair_rows(cells, donors, targets=None):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from data_scripts.pairs.pair_options import QueryOptions
 from data_scripts.store.cell_stream import TILE_CELLS, CellStream, read_values, tile_boundary
-from modeling_gppc.feature_extraction_gppc import normalize_counts
+from modeling_gppc.normalization_gppc import normalize_counts
 
 
 class FakeMatrix:

@@ -447,7 +447,7 @@ def test_command(tmp_path, adatas, capsys):
     store = tmp_path / "store"
     (tmp_path / "lengths.csv").write_text(f"symbol,ensembl_id,length\nS3,{GENES[3]},5\n")
     flags = ["--donor-key", "batch", "--keep-obs", "score", "--gene-table", str(tmp_path / "lengths.csv")]
-    assert main(["make-census", *flags, str(store), *files]) == 0
+    assert main(["make-census", str(store), *files, *flags]) == 0
     output = capsys.readouterr().out
     assert "23 cells x 8 genes, 2 data sets" in output
     assert "donor from batch" in output

@@ -4,12 +4,13 @@ import cellxgene_census
 import numpy as np
 import pytest
 
+from data_scripts.command_line import read_options
 from data_scripts.synthetic import network_store
 from data_scripts.synthetic.network import SyntheticConfig, load_network, make_network
 from data_scripts.synthetic.network_cells import make_anndata
 from data_scripts.synthetic.network_store import network_path, write_synthetic
-from data_scripts.synthetic.synthetic_cli import config_from
-from gppc.cli import build_parser, main
+from data_scripts.synthetic.synthetic_cli import OPTIONS
+from gppc.cli import main
 
 SMALL = {"n_genes": 30, "n_regulators": 4, "n_cell_types": 3, "n_donors": 4, "n_datasets": 2, "n_cells": 90}
 
@@ -66,9 +67,11 @@ def test_failure_leaves_no_temporary_cells(tmp_path, monkeypatch):
 
 
 def test_command_writes_store_and_network(tmp_path, capsys):
-    flags = "--form count --cells 60 --genes 30 --regulators 4 --cell-types 3 --donors 4 --datasets 2 --seed 7"
+    flags = (
+        "--form count --n-cells 60 --n_genes 30 --n_regulators 4 --n-cell-types 3 --n_donors 4 --n_datasets 2 --seed 7"
+    )
     store = tmp_path / "cells"
-    assert main(["make-synthetic", str(store), *flags.split(), "--set", "dropout=0.3"]) == 0
+    assert main(["make-synthetic", str(store), *flags.split(), "--dropout", "0.3"]) == 0
     assert "60 cells x" in capsys.readouterr().out
     config = load_network(network_path(store)).config
     assert (config.form, config.n_cells, config.n_genes, config.seed, config.dropout) == ("count", 60, 30, 7, 0.3)
@@ -77,23 +80,21 @@ def test_command_writes_store_and_network(tmp_path, capsys):
     assert main(["make-synthetic", str(store), *flags.split(), "--overwrite"]) == 0
 
 
-def test_config_file_then_flags_then_set(tmp_path):
+def test_config_file_then_flags(tmp_path):
     path = tmp_path / "options.yaml"
     path.write_text("form: count\nn_genes: 50\nn_cells: 10\nseed: 1\n")
-    parser = build_parser("make-synthetic")
-    arguments = ["make-synthetic", "x", "--config", str(path), "--genes", "60", "--cells", "20", "--set", "n_cells=30"]
-    config = config_from(parser.parse_args(arguments))
-    assert (config.form, config.n_genes, config.n_cells, config.seed) == ("count", 60, 30, 1)
+    where, config = read_options(["x", "--config", str(path), "--n_genes", "60", "--n-cells=30"], *OPTIONS)
+    assert (where.store, config.form, config.n_genes, config.n_cells, config.seed) == ("x", "count", 60, 30, 1)
 
 
 @pytest.mark.parametrize(
     "flags, message",
     [
         (["--form", "counts"], "`form` is 'counts'"),
-        (["--set", "n_gene=5"], "`n_gene` is not an option; did you mean `n_genes`"),
-        (["--set", "n_genes"], "wanted NAME=VALUE"),
-        (["--set", "dropout=much"], "`dropout` is 'much'"),
-        (["--genes", "2"], "`n_genes` is 2; wanted at least 3"),
+        (["--n_gene", "5"], "`--n_gene` is not an option; did you mean `n_genes`"),
+        (["--n_genes"], "`--n_genes` has no value; wanted `--n_genes INTEGER`"),
+        (["--dropout", "much"], "`dropout` is 'much'"),
+        (["--n_genes", "2"], "`n_genes` is 2; wanted at least 3"),
     ],
 )
 def test_bad_flags_end_with_one_line(tmp_path, capsys, flags, message):

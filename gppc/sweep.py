@@ -4,7 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,16 @@ from transformers.trainer_utils import SaveStrategy
 
 from data_scripts.batches.data_collator import PairCollator
 from data_scripts.batches.pair_dataset import PairDataset
-from data_scripts.options import from_mapping, read_yaml
+from data_scripts.files import write_json
+from data_scripts.options import from_mapping, merge, read_yaml
 from data_scripts.pairs.pair_folder import PairFolder
-from modeling_gppc.feature_extraction_gppc import close_matches
+from gppc.run_options import RunOptions
+from gppc.sweep_report import write_report
 from modeling_gppc.fitting.fit_linear_response import initialize_linear_response
 from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
-from modeling_gppc.training.arguments import CONFIGS, RunOptions, find_config, merge, read_flags
-from modeling_gppc.training.prepare_data import prepare_pairs
-from modeling_gppc.training.run_folder import first_difference, write_json
-from modeling_gppc.training.sweep_report import write_report
+from modeling_gppc.normalization_gppc import close_matches
+from modeling_gppc.training.arguments import CONFIGS, find_config
+from modeling_gppc.training.run_folder import first_difference
 from modeling_gppc.training.throughput import Throughput
 from modeling_gppc.training.trainer import GppcTrainer, make_trainer
 
@@ -129,15 +130,15 @@ def check_values(name: str, values: Any) -> None:
         raise ValueError(f"`space.{name}` goes from {values['low']} to {values['high']}; wanted low < high.")
 
 
-def read_sweep(name: str, flags: list[str]) -> SweepOptions:
-    """Options of a sweep: a YAML file by path, or a shipped one by name, overridden by flags.
+def read_sweep(name: str, changes: Mapping) -> SweepOptions:
+    """Options of a sweep: a YAML file by path, or a shipped one by name, with changes laid over it.
 
     Raises:
         ValueError: For a file that does not exist, or an unknown option or value.
     """
     for path in (Path(name), SWEEPS / f"{name}.yaml", SWEEPS / Path(name).name):
         if path.is_file():
-            return from_mapping(SweepOptions, merge(read_yaml(path), read_flags(flags)))
+            return from_mapping(SweepOptions, merge(read_yaml(path), changes))
     shipped = sorted(path.stem for path in SWEEPS.glob("*.yaml"))
     raise ValueError(f"`sweep` {name} does not exist{close_matches(Path(name).stem, shipped)}")
 
@@ -272,8 +273,6 @@ class Sweep:
         trainer.train_dataset, trainer.throughput = rows, Throughput()
         self.trial, self.began = trial, time.monotonic()
         trial.set_user_attr("parameters", model.num_parameters())
-        if model.model is None:
-            return model
         response = model.model.linear_response
         key = (options.model_config(2, self.folder.pairings).num_factors, model.config.num_components, id(rows))
         if key not in self.starts:
@@ -337,7 +336,7 @@ def run_sweep(
 
     out = claim_sweep(sweep, resume)
     options = sweep.run_options({})
-    folder = prepare_pairs(dataclasses.replace(options, output_dir=str(out)))
+    folder = dataclasses.replace(options, output_dir=str(out)).prepare_pairs()
     if sweep.objective_pairing is not None and sweep.objective_pairing not in folder.pairings:
         raise ValueError(
             f"`objective_pairing` is {sweep.objective_pairing!r}"

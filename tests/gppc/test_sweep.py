@@ -8,7 +8,7 @@ import torch
 import yaml
 from tiny_runs import FLAGS, train_module, write_run_pairs
 
-from modeling_gppc.training.sweep import SWEEPS, SweepOptions, SweepTrainer, check_values, claim_sweep, read_sweep
+from gppc.sweep import SWEEPS, SweepOptions, SweepTrainer, check_values, claim_sweep, read_sweep
 
 STATES = optuna.trial.TrialState
 SPACE = {

@@ -69,6 +69,31 @@ def choose_perturbation(folder: PairFolder) -> str:
     return f"{genes['gene_symbol'][int(np.argmax(np.where(candidates, variance, -1)))]}=ko"
 
 
+def perturbed_rows(
+    extractor: GppcFeatureExtractor, folder: PairFolder, perturbation: str | None
+) -> tuple[str, np.ndarray]:
+    """The perturbation to show, chosen where none is given, and rows of test pairs whose source cells are shown.
+
+    Raises:
+        ValueError: For an unknown gene, a malformed perturbation, or one of a gene that no test cell measures.
+    """
+    if perturbation is None:
+        linear = folder.manifest["normalization"] == "none"
+        chosen = choose_perturbation(folder)
+        perturbation = chosen.replace("=ko", "=delta:-1") if linear else chosen
+    try:
+        imposed = [gene for gene, _, _ in extractor.parse_perturbation(perturbation)]
+    except ValueError as error:
+        raise ValueError(f"`evaluation.perturbation`: {error}") from error
+    table = folder.split("test")
+    panel = table.column("source_panel").to_numpy()
+    _, rows = np.unique(table.column("source_soma_joinid").to_numpy(), return_index=True)
+    rows = rows[folder.panels[panel[rows]][:, imposed].all(axis=1)]
+    if not len(rows):
+        raise ValueError(f"`evaluation.perturbation` {perturbation!r}: no test cell measures the gene; name another.")
+    return perturbation, np.sort(np.random.default_rng(0).permutation(rows)[:N_CELLS])
+
+
 @torch.inference_mode()
 def first_prediction(
     model, extractor: GppcFeatureExtractor, folder: PairFolder, perturbation: str | None = None
@@ -82,23 +107,14 @@ def first_prediction(
         perturbation (`str`, *optional*): See [`GppcFeatureExtractor.parse_perturbation`].
 
     Raises:
-        ValueError: For an unknown gene or a malformed perturbation.
+        ValueError: As [`perturbed_rows`].
     """
-    if perturbation is None:
-        linear = folder.manifest["normalization"] == "none"
-        chosen = choose_perturbation(folder)
-        perturbation = chosen.replace("=ko", "=delta:-1") if linear else chosen
+    perturbation, rows = perturbed_rows(extractor, folder, perturbation)
     imposed = [gene for gene, _, _ in extractor.parse_perturbation(perturbation)]
     table = folder.split("test")
-    panel = table.column("source_panel").to_numpy()
-    _, rows = np.unique(table.column("source_soma_joinid").to_numpy(), return_index=True)
-    rows = rows[folder.panels[panel[rows]][:, imposed].all(axis=1)]
-    if not len(rows):
-        raise ValueError(f"`evaluation.perturbation` {perturbation!r}: no test cell measures the gene; name another.")
-    rows = np.sort(np.random.default_rng(0).permutation(rows)[:N_CELLS])
     values = PairDataset(table, folder.pairings).dense_cells("source", rows, extractor.vocab_size)
     device = next(model.parameters()).device
-    inputs = extractor.from_values(values, folder.panels[panel[rows]])
+    inputs = extractor.from_values(values, folder.panels[table.column("source_panel").to_numpy()[rows]])
     encoded = model.eval().encode(**{name: tensor.to(device) for name, tensor in inputs.items()})
     change = extractor.perturbation_features(perturbation, model.levels(encoded))
     response = model.respond(encoded, **{name: tensor.to(device) for name, tensor in change.items()})

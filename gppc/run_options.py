@@ -1,0 +1,204 @@
+"""Everything a training run needs to know: defaults, overridden by a YAML file, overridden by flags."""
+
+import functools
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, make_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import set_seed
+
+from data_scripts.command_line import read_flags
+from data_scripts.options import Seed, check_numbers, from_mapping, merge, read_yaml
+from data_scripts.pairs.pair_folder import PairFolder
+from data_scripts.pairs.pair_options import PairOptions
+from modeling_gppc.configuration_gppc import SIZES, GppcConfig
+from modeling_gppc.evaluation.score_options import EvaluationOptions
+from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
+from modeling_gppc.normalization_gppc import close_matches
+from modeling_gppc.training.arguments import DataOptions, TrainingOptions, find_config
+from modeling_gppc.training.prepare_data import check_files, prepare_pairs
+from modeling_gppc.training.screen_run_options import ScreenRunOptions
+from modeling_gppc.training.start_from import check_start, start_from
+from modeling_gppc.training.stream_rows import sample_rows
+
+# The runs that are meant without `--config`: of the example cells, and of cells that a flag names.
+DEFAULT_CONFIG, OWN_CONFIG = "default", "own"
+# What the data decide, not the person who starts a run.
+DERIVED_MODEL_FIELDS = ("vocab_size", "pairings")
+# Where cells may come from; exactly one of these is given.
+DATA_SOURCES = ("pairs", "example", "files", "synthetic", "screen")
+QUERY_SOURCES = ("uri", "census_version")
+NO_SOURCE = {"data": dict.fromkeys(DATA_SOURCES), "pairs": {"query": dict.fromkeys(QUERY_SOURCES)}}
+
+
+def sources_of(mapping: Mapping) -> dict[str, Any]:
+    """Dotted name -> value of every source of cells that the options of a run name."""
+    data, query = mapping.get("data") or {}, (mapping.get("pairs") or {}).get("query") or {}
+    found = {f"data.{name}": data.get(name) for name in DATA_SOURCES}
+    found |= {f"pairs.query.{name}": query.get(name) for name in QUERY_SOURCES}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+# What `model` may say: `size`, and every field of `GppcConfig` that the data do not decide.
+ModelOptions = make_dataclass(
+    "ModelOptions",
+    [("size", str | None, None)]
+    + [
+        (entry.name, entry.type, entry.default)
+        for entry in fields(GppcConfig)
+        if entry.name in GppcConfig.__annotations__ and entry.name not in ("model_type", *DERIVED_MODEL_FIELDS)
+    ],
+)
+ModelOptions.__doc__ = (
+    "The model; see `GppcConfig`.\n\nArgs:\n    size (`str`, *optional*): "
+    f"One of {', '.join(SIZES)}, see docs/model.md. The other options override what it says."
+    + inspect.cleandoc(GppcConfig.__doc__).partition("Args:")[2]
+)
+
+
+@dataclass
+class LaunchOptions:
+    """
+    What is run.
+
+    Args:
+        config (`str`, *optional*): YAML file of the options below, or the name of a shipped one; a flag overrides the file.
+            Without it `own` where a flag names cells, else `default`.
+        resume (`bool`, *optional*, defaults to `False`): Go on from the last checkpoint of the same run.
+        push_to_hub (`str`, *optional*): Hub repository that the finished model is pushed to.
+        hub_strategy (`str`, *optional*, defaults to `"end"`): Push at the end only, or the model of every saved
+            checkpoint as well.
+        sweep (`str`, *optional*): Search options instead of training once: a YAML file, or the name of a shipped one;
+            `--sweep NAME --help` lists its options.
+    """
+
+    config: str | None = None
+    resume: bool = False
+    push_to_hub: str | None = None
+    hub_strategy: Literal["end", "every_save"] = "end"
+    sweep: str | None = None
+
+
+@dataclass
+class RunOptions:
+    """
+    Everything a training run needs to know.
+
+    Args:
+        output_dir (`str`): Folder of the run: store and pairs it makes, checkpoints, and `model`, what is kept.
+        seed (`int`): Of weights, order of pairs and bootstrap; pairs have `pairs.seed`.
+        data, pairs, screen, training, evaluation: See the classes, [`PairOptions`] and [`ScreenRunOptions`].
+        model (`dict`): Fields of [`GppcConfig`] other than those the data decide; `size` names a size of
+            [`GppcConfig.from_size`], which the other fields override.
+    """
+
+    output_dir: str = "runs/default"
+    seed: Seed = 0
+    data: DataOptions = field(default_factory=DataOptions)
+    pairs: PairOptions = field(default_factory=PairOptions)
+    screen: ScreenRunOptions = field(default_factory=ScreenRunOptions)
+    model: dict[str, Any] = field(default_factory=dict, metadata={"keys": ModelOptions})
+    training: TrainingOptions = field(default_factory=TrainingOptions)
+    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
+
+    def __post_init__(self):
+        check_numbers(self)
+        known = [entry.name for entry in fields(ModelOptions)]
+        for name in self.model:
+            if name in DERIVED_MODEL_FIELDS:
+                raise ValueError(f"`model.{name}` follows from the data; leave it out.")
+            if name not in known:
+                raise ValueError(f"`model.{name}` is not an option{close_matches(name, known)}.")
+        self.model_config(vocab_size=2, pairings=list(self.pairs.matching.pairings))
+        given = sources_of({"data": vars(self.data), "pairs": {"query": vars(self.pairs.query)}})
+        if len(given) != 1:
+            got = " and ".join(f"`{name}`" for name in given) or "none"
+            raise ValueError(
+                f"`data`: cells come from {got}; wanted exactly one of `data.pairs`, `data.example`, `data.files`, "
+                "`data.synthetic`, `data.screen`, `pairs.query.uri`, `pairs.query.census_version`."
+            )
+        if self.data.stream and not self.training.redraw_perturbations:
+            raise ValueError(
+                "`training.redraw_perturbations` is false with `data.stream`, which draws partners and revealed genes "
+                "anew in every epoch; leave `data.stream` out to reveal the same ones always."
+            )
+        # Which data sets there are is known with the cells; which pairings, already here.
+        if self.data.pairs is None and self.data.screen is None:
+            pairings = self.pairs.matching.pairings
+            for name in self.evaluation.splits or ():
+                if name.rsplit("/", 1)[-1] not in pairings:
+                    raise ValueError(
+                        f"`evaluation.splits` names {name!r}; wanted a pairing, or DATASET/PAIRING"
+                        f"{close_matches(name, pairings)}"
+                    )
+
+    def model_config(self, vocab_size: int, pairings: list[str]) -> GppcConfig:
+        """The model's configuration.
+
+        Raises:
+            ValueError: Naming the option whose value does not fit.
+        """
+        settings = dict(self.model)
+        settings.setdefault("default_pairing", "same_type" if "same_type" in pairings else pairings[0])
+        size = settings.pop("size", None)
+        build = GppcConfig if size is None else functools.partial(GppcConfig.from_size, size)
+        try:
+            return build(vocab_size=vocab_size, pairings=pairings, **settings)
+        except Exception as error:  # `@strict` raises a class of its own that is no ValueError
+            raise ValueError(f"`model`: {' '.join(str(error).split())}") from error
+
+    def make_model(self, folder: PairFolder) -> GppcForPerturbationPrediction:
+        """A model of the folder's genes with fresh weights, or with those of the model that the run starts from."""
+        set_seed(self.seed)
+        config = self.model_config(folder.genes.num_rows, folder.pairings)
+        config._attn_implementation = self.training.attn_implementation
+        if self.training.start_from is not None:
+            return start_from(self.training.start_from, config, folder.gene_ids, folder.gene_symbols)
+        return GppcForPerturbationPrediction(config)
+
+    def check_files(self) -> None:
+        """Looks at the files and folders that the options name, without reading cells.
+
+        Raises:
+            ValueError: If one is missing or something else.
+        """
+        check_files(self.data, self.pairs)
+        if self.training.start_from is not None:
+            check_start(self.training.start_from)
+
+    def prepare_pairs(self, progress: bool = True) -> PairFolder:
+        """Makes or opens the pairs of the run; see [`~training.prepare_data.prepare_pairs`]."""
+        return prepare_pairs(
+            self.data,
+            self.pairs,
+            self.output_dir,
+            train_rows=sample_rows(self.pairs, self.training) if self.data.stream else None,
+            progress=progress,
+        )
+
+
+def run_options(config: str | None, changes: Mapping) -> RunOptions:
+    """Options of a YAML file with changes laid over it. A source of cells among the changes replaces the file's.
+
+    Args:
+        config (`str`, *optional*): The file, or the name of a shipped one. Without one it is `own` where the changes name
+            a source of cells (the folder of the run is then named after that source), else `default`.
+        changes (`Mapping`): Option names to values, nested.
+
+    Raises:
+        ValueError: For an unknown file, option or value, naming the option and close matches.
+    """
+    given = sources_of(changes)
+    path = find_config(config or (OWN_CONFIG if given else DEFAULT_CONFIG))
+    mapping = merge(read_yaml(path), NO_SOURCE) if given else read_yaml(path)
+    source = next(iter(given.values()), None) if config is None else None
+    source = source[0] if isinstance(source, list) and source else source
+    mapping.setdefault("output_dir", f"runs/{Path(source).stem if isinstance(source, str) else path.stem}")
+    return from_mapping(RunOptions, merge(mapping, changes))
+
+
+def parse_options(config: str | None, flags: Sequence[str]) -> RunOptions:
+    """[`run_options`] with changes as flags: `["--training.max_steps", "500"]`."""
+    return run_options(config, read_flags(flags, RunOptions))

@@ -1,0 +1,48 @@
+"""Options of `gppc predict`."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from data_scripts.command_line import POSITIONAL
+
+
+@dataclass
+class PredictOptions:
+    """
+    What is predicted of which cells, and where it goes.
+
+    Args:
+        model (`str`): Model folder, or the id of a model on the Hub.
+        cells (`str`): Cells with raw counts (.h5ad).
+        perturb (`list[str]`): Perturbations, each GENE=ACTION. Actions are ko, kd:SHARE (share removed), xFACTOR,
+            level:VALUE (log value) and delta:CHANGE (of the log value); + joins genes, as in STAT1=ko+IRF1=x3; `control`
+            changes nothing.
+        out (`str`): File to write (.h5ad).
+        overwrite (`bool`, *optional*, defaults to `False`): Replace a file of that name.
+        layer (`str`, *optional*): Layer that holds the counts, or `raw`; else X.
+        gene_column (`str`, *optional*): Column of var with Ensembl ids or symbols; found when absent.
+        library_size_key (`str`, *optional*): Column of obs with counts over all genes; found when absent, else their sum.
+        pairing (`str`, *optional*): Context that the cell before and the cell after share; else the model's.
+        genes (`list[str]`, *optional*): Predict these genes only; else all that the model knows.
+        batch_size (`int`, *optional*, defaults to 256): Rows that the model sees at once.
+        device (`str`, *optional*): cpu, cuda, ...; else the first accelerator, or the CPU.
+        quiet (`bool`, *optional*, defaults to `False`): No progress bar, no summary.
+    """
+
+    model: str = field(metadata=POSITIONAL)
+    cells: str = field(metadata=POSITIONAL)
+    perturb: list[str]
+    out: str
+    overwrite: bool = False
+    layer: str | None = None
+    gene_column: str | None = None
+    library_size_key: str | None = None
+    pairing: str | None = None
+    genes: list[str] | None = None
+    batch_size: int = 256
+    device: str | None = None
+    quiet: bool = False
+
+    def __post_init__(self):
+        if Path(self.out).exists() and not self.overwrite:
+            raise ValueError(f"`out` {self.out!r} exists; choose another name or add --overwrite.")

@@ -1,0 +1,66 @@
+"""What a finished model says of the run that made it: for its card, and for those who ask what it has seen."""
+
+import json
+import time
+from pathlib import Path
+
+import pyarrow.compute as pc
+
+from data_scripts.pairs.pair_folder import PairFolder
+from modeling_gppc.training.arguments import DataOptions
+from modeling_gppc.training.trainer import GppcTrainer
+
+
+def run_facts(
+    trainer: GppcTrainer, folder: PairFolder, data: DataOptions, start_from: str | None, command: str
+) -> dict:
+    """The content of `run.json`.
+
+    Args:
+        trainer ([`GppcTrainer`]): The run, as far as it has come.
+        folder ([`PairFolder`]): Its pairs.
+        data ([`DataOptions`]): Where its cells come from.
+        start_from (`str`, *optional*): Folder of the model that it started from.
+        command (`str`): What started it.
+    """
+    manifest = folder.manifest
+    query = manifest.get("options", {}).get("query", {})
+    source = data.example or query.get("census_version") or query.get("uri")
+    cells = manifest.get("report", {}).get("splits", {}).get("train", {}).get("cells")
+    return {
+        "store": Path(source or folder.path).name,
+        "filters": query.get("obs_filter"),
+        "cells": cells or len(folder.split("train").column("source_soma_joinid").unique()),
+        "genes": folder.genes.num_rows,
+        "seconds": round(time.monotonic() - trainer.began, 1),
+        "flop": float(trainer.state.total_flos) or None,
+        "seed": trainer.args.seed,
+        "command": command,
+        "pairs": (
+            "drawn anew in every epoch, straight from the store"
+            if data.stream
+            else manifest["splits"]["train"]["n_pairs"]
+        ),
+        "pairings": ", ".join(folder.pairings),
+        "split_by": manifest.get("split_by"),
+        "parameters": trainer.model.num_parameters(),
+        "steps": trainer.state.global_step,
+        "processes": trainer.args.world_size,
+        "digest": manifest.get("digest"),
+        **what_was_read(folder, start_from),
+    }
+
+
+def what_was_read(folder: PairFolder, start_folder: str | None) -> dict:
+    """What leak guards ask a model folder for: `datasets` of the training pairs, and the same of the model that the run
+    started from (`start_from`)."""
+    earlier = None
+    if start_folder is not None:
+        run_file = Path(start_folder) / "run.json"
+        run = json.loads(run_file.read_text()) if run_file.is_file() else {}
+        earlier = {name: run.get(name) for name in ("store", "datasets", "screen", "digest", "start_from")}
+    datasets = pc.unique(folder.split("train").column("dataset_id")).to_pylist()
+    return {
+        "datasets": sorted(str(name) for name in datasets if name is not None),
+        "start_from": earlier,
+    }
