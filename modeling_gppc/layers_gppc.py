@@ -43,6 +43,21 @@ def impose(predicted: torch.Tensor, values: torch.Tensor, where: torch.Tensor) -
     return predicted
 
 
+class GppcPerturbationEmbeddings(nn.Module):
+    """One token an imposed gene: its embedding, the same times the level's distance from the mean and times the change."""
+
+    def __init__(self, config: GppcConfig):
+        super().__init__()
+        self.perturbation_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.perturbation_proj = nn.Linear(3 * config.hidden_size, config.hidden_size)
+
+    def forward(self, ids: torch.Tensor, surprise: torch.Tensor, changes: torch.Tensor) -> torch.Tensor:
+        """Tokens `(B, K, hidden_size)` of genes, level minus the gene's mean and change of log value, each `(B, K)`."""
+        identity = self.perturbation_embedding(ids)
+        scales = [scale[:, :, None].to(identity.dtype) for scale in (surprise, changes)]
+        return self.perturbation_proj(torch.cat([identity, *(scale * identity for scale in scales)], dim=-1))
+
+
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
     """Attention written out; the reference for the fused kernels. Shapes `(B, heads, tokens, head size)`."""
     weights = torch.matmul(query, key.transpose(2, 3)) * scaling

@@ -14,7 +14,15 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_gppc import GppcConfig
 from .factors_gppc import GppcClosedForm, GppcPerturbation, rows_of
-from .layers_gppc import GppcAttention, GppcBlock, GppcReadout, impose, scatter_tokens, where_imposed
+from .layers_gppc import (
+    GppcAttention,
+    GppcBlock,
+    GppcPerturbationEmbeddings,
+    GppcReadout,
+    impose,
+    scatter_tokens,
+    where_imposed,
+)
 from .linear_response_gppc import GppcLinearResponse
 from .outputs_gppc import GppcEncoderOutput, GppcModelOutput, GppcOutput
 from .response_gppc import GppcResponseMixin
@@ -36,6 +44,7 @@ class GppcPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
+    _input_embed_layer = "perturbation_embedding"
     _no_split_modules = ["GppcBlock"]
     _keep_in_fp32_modules_strict = ["linear_response"]
     _supports_sdpa = True
@@ -99,22 +108,14 @@ class GppcEncoder(GppcPreTrainedModel):
 
 
 class GppcDecoder(GppcPreTrainedModel):
-    """
-    Lets perturbations act on latents.
-
-    Tokens attend to each other: the latents, one of what the linear response expects, and one an imposed gene, made of
-    its embedding, the embedding times how far its level is from the gene's mean, and the embedding times the change.
-    """
+    """Lets latents, a token of what the linear response expects and tokens of perturbations attend to each other."""
 
     def __init__(self, config: GppcConfig):
         super().__init__(config)
-        width = config.hidden_size
-        self.perturbation_embedding = nn.Embedding(config.vocab_size, width)
-        self.perturbation_proj = nn.Linear(3 * width, width)
-        self.factor_proj = nn.Linear(config.num_factors + config.num_components, width)
-        self.pairing_embedding = nn.Embedding(len(config.pairings), width)
+        self.pairing_embedding = nn.Embedding(len(config.pairings), config.hidden_size)
+        self.factor_proj = nn.Linear(config.num_factors + config.num_components, config.hidden_size)
         self.layers = nn.ModuleList([GppcBlock(config) for _ in range(config.decoder_layers)])
-        self.norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
     @merge_with_config_defaults
@@ -123,8 +124,8 @@ class GppcDecoder(GppcPreTrainedModel):
         self,
         latents: torch.Tensor,
         expected: torch.Tensor,
+        tokens: torch.Tensor,
         perturbation: GppcPerturbation,
-        surprise: torch.Tensor,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutput:
         """
@@ -132,25 +133,21 @@ class GppcDecoder(GppcPreTrainedModel):
             latents (`torch.FloatTensor` of shape `(B, num_latents, hidden_size)`): From [`GppcEncoder`].
             expected (`torch.FloatTensor` of shape `(B, num_factors + num_components)`): Factors and state probabilities
                 that the linear response expects.
+            tokens (`torch.FloatTensor` of shape `(B, K, hidden_size)`): From [`GppcPerturbationEmbeddings`].
             perturbation ([`GppcPerturbation`]): What is imposed.
-            surprise (`torch.FloatTensor` of shape `(B, K)`): Imposed levels minus the genes' means.
 
         Returns:
             `BaseModelOutput` with the latents and the linear response's token, `(B, num_latents + 1, hidden_size)`.
         """
-        identity = self.perturbation_embedding(perturbation.ids)
-        scales = [scale[:, :, None].to(identity.dtype) for scale in (surprise, perturbation.values)]
-        tokens = self.perturbation_proj(torch.cat([identity, *(scale * identity for scale in scales)], dim=-1))
         latents = latents + self.pairing_embedding(perturbation.pairing_ids)[:, None]
-        read = torch.cat([latents, self.factor_proj(expected.to(identity.dtype))[:, None]], dim=1)
-        hidden_states = torch.cat([read, tokens], dim=1)
-        mask = torch.cat([perturbation.mask.new_ones(read.shape[:2]), perturbation.mask], dim=1)
-        attention_mask = create_bidirectional_mask(
-            config=self.config, inputs_embeds=hidden_states, attention_mask=mask
-        )
+        linear = self.factor_proj(expected.to(latents.dtype))[:, None]
+        hidden_states = torch.cat([latents, linear, tokens], dim=1)
+        kept = latents.shape[1] + 1
+        mask = nn.functional.pad(perturbation.mask, (kept, 0), value=1)
+        attention_mask = create_bidirectional_mask(self.config, hidden_states, mask)
         for layer in self.layers:
             hidden_states = layer(hidden_states, attention_mask, **kwargs)
-        return BaseModelOutput(last_hidden_state=self.norm(hidden_states[:, : read.shape[1]]))
+        return BaseModelOutput(last_hidden_state=self.norm(hidden_states[:, :kept]))
 
 
 class GppcModel(GppcPreTrainedModel):
@@ -159,17 +156,10 @@ class GppcModel(GppcPreTrainedModel):
     def __init__(self, config: GppcConfig):
         super().__init__(config)
         self.linear_response = GppcLinearResponse(config)
+        self.embeddings = GppcPerturbationEmbeddings(config)
         self.encoder = GppcEncoder(config)
         self.decoder = GppcDecoder(config)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The embedding of perturbed genes."""
-        return self.decoder.perturbation_embedding
-
-    def set_input_embeddings(self, value: nn.Module):
-        """Replaces the embedding of perturbed genes."""
-        self.decoder.perturbation_embedding = value
 
     def encode(
         self,
@@ -231,7 +221,6 @@ class GppcModel(GppcPreTrainedModel):
             state_index = torch.arange(len(perturbation_ids), device=perturbation_ids.device)
         cell, response = state_index[:, None], self.linear_response
         loadings = nn.functional.embedding(perturbation_ids, response.loadings)
-        # Not a matrix product, which autocast would round.
         shift = (loadings * encoded.factors.states.mean[cell]).sum(-1)
         expected = (response.gene_mean[perturbation_ids] + shift).to(encoded.state_values.dtype)
         known = encoded.measured[cell, perturbation_ids]
@@ -251,20 +240,19 @@ class GppcModel(GppcPreTrainedModel):
         Raises:
             ValueError: If rows do not fit the encoded cells, or `perturbation_values` does not fit `perturbation_ids`.
         """
-        cells, device = len(encoded.state_values), encoded.state_values.device
-        rows = cells if state_index is None else len(state_index)
+        if state_index is None:
+            state_index = torch.arange(len(encoded.state_values), device=encoded.state_values.device)
+            if len(state_index) == 1 and perturbation_ids is not None:
+                state_index = state_index.expand(len(perturbation_ids))
         if perturbation_ids is None:
-            perturbation_ids = torch.zeros(rows, 0, dtype=torch.long, device=device)
-            perturbation_values = torch.zeros(rows, 0, device=device)
+            perturbation_ids = state_index.new_zeros(len(state_index), 0)
+            perturbation_values = encoded.state_values.new_zeros(len(state_index), 0)
         elif perturbation_values is None or perturbation_values.shape != perturbation_ids.shape:
             shape = None if perturbation_values is None else tuple(perturbation_values.shape)
             raise ValueError(
                 f"`perturbation_values` has shape {shape}; wanted {tuple(perturbation_ids.shape)}, "
                 "the change of log value of each of `perturbation_ids`."
             )
-        if state_index is None:
-            state_index = torch.arange(cells, device=device)
-            state_index = state_index.expand(len(perturbation_ids)) if cells == 1 else state_index
         if len(perturbation_ids) != len(state_index):
             raise ValueError(
                 f"`perturbation_ids` has {len(perturbation_ids)} rows for {len(state_index)} encoded states; wanted one "
@@ -304,16 +292,17 @@ class GppcModel(GppcPreTrainedModel):
             encoder_outputs = self.encode(
                 input_ids, expression_values, attention_mask, measured_mask, panel_index, **kwargs
             )
-        perturbation = self.perturbation(
-            encoder_outputs, perturbation_ids, perturbation_values, perturbation_mask, pairing_ids, state_index
-        )
         response = self.linear_response
-        with torch.autocast(device_type=perturbation.ids.device.type, enabled=False):
+        with torch.autocast(device_type=response.loadings.device.type, enabled=False):
+            perturbation = self.perturbation(
+                encoder_outputs, perturbation_ids, perturbation_values, perturbation_mask, pairing_ids, state_index
+            )
             factors = response.condition(encoder_outputs.factors, perturbation, familiarity)
             expected = torch.cat([factors.familiar_mean, factors.log_weights.exp()], dim=-1)
         latents = encoder_outputs.last_hidden_state.index_select(0, perturbation.state_index)
         surprise = perturbation.levels - response.gene_mean[perturbation.ids]
-        decoded = self.decoder(latents, expected, perturbation, surprise, return_dict=True, **kwargs)
+        tokens = self.embeddings(perturbation.ids, surprise, perturbation.values)
+        decoded = self.decoder(latents, expected, tokens, perturbation, return_dict=True, **kwargs)
         return GppcModelOutput(
             last_hidden_state=decoded.last_hidden_state,
             factors=factors,
@@ -460,8 +449,7 @@ class GppcForPerturbationPrediction(GppcPreTrainedModel, GppcResponseMixin):
             input_ids (`torch.LongTensor` of shape `(B, N)`): Vocabulary ids of the expressed genes.
             expression_values (`torch.FloatTensor` of shape `(B, N)`): Their normalised log values.
             attention_mask (`torch.Tensor` of shape `(B, N)`, *optional*): 1 for a gene, 0 for padding.
-            measured_mask (`torch.BoolTensor`, *optional*): See [`GppcModel.encode`].
-            panel_index (`torch.LongTensor` of shape `(B,)`, *optional*): See [`GppcModel.encode`].
+            measured_mask, panel_index (`torch.Tensor`, *optional*): See [`GppcModel.encode`].
             perturbation_ids (`torch.LongTensor` of shape `(B, K)`, *optional*): Genes whose expression is imposed.
             perturbation_values (`torch.FloatTensor` of shape `(B, K)`, *optional*): Change of their log values.
             perturbation_mask (`torch.Tensor` of shape `(B, K)`, *optional*): 1 for a perturbation, 0 for padding.

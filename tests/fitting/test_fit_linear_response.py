@@ -111,7 +111,7 @@ def test_start_is_the_optimum_of_gaussian_pairs_and_needs_no_cell_states():
     for name in PAIRINGS:
         assert reached[name] < 1.03 * best[name]
     # One state is enough for Gaussian cells, and validation says so.
-    assert torch.isclose(model.model.linear_response.component_logits.exp().max(), torch.tensor(1.0))
+    assert torch.isclose(model.model.linear_response.states.component_logits.exp().max(), torch.tensor(1.0))
 
 
 def test_cell_states_are_kept_where_they_pay():

@@ -9,8 +9,9 @@ from scipy.stats import multivariate_normal
 from tiny_model import GENES, SIZES, tiny_model
 
 from modeling_gppc.configuration_gppc import GppcConfig
+from modeling_gppc.factors_gppc import MAX_EVIDENCE
+from modeling_gppc.familiarity_gppc import ALWAYS
 from modeling_gppc.fitting.factor_model import FactorModel, PairCoupling, predict_factor_model
-from modeling_gppc.linear_response_gppc import ALWAYS, MAX_EVIDENCE
 from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
 
 V = len(GENES)
@@ -21,22 +22,22 @@ PROPERTY = settings(max_examples=25, deadline=None)
 def random_model(seed=0, **options):
     """Non-zero weights everywhere and a linear response that is a proper distribution."""
     model = tiny_model(seed, **{"num_components": 3, **options})
-    if model.model is None:
-        return model
     generator = torch.Generator().manual_seed(seed + 1)
     response = model.model.linear_response
     response.gene_mean.copy_(torch.rand(V, generator=generator))
     response.loadings.copy_(0.7 * torch.randn(response.loadings.shape, generator=generator))
     response.noise.copy_(0.3 + 1.2 * torch.rand(V, generator=generator))
-    left, _, right = torch.linalg.svd(torch.randn(response.coupling.shape, generator=generator))
-    response.coupling.copy_((left * torch.linspace(0.95, 0.2, left.shape[-1])) @ right)
+    states, single = response.states, response.single
+    left, _, right = torch.linalg.svd(torch.randn(states.coupling.shape, generator=generator))
+    states.coupling.copy_((left * torch.linspace(0.95, 0.2, left.shape[-1])) @ right)
     for name in ("component_means", "component_logits", "transition_logits"):
-        buffer = getattr(response, name)
+        buffer = getattr(states, name)
         buffer.copy_(torch.randn(buffer.shape, generator=generator))
-    response.evidence_scale.copy_(0.3 + 0.7 * torch.rand(response.evidence_scale.shape, generator=generator))
-    response.plain_root.copy_(0.6 * torch.randn(response.plain_root.shape, generator=generator))
-    response.plain_coupling.copy_(0.9 * response.coupling)
-    response.plain_share.fill_(0.4)
+    states.evidence_scale.copy_(0.3 + 0.7 * torch.rand(states.evidence_scale.shape, generator=generator))
+    response.single_root.copy_(0.6 * torch.randn(response.single_root.shape, generator=generator))
+    single.component_means.zero_()
+    single.coupling.copy_(0.9 * states.coupling)
+    response.single_share.fill_(0.4)
     return model
 
 
@@ -255,7 +256,7 @@ def test_imposed_genes_read_their_level(seed):
     response = MODEL.model.linear_response
     factors = MODEL.encode(
         **{name: inputs[name] for name in ("input_ids", "expression_values", "attention_mask", "measured_mask")}
-    ).factor_mean
+    ).factors.states.mean
     values = torch.where(inputs["measured_mask"], values, response.gene_mean + factors @ response.loadings.T)
     output = run(inputs)
     for row, column in torch.nonzero(inputs["perturbation_mask"]).tolist():
@@ -298,7 +299,7 @@ def test_the_base_model_gives_the_same_latents():
     with torch.no_grad():
         output = MODEL.model(**inputs)
     assert torch.equal(output.last_hidden_state, run(inputs).decoder_last_hidden_state)
-    assert output.factor_covariance.shape == (3, 3, 3)
+    assert output.factors.factors.covariance.shape == (3, 3, 3)
 
 
 @pytest.mark.parametrize(
@@ -346,7 +347,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     model, inputs = random_model(**options).train(), random_inputs(8)
     plain = gradients(model, inputs)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    assert all(block.gradient_checkpointing for block in [*model.model.encoder, *model.model.decoder])
+    assert all(block.gradient_checkpointing for block in [*model.model.encoder.layers, *model.model.decoder.layers])
     checkpointed = gradients(model, inputs)
     for name, gradient in plain.items():
         assert gradient.abs().max() > 0, name
@@ -402,8 +403,7 @@ def test_a_fresh_model_predicts_the_linear_response():
     torch.manual_seed(0)
     config = GppcConfig(vocab_size=V, pairings=["same_type", "same_dataset"], num_components=3, **SIZES)
     fresh = GppcForPerturbationPrediction(config).eval()
-    for name, buffer in random_model().model.linear_response.named_buffers():
-        getattr(fresh.model.linear_response, name).copy_(buffer)
+    fresh.model.linear_response.load_state_dict(random_model().model.linear_response.state_dict())
     output = run(random_inputs(12), fresh)
     assert torch.equal(output.logits, output.linear_response)
     assert not torch.equal(output.logits, run(random_inputs(12)).logits)
@@ -413,16 +413,18 @@ def test_a_fresh_model_predicts_the_linear_response():
 
 
 GAUSSIAN = random_model(num_components=1, use_departure=False)
+GAUSSIAN.model.linear_response.single_share.zero_()
+GAUSSIAN.model.linear_response.familiarity.prior_logit.fill_(ALWAYS)
 
 
 def numpy_response(model, pairing):
     """The parameters of a single component in the words of `fitting/factor_model.py`."""
     response = {name: buffer.double().numpy() for name, buffer in model.model.linear_response.named_buffers()}
-    centre = response["component_means"][0]
+    centre = response["states.component_means"][0]
     factors = FactorModel(
         response["gene_mean"] + response["loadings"] @ centre, response["loadings"], response["noise"]
     )
-    return factors, PairCoupling(response["coupling"][pairing], np.zeros_like(centre))
+    return factors, PairCoupling(response["states.coupling"][pairing], np.zeros_like(centre))
 
 
 def dense_source(inputs):
@@ -505,11 +507,11 @@ def test_cell_states_are_weighed_by_bayes_rule(seed, pairing):
     inputs["pairing_ids"] = torch.tensor([pairing])
     model = random_model(use_departure=False)
     response = model.model.linear_response
-    response.coupling.zero_()
-    response.evidence_scale.fill_(1.0)
-    response.plain_share.zero_()
-    response.familiarity_logit.fill_(ALWAYS)
-    p = {name: buffer.double().numpy() for name, buffer in response.named_buffers()}
+    response.states.coupling.zero_()
+    response.states.evidence_scale.fill_(1.0)
+    response.single_share.zero_()
+    response.familiarity.prior_logit.fill_(ALWAYS)
+    p = {name.removeprefix("states."): buffer.double().numpy() for name, buffer in response.named_buffers()}
     covariance = p["loadings"] @ p["loadings"].T + np.diag(p["noise"])
     means = p["gene_mean"] + p["component_means"] @ p["loadings"].T
     mask = inputs["perturbation_mask"][0].bool().numpy()
@@ -546,44 +548,6 @@ def test_without_the_linear_response_the_start_is_the_mean():
     inputs = random_inputs(13)
     output = run({**inputs, "perturbation_mask": torch.zeros(3, 3, dtype=torch.long)}, model)
     torch.testing.assert_close(output.logits, model.model.linear_response.gene_mean.expand(3, -1))
-
-
-# --- The origin's form -----------------------------------------------------------------------------------------------
-
-
-def origin_model(**options):
-    return tiny_model(architecture="origin", encoder_layers=2, decoder_layers=2, **options)
-
-
-@PROPERTY
-@given(seeds)
-def test_the_origin_cannot_tell_unperturbed_genes_apart(seed):
-    inputs = random_inputs(seed)
-    logits, keep = run(inputs, origin_model()).logits.numpy(), not_imposed(inputs)
-    for row in range(3):
-        unperturbed = logits[row, keep[row]]
-        assert np.ptp(unperturbed) < 1e-6
-    # The latents do tell them apart.
-    assert np.ptp(run(inputs).logits.numpy()[0, keep[0]]) > 1e-2
-
-
-def test_the_origin_tells_perturbed_genes_apart():
-    inputs = random_inputs(0)
-    inputs["perturbation_mask"] = torch.ones(3, 3, dtype=torch.long)
-    inputs["perturbation_ids"] = torch.tensor([[1, 4, 6]] * 3)
-    inputs["perturbation_values"] = torch.tensor([[1.0, -1.0, 2.0]] * 3)
-    logits = run(inputs, origin_model()).logits
-    assert (logits[:, [1, 4, 6]] - logits[:, [2]]).abs().min() > 1e-4
-
-
-@PROPERTY
-@given(seeds)
-def test_the_origin_ignores_garbage_in_unmeasured_genes_and_padding(seed):
-    inputs, model = random_inputs(seed), origin_model()
-    spoilt = with_garbage(inputs, float("nan"))
-    for values, mask in (("expression_values", "attention_mask"), ("perturbation_values", "perturbation_mask")):
-        spoilt[values] = spoilt[values].masked_fill(spoilt[mask] == 0, float("nan"))
-    assert torch.equal(run(inputs, model).logits, run(spoilt, model).logits)
 
 
 # --- Precision -------------------------------------------------------------------------------------------------------
