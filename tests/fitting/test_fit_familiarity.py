@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from test_fit_linear_response import GENES, PAIRINGS, pair_table, started
+from gaussian_pairs import GENES, PAIRINGS, pair_table, started
 
 from data_scripts.batches.data_collator import PairCollator
 from data_scripts.batches.pair_dataset import PairDataset
