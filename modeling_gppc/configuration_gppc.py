@@ -1,10 +1,19 @@
 """Configuration of a GPPC model."""
 
 import math
+from typing import TYPE_CHECKING
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+if TYPE_CHECKING:
+    # Never run. transformers copies the files that relative imports name, and tells saved folders apart by them: from
+    # here they reach all code, so a model is saved with its pipeline, and other code means another configuration class.
+    from .modeling_gppc import GppcForPerturbationPrediction  # noqa: F401
+    from .pipeline_gppc import PerturbationPredictionPipeline  # noqa: F401
+
+# How `transformers.pipeline` finds the pipeline in a saved folder.
+PIPELINES = {"perturbation-prediction": {"impl": "pipeline_gppc.PerturbationPredictionPipeline", "pt": ["AutoModel"]}}
 # Named sizes; what each costs is in docs/model.md.
 SIZES = {
     "tiny": {
@@ -83,7 +92,7 @@ class GppcConfig(PreTrainedConfig):
         num_targets (`int`, *optional*, defaults to 0): Genes that may be asked about without being measured.
         use_linear_response (`bool`, *optional*, defaults to `True`): Predict linear response + network's contribution;
             otherwise gene mean + network's contribution.
-        use_departure (`bool`, *optional*, defaults to `True`): Add the network's contribution at all.
+        use_network (`bool`, *optional*, defaults to `True`): Add the network's contribution at all.
         pairings (`list[str]`, *optional*): Names of the contexts that the two cells of a training pair may share.
         default_pairing (`str`, *optional*, defaults to `"same_type"`): The context assumed when none is given.
         variance_loss_weight (`float`, *optional*, defaults to 0.1): Weight of the variance's likelihood in the loss.
@@ -94,7 +103,6 @@ class GppcConfig(PreTrainedConfig):
     model_type = "gppc"
     keys_to_ignore_at_inference = [
         "linear_response",
-        "departure",
         "familiarity",
         "encoder_last_hidden_state",
         "encoder_hidden_states",
@@ -123,7 +131,7 @@ class GppcConfig(PreTrainedConfig):
     num_members: int = 1
     num_targets: int = 0
     use_linear_response: bool = True
-    use_departure: bool = True
+    use_network: bool = True
     pairings: list[str] | None = None
     default_pairing: str = "same_type"
     variance_loss_weight: float | int = 0.1
@@ -135,6 +143,14 @@ class GppcConfig(PreTrainedConfig):
         if self.default_pairing not in self.pairings:
             self.default_pairing = self.pairings[0]
         super().__post_init__(**kwargs)
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """As in transformers. Called by `save_pretrained` of a model, so every saved model names its pipeline.
+
+        The entry is written anew: that of a model loaded from the Hub points back to its repository.
+        """
+        self.custom_pipelines = PIPELINES
+        super().save_pretrained(save_directory, **kwargs)
 
     @classmethod
     def from_size(cls, size: str, **options) -> "GppcConfig":

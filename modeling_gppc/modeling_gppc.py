@@ -403,18 +403,15 @@ class GppcForPerturbationPrediction(GppcPreTrainedModel, GppcResponseMixin):
             linear = rows_of(response.gene_mean, query_ids).expand_as(linear)
         imposed = where_imposed(perturbation.ids, perturbation.mask, genes)
         linear = impose(linear, perturbation.levels, imposed)
-        logits, departure = linear, linear.new_zeros(len(linear))
-        if self.config.use_departure:
+        logits = linear
+        if self.config.use_network:
             contribution = self.readout(output.last_hidden_state, factors.familiarity, query_ids, with_variance)
-            mean = contribution.mean.to(linear.dtype).masked_fill_(imposed.any(1), 0)
-            logits = linear + mean
-            departure = torch.linalg.vector_norm(mean.detach(), dim=1) / mean.shape[1] ** 0.5
+            logits = linear + contribution.mean.to(linear.dtype).masked_fill_(imposed.any(1), 0)
             logvar = logvar + contribution.logvar if with_variance else None
         return GppcOutput(
             logits=logits,
             logvar=logvar,
             linear_response=linear,
-            departure=departure,
             familiarity=factors.familiarity,
             encoder_last_hidden_state=output.encoder_last_hidden_state,
             encoder_hidden_states=output.encoder_hidden_states,
@@ -491,7 +488,7 @@ class GppcForPerturbationPrediction(GppcPreTrainedModel, GppcResponseMixin):
         count = (scored.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)).clamp(min=1)
         squared = (output.logits - labels).where(scored, 0).float().square()
         total = squared
-        if output.logvar is not None and self.config.variance_loss_weight > 0 and self.config.use_departure:
+        if output.logvar is not None and self.config.variance_loss_weight > 0 and self.config.use_network:
             logvar = output.logvar.float()
             likelihood = 0.5 * (logvar + squared.detach() * torch.exp(-logvar))
             total = squared + self.config.variance_loss_weight * likelihood.where(scored, 0)

@@ -65,9 +65,7 @@ class GppcOutput(ModelOutput):
         loss (`torch.FloatTensor` of shape `()`, *optional*): Squared error per scored gene plus the variance's term.
         logits (`torch.FloatTensor` of shape `(B, Q)`): Expected log value of every queried gene.
         logvar (`torch.FloatTensor` of shape `(B, Q)`, *optional*): Log of its predicted variance.
-        linear_response (`torch.FloatTensor` of shape `(B, Q)`): The closed-form part of `logits`.
-        departure (`torch.FloatTensor` of shape `(B,)`): Size of the network's contribution: root mean square over the
-            queried genes of `logits - linear_response`, in log value.
+        linear_response (`torch.FloatTensor` of shape `(B, Q)`): The closed-form part of `logits`; the rest is the network's.
         familiarity (`torch.FloatTensor` of shape `(B,)`): From 0, nothing like the imposed levels was seen in cells like
             this one and the prediction is the single Gaussian's, to 1.
         encoder_last_hidden_state (`torch.FloatTensor` of shape `(B, num_latents, hidden_size)`), decoder_last_hidden_state
@@ -82,7 +80,6 @@ class GppcOutput(ModelOutput):
     logits: torch.FloatTensor | None = None
     logvar: torch.FloatTensor | None = None
     linear_response: torch.FloatTensor | None = None
-    departure: torch.FloatTensor | None = None
     familiarity: torch.FloatTensor | None = None
     encoder_last_hidden_state: torch.FloatTensor | None = None
     encoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None

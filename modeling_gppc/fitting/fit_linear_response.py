@@ -181,22 +181,22 @@ def linear_errors(
     return totals
 
 
-def keep_departure_if_it_pays(model: GppcForPerturbationPrediction, log_history: list[dict]) -> bool:
-    """Switches the learned departure off where the best checkpoint's validation error is not below the linear one's.
+def keep_network_if_it_pays(model: GppcForPerturbationPrediction, log_history: list[dict]) -> bool:
+    """Switches the network off where the best checkpoint's validation error is not below the linear one's.
 
     Args:
         model ([`GppcForPerturbationPrediction`]): The best checkpoint's; its configuration is changed in place.
         log_history (`list[dict]`): The trainer's log, with `eval_mse` and `eval_linear_mse` of every evaluation.
 
     Returns:
-        `bool`: Whether the departure is kept.
+        `bool`: Whether the network is kept.
     """
     evaluations = [entry for entry in log_history if "eval_linear_mse" in entry]
-    if not model.config.use_departure or not evaluations:
-        return model.config.use_departure
+    if not model.config.use_network or not evaluations:
+        return model.config.use_network
     best = min(evaluations, key=lambda entry: entry["eval_mse"])
-    model.config.use_departure = best["eval_mse"] < best["eval_linear_mse"]
-    return model.config.use_departure
+    model.config.use_network = best["eval_mse"] < best["eval_linear_mse"]
+    return model.config.use_network
 
 
 def _tensor(array: np.ndarray, response) -> torch.Tensor:

@@ -16,7 +16,7 @@ def test_linear_path_of_the_model_is_the_numpy_reference():
     floor.ranks = (4,)
     floor.fit(train, train)
     config = GppcConfig(
-        vocab_size=GENES, num_factors=4, hidden_size=8, readout_size=8, num_latents=2, use_departure=False
+        vocab_size=GENES, num_factors=4, hidden_size=8, readout_size=8, num_latents=2, use_network=False
     )
     model = GppcForPerturbationPrediction(config)
     response = model.model.linear_response

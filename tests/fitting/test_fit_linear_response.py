@@ -6,7 +6,7 @@ import torch
 from gaussian_pairs import PAIRINGS, RANK, errors, optimum_error, pair_table, started
 
 from modeling_gppc import GppcConfig, GppcForPerturbationPrediction
-from modeling_gppc.fitting.fit_linear_response import keep_departure_if_it_pays
+from modeling_gppc.fitting.fit_linear_response import keep_network_if_it_pays
 
 
 def test_start_is_the_optimum_of_gaussian_pairs_and_needs_no_cell_states():
@@ -29,7 +29,7 @@ def test_cell_states_are_kept_where_they_pay():
 
 
 @pytest.mark.parametrize("best, kept", [(0.9, True), (1.1, False), (1.0, False)])
-def test_departure_that_does_not_pay_is_switched_off(best, kept):
+def test_network_that_does_not_pay_is_switched_off(best, kept):
     config = GppcConfig(vocab_size=4, hidden_size=8, num_attention_heads=2)
     model = GppcForPerturbationPrediction(config)
     history = [
@@ -37,5 +37,5 @@ def test_departure_that_does_not_pay_is_switched_off(best, kept):
         {"eval_mse": best, "eval_linear_mse": 1.0},
         {"loss": 0.1},
     ]
-    assert keep_departure_if_it_pays(model, history) is kept
-    assert model.config.use_departure is kept
+    assert keep_network_if_it_pays(model, history) is kept
+    assert model.config.use_network is kept

@@ -88,7 +88,7 @@ def test_rows_that_share_a_state_equal_rows_with_their_own(queries):
             torch.testing.assert_close(together[name][[row]], alone[name], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{}, {"use_linear_response": False}, {"use_departure": False}])
+@pytest.mark.parametrize("options", [{}, {"use_linear_response": False}, {"use_network": False}])
 @torch.no_grad()
 def test_an_answer_changes_nothing_of_the_model_or_of_the_encoded_state(options):
     model, inputs = random_model(**options), random_inputs(3, batch=1)
@@ -202,5 +202,5 @@ def test_means_without_variances_are_the_same_means():
         both = model.decode(encoded, **inputs, query_ids=query_ids)
         means = model.decode(encoded, **inputs, query_ids=query_ids, with_variance=False)
         assert means.logvar is None and both.logvar is not None
-        for name in ("logits", "linear_response", "departure", "familiarity"):
+        for name in ("logits", "linear_response", "familiarity"):
             torch.testing.assert_close(means[name], both[name], atol=1e-6, rtol=1e-6)

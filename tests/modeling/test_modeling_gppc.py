@@ -428,7 +428,7 @@ def test_a_fresh_model_predicts_the_linear_response():
 # --- The linear response is exact ------------------------------------------------------------------------------------
 
 
-GAUSSIAN = random_model(num_components=1, use_departure=False)
+GAUSSIAN = random_model(num_components=1, use_network=False)
 GAUSSIAN.model.linear_response.single_share.zero_()
 GAUSSIAN.model.linear_response.familiarity.prior_logit.fill_(ALWAYS)
 
@@ -521,7 +521,7 @@ def test_cell_states_are_weighed_by_bayes_rule(seed, pairing):
     """
     inputs, values, levels = measured_perturbations(random_inputs(seed, batch=1))
     inputs["pairing_ids"] = torch.tensor([pairing])
-    model = random_model(use_departure=False)
+    model = random_model(use_network=False)
     response = model.model.linear_response
     response.states.coupling.zero_()
     response.states.evidence_scale.fill_(1.0)
@@ -562,7 +562,7 @@ def test_cell_states_are_weighed_by_bayes_rule(seed, pairing):
 
 
 def test_without_the_linear_response_the_start_is_the_mean():
-    model = random_model(use_linear_response=False, use_departure=False)
+    model = random_model(use_linear_response=False, use_network=False)
     inputs = random_inputs(13)
     output = run({**inputs, "perturbation_mask": torch.zeros(3, 3, dtype=torch.long)}, model)
     torch.testing.assert_close(output.logits, model.model.linear_response.gene_mean.expand(3, -1))
