@@ -55,7 +55,7 @@ from hub_card.push_during_training import HubPush, check_push
 from modeling_gppc import GppcForPerturbationPrediction
 from modeling_gppc.evaluation.plots import plot_learning_curve
 from modeling_gppc.evaluation.score_run import check_scoring, load_network_of, score_model
-from modeling_gppc.fitting.fit_linear_response import initialize_linear_response, keep_departure_if_it_pays
+from modeling_gppc.fitting.fit_linear_response import initialize_linear_response, keep_network_if_it_pays
 from modeling_gppc.inference.loading import feature_extractor_of
 from modeling_gppc.pipeline_gppc import PerturbationPredictionPipeline
 from modeling_gppc.training.checkpoints import last_checkpoint
@@ -70,7 +70,7 @@ from modeling_gppc.training.trainer import MODEL_FOLDER, GppcTrainer, make_train
 def train(
     options: RunOptions, folder: PairFolder, state: PartialState, resume: bool, push_to: str | None = None
 ) -> GppcTrainer:
-    """Fits the linear response in closed form, then trains the departure from it; returns the finished trainer.
+    """Fits the linear response in closed form, then trains the network beside it; returns the finished trainer.
 
     With `push_to`, every checkpoint's model is pushed to that repository while training goes on.
     """
@@ -94,7 +94,7 @@ def train(
         PairCollator(folder.panels),
     )
     checkpoint = last_checkpoint(options.output_dir) if resume else None
-    if model.model is not None and checkpoint is None:
+    if checkpoint is None:
         if state.is_main_process:
             initialize_linear_response(
                 model,
@@ -110,9 +110,9 @@ def train(
         facts = functools.partial(run_facts, trainer, folder, options.data, settings.start_from)
         trainer.add_callback(HubPush(push_to, feature_extractor_of(folder), facts))
     trainer.train_or_load(checkpoint)
-    kept = model.model is None or keep_departure_if_it_pays(model, trainer.state.log_history)
+    kept = keep_network_if_it_pays(model, trainer.state.log_history)
     if not kept and state.is_main_process:
-        print("The learned departure did not pay on validation cells; the model is its linear response alone.")
+        print("The network did not pay on validation cells; the model is its linear response alone.")
     return trainer
 
 
