@@ -73,8 +73,7 @@ class TrainingOptions:
 
     Args:
         learning_rate, weight_decay, adam_beta2, max_grad_norm (`float`): AdamW.
-        lr_scheduler_type (`str`), lr_scheduler_kwargs (`dict`), warmup_steps (`int`): Schedule. Warm-up is not
-            optional for the origin's form.
+        lr_scheduler_type (`str`), lr_scheduler_kwargs (`dict`), warmup_steps (`int`): Schedule.
         max_steps (`int`): Optimiser steps.
         per_device_train_batch_size, per_device_eval_batch_size, gradient_accumulation_steps (`int`): Pairs.
         eval_steps, save_steps, logging_steps (`int`): How often.

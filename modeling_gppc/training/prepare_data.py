@@ -27,9 +27,8 @@ def check_files(data: DataOptions, pairs: PairOptions) -> None:
             raise ValueError(f"`data.files` holds two files named {name!r}; their names tell data sets apart.")
     from data_scripts.pairs.gene_selection import read_gene_list
 
-    for path in (pairs.panel.file, pairs.perturbation.genes_file):
-        if path is not None:
-            read_gene_list(path)
+    if pairs.panel.file is not None:
+        read_gene_list(pairs.panel.file)
 
 
 def prepare_pairs(
