@@ -8,6 +8,7 @@ import torch
 import yaml
 from tiny_runs import FLAGS, train_module, write_run_pairs
 
+from data_scripts.command_line import read_flags
 from gppc.sweep import SWEEPS, SweepOptions, SweepTrainer, check_values, claim_sweep, read_sweep
 
 STATES = optuna.trial.TrialState
@@ -93,8 +94,7 @@ def test_an_interrupted_trial_runs_again(sweep_file, tmp_path, monkeypatch):
         return evaluate(self, *args, **kwargs)
 
     monkeypatch.setattr(SweepTrainer, "evaluate", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        train_module().main(["--sweep", str(sweep_file)])
+    assert train_module().main(["--sweep", str(sweep_file)]) == 130
     assert [trial.state for trial in trials(tmp_path / "out")] == [STATES.COMPLETE, STATES.FAIL]
     lost = trials(tmp_path / "out")[1].params
     # What a kill leaves is a trial that seems to run.
@@ -156,21 +156,21 @@ def test_sizes_that_do_not_fit_each_other_end_a_trial_only(sweep_file, tmp_path)
 
 
 def test_another_sweep_is_not_mixed_in(sweep_file, capsys):
-    sweep = read_sweep(str(sweep_file), [])
+    sweep = read_sweep(str(sweep_file), {})
     claim_sweep(sweep, resume=False)
     with pytest.raises(ValueError, match=r"holds another sweep \(`seed` is 0 there and 1 here\)"):
-        claim_sweep(read_sweep(str(sweep_file), ["--seed", "1"]), resume=True)
+        claim_sweep(read_sweep(str(sweep_file), {"seed": 1}), resume=True)
 
 
 def test_names_of_sweeps(capsys):
     with pytest.raises(ValueError, match=r"`sweep` defaul does not exist.*did you mean `default`"):
-        read_sweep("defaul", [])
+        read_sweep("defaul", {})
 
 
 @pytest.mark.parametrize("path", sorted(SWEEPS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_sweeps_are_valid(path):
     flags = ["--options.pairs.query.uri", "cells.soma"] if path.stem == "pbmc" else []
-    sweep = read_sweep(path.stem, flags)
+    sweep = read_sweep(path.stem, read_flags(flags, SweepOptions))
     assert isinstance(sweep, SweepOptions)
     assert sweep.folder.name == f"{path.stem}-sweep"
     assert sweep.run_options({}).training.max_steps <= 600
