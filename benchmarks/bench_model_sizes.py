@@ -8,13 +8,12 @@ storage. Times of sizes that are not measured are computed: operations over what
 it that training reaches, both of which are assumptions and printed.
 """
 
-import argparse
-
 import torch
-from model_bench import (
+from bench_tools import (
     adamw,
     fitted_like_model,
     machine,
+    parser_of,
     random_pairs,
     seconds_a_call,
     show,
@@ -40,11 +39,9 @@ def count(size: str, genes: int, batch: int) -> dict:
         pairs = {name: fake.from_tensor(tensor) for name, tensor in random_pairs(genes, batch, share=0.0).items()}
         with counter:
             model(**pairs).loss.backward()
-    by_genes = sum(p.numel() for p in model.parameters() if genes in p.shape)
-    parameters = sum(p.numel() for p in model.parameters())
     return {
-        "parameters": parameters,
-        "parameters_of_genes": by_genes,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters_of_genes": sum(p.numel() for p in model.parameters() if genes in p.shape),
         "flop_per_pair": counter.get_total_flops() / batch,
     }
 
@@ -65,7 +62,7 @@ def duration(seconds: float) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--genes", type=int, default=20_000)
     parser.add_argument("--batch", type=int, default=128)
@@ -77,7 +74,6 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=8, help="GPUs of the size `large`")
     parser.add_argument("--seconds", type=float, default=10.0, help="least measured time")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--smoke", action="store_true", help="few genes, to see that the benchmark runs")
     parser.add_argument("--out", help="JSON file")
     arguments = parser.parse_args()
     if arguments.smoke:

@@ -148,8 +148,7 @@ def check_model(folder: Path, files: Mapping[str, Path]) -> None:
     wanted = {entry.split("--")[-1].split(".")[0] + ".py" for entry in auto_map.values() if isinstance(entry, str)}
     if "perturbation-prediction" not in config.get("custom_pipelines", {}):
         raise ValueError(
-            f"`folder` {folder} was saved without its pipeline; save with `PerturbationPredictionPipeline("
-            "model=..., feature_extractor=...).save_pretrained(folder)`."
+            f"`folder` {folder} was saved without its pipeline; save with `model.save_pretrained(folder)`."
         )
     for task in config["custom_pipelines"].values():
         wanted.add(task["impl"].split("--")[-1].split(".")[0] + ".py")

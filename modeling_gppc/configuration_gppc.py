@@ -1,10 +1,19 @@
 """Configuration of a GPPC model."""
 
 import math
+from typing import TYPE_CHECKING
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+if TYPE_CHECKING:
+    # Never run. transformers copies the files that relative imports name, and tells saved folders apart by them: from
+    # here they reach all code, so a model is saved with its pipeline, and other code means another configuration class.
+    from .modeling_gppc import GppcForPerturbationPrediction  # noqa: F401
+    from .pipeline_gppc import PerturbationPredictionPipeline  # noqa: F401
+
+# How `transformers.pipeline` finds the pipeline in a saved folder.
+PIPELINES = {"perturbation-prediction": {"impl": "pipeline_gppc.PerturbationPredictionPipeline", "pt": ["AutoModel"]}}
 ARCHITECTURES = ("latents", "origin")
 # Named sizes; what each costs is in docs/model.md.
 SIZES = {
@@ -137,6 +146,14 @@ class GppcConfig(PreTrainedConfig):
         if self.default_pairing not in self.pairings:
             self.default_pairing = self.pairings[0]
         super().__post_init__(**kwargs)
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """As in transformers. Called by `save_pretrained` of a model, so every saved model names its pipeline.
+
+        The entry is written anew: that of a model loaded from the Hub points back to its repository.
+        """
+        self.custom_pipelines = PIPELINES
+        super().save_pretrained(save_directory, **kwargs)
 
     @classmethod
     def from_size(cls, size: str, **options) -> "GppcConfig":

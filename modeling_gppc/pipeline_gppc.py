@@ -4,11 +4,10 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-from transformers import AutoModel, Pipeline
+from transformers import Pipeline
 
 from .normalization_gppc import close_matches
 
-TASK = "perturbation-prediction"
 OPTIONS = ("top_k", "batch_size")
 INPUTS = ("counts", "gene_ids", "perturbation", "library_size", "measured", "pairing")
 
@@ -48,7 +47,16 @@ class PerturbationPredictionPipeline(Pipeline):
     _load_image_processor = False
     _load_video_processor = False
     _load_processor = False
-    _load_feature_extractor = True
+    _load_feature_extractor = None  # tried; whether there is one is checked below, in words that say how to get one
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.feature_extractor is None:
+            raise ValueError(
+                "`feature_extractor` is missing: the model's folder has no readable `preprocessor_config.json`, which "
+                "names its genes; save the extractor beside the model (`extractor.save_pretrained(folder)`, or "
+                "`Trainer(processing_class=extractor)`) or pass `feature_extractor=`."
+            )
 
     def _sanitize_parameters(self, top_k=None, cells_per_batch=None, **unknown):
         if unknown:
@@ -173,8 +181,5 @@ def _records(result: dict, top_k: int) -> list[dict]:
         for gene in order.tolist()
     ]
 
-
-# `save_pretrained` writes the pipeline's code and its entry in the configuration for classes that carry this.
-PerturbationPredictionPipeline._registered_impl = {TASK: {"impl": PerturbationPredictionPipeline, "pt": (AutoModel,)}}
 
 __all__ = ["PerturbationPredictionPipeline"]

@@ -1,6 +1,7 @@
 """train.py that tells from outside how far it is: PROGRESS gets the number of batches trained, SEEN the cells of each.
 
-Both are environment variables with a path; SEEN is followed by the rank. Nothing of training itself is changed.
+Both are environment variables with a path; SEEN is followed by the rank. Nothing of training itself is changed. FIRST
+holds the arguments, in JSON, of a run before, in the same process; how it ended is told on standard error.
 """
 
 import json
@@ -58,4 +59,7 @@ if __name__ == "__main__":
         GppcTrainer.training_step = step
     if "SEEN" in os.environ:
         PairStream.__iter__, TableCollator.__call__ = batches, collate
+    if "FIRST" in os.environ:
+        # One write: another process may write in between.
+        sys.stderr.write(f"ended with {train_module().main(json.loads(os.environ['FIRST']))}\n")
     sys.exit(train_module().main())

@@ -1,6 +1,6 @@
-"""What is true about synthetic cells: the best predictor of a pair in closed form, and responses to interventions."""
+"""The best possible predictor of a pair of synthetic cells, in closed form."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,15 +8,15 @@ from scipy.special import digamma, logsumexp, ndtri
 from scipy.stats import nbinom, poisson
 
 from data_scripts.synthetic.network import TARGET_SUM, GeneNetwork
-from modeling_gppc.normalization_gppc import close_matches
 
 PAIRINGS = ("same_type", "same_dataset")
+BATCH = 256  # pairs at a time
 
 
 @dataclass(frozen=True)
 class PairQuestion:
     """
-    Pairs of cells, aligned with the genes of a network and checked.
+    Pairs of cells, aligned with the genes of a network.
 
     Attributes:
         columns (`np.ndarray`): Network gene of each column, shape `(G,)`.
@@ -42,57 +42,32 @@ def check_question(
     revealed: np.ndarray | None,
     pairing: str | Sequence[str],
     gene_ids: Sequence[str] | None,
-    dataset: np.ndarray | None,
 ) -> PairQuestion:
-    """Checks shapes and names of pairs and finds the data sets that measure what was measured.
+    """Aligns pairs with the network and finds the data sets that measure what was measured.
 
     Raises:
-        ValueError: For unknown genes or pairings, shapes that disagree, or a set of measured genes that no data set has.
+        ValueError: For unknown genes or pairings, or a set of measured genes that no data set has.
     """
     columns = np.arange(network.config.n_genes) if gene_ids is None else network.gene_index(gene_ids)
     values = np.asarray(source_values, dtype=np.float64)
-    if values.ndim != 2 or values.shape[1] != len(columns):
-        raise ValueError(
-            f"`source_values` has shape {values.shape}; wanted (n, {len(columns)}), one column a gene of `gene_ids`."
-        )
     n = len(values)
     measured = np.ones(values.shape, bool) if source_measured is None else np.asarray(source_measured, dtype=bool)
     revealed = np.full(values.shape, np.nan) if revealed is None else np.asarray(revealed, dtype=np.float64)
-    for name, array in (("source_measured", measured), ("revealed", revealed)):
-        if array.shape != values.shape:
-            raise ValueError(f"`{name}` has shape {array.shape}; wanted that of `source_values`, {values.shape}.")
     pairings = np.asarray([pairing] * n if isinstance(pairing, str) else list(pairing), dtype=object)
     unknown = sorted(set(pairings.tolist()) - set(PAIRINGS))
     if unknown or len(pairings) != n:
         raise ValueError(f"`pairing` is {unknown or len(pairings)}; wanted {n} of {', '.join(PAIRINGS)}.")
-    if dataset is not None:
-        candidates = np.zeros((n, network.config.n_datasets), dtype=bool)
-        candidates[np.arange(n), np.asarray(dataset)] = True
-    elif source_measured is None:
-        candidates = np.ones((n, network.config.n_datasets), dtype=bool)
-    else:
+    candidates = np.ones((n, network.config.n_datasets), dtype=bool)
+    if source_measured is not None:
         candidates = (measured[:, None, :] == network.measured[None][:, :, columns]).all(axis=2)
-        if not candidates.any(axis=1).all():
-            row = int(np.flatnonzero(~candidates.any(axis=1))[0])
+        for row in np.flatnonzero(~candidates.any(axis=1)):
             raise ValueError(
                 f"`source_measured` of pair {row} fits none of the {network.config.n_datasets} data sets of the "
-                "network; give `dataset` or the masks of its own cells."
+                "network; give the masks of its own cells."
             )
     return PairQuestion(
         columns, np.where(measured, values, 0.0), measured, revealed, pairings == "same_type", candidates
     )
-
-
-def dataset_index(network: GeneNetwork, dataset_ids: Sequence[str]) -> np.ndarray:
-    """Index of each data set named as in the store (`dataset1`, ...), for the `dataset` arguments here.
-
-    Raises:
-        ValueError: For a name that is not a data set of the network, with close matches.
-    """
-    names = {f"dataset{index + 1}": index for index in range(network.config.n_datasets)}
-    for name in set(dataset_ids) - set(names):
-        raise ValueError(f"data set `{name}` is not one of the network{close_matches(str(name), names)}")
-    return np.array([names[name] for name in dataset_ids], dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -111,9 +86,7 @@ def optimum(
     pairing: str | Sequence[str] = "same_type",
     *,
     gene_ids: Sequence[str] | None = None,
-    dataset: np.ndarray | None = None,
     same_donor_share: float | None = None,
-    batch_size: int = 256,
 ) -> OptimalPrediction:
     r"""The exact best predictor E[B | A, b_S, pairing] of the linear form.
 
@@ -126,17 +99,15 @@ def optimum(
     Args:
         network ([`GeneNetwork`]): Linear form.
         source_values (`np.ndarray`): Log values of the source cells, shape `(n, G)`.
-        source_measured (`np.ndarray` of bool, *optional*): Shape `(n, G)`; defaults to all. Tells the data set.
+        source_measured (`np.ndarray` of bool, *optional*): Shape `(n, G)`; defaults to all. Tells the data set: those
+            are considered whose measured genes are these.
         revealed (`np.ndarray`, *optional*): Target's log value `b_S = a_S + delta_S` of each revealed gene, NaN
             elsewhere, shape `(n, G)`; defaults to none revealed.
         pairing (`str` or `Sequence[str]`): `same_type` (same data set and type, any donor) or `same_dataset` (same data
             set and donor, any type), for all pairs or for each.
         gene_ids (`Sequence[str]`, *optional*): Gene of each column; defaults to all in network order.
-        dataset (`np.ndarray`, *optional*): Index of the data set of each pair; otherwise those are considered whose
-            measured genes equal `source_measured`.
         same_donor_share (`float`, *optional*): Share of `same_type` pairs whose cells also share their donor; defaults
             to one over the donors of a data set.
-        batch_size (`int`, *optional*, defaults to 256): Pairs at a time.
 
     Returns:
         [`OptimalPrediction`]: Revealed genes have their revealed value and variance 0.
@@ -146,15 +117,15 @@ def optimum(
     """
     if network.config.form != "linear":
         raise ValueError("`optimum` is exact in the linear form only; use `monte_carlo_optimum` for the count form.")
-    question = check_question(network, source_values, source_measured, revealed, pairing, gene_ids, dataset)
+    question = check_question(network, source_values, source_measured, revealed, pairing, gene_ids)
     if same_donor_share is None:
         same_donor_share = network.config.n_datasets / network.config.n_donors
     mean = np.empty(question.source_values.shape)
     variance = np.empty_like(mean)
     loadings = network.loadings()[question.columns]
-    for start in range(0, len(mean), batch_size):
+    for start in range(0, len(mean), BATCH):
         for same_type in (True, False):
-            rows = start + np.flatnonzero(question.same_type[start : start + batch_size] == same_type)
+            rows = start + np.flatnonzero(question.same_type[start : start + BATCH] == same_type)
             if len(rows):
                 mean[rows], variance[rows] = _posterior(network, question, loadings, rows, same_type, same_donor_share)
     known = ~np.isnan(question.revealed)
@@ -225,68 +196,6 @@ def _posterior(
         at += block.shape[1]
     explained = ((loadings @ covariance) * loadings).sum(axis=2)
     return base + mean_state @ loadings.T, explained + noise
-
-
-# -------------------------------------------------------------------- responses to interventions
-@dataclass(frozen=True)
-class TrueResponse:
-    """Mean normalised log expression without and with an intervention, and the difference; each `(G,)`."""
-
-    control_mean: np.ndarray
-    perturbed_mean: np.ndarray
-
-    @property
-    def delta(self) -> np.ndarray:
-        """The true mean response of every gene, the perturbed ones included."""
-        return self.perturbed_mean - self.control_mean
-
-
-def true_response(
-    network: GeneNetwork,
-    changes: Mapping[str, str | float | tuple[str, float]],
-    *,
-    cell_type: int | None = None,
-    dataset: int = 0,
-    n_states: int = 4_000,
-) -> TrueResponse:
-    """True mean response of every gene to an intervention on cells of one data set.
-
-    The linear form is exact. The count form averages over `n_states` simulated cells, the same ones with and without
-    the intervention, each gene's expected log value given its rate being exact; unmeasured genes get what would have
-    been seen had they been measured.
-
-    Args:
-        network ([`GeneNetwork`]): The unperturbed network.
-        changes (`Mapping`): See [`GeneNetwork.intervene`].
-        cell_type (`int`, *optional*): Cells of this type only; defaults to all in their shares.
-        dataset (`int`, *optional*, defaults to 0): Data set of the cells.
-        n_states (`int`, *optional*, defaults to 4,000): Simulated cells, count form only.
-
-    Returns:
-        [`TrueResponse`]: In network gene order.
-    """
-    perturbed = network.intervene(changes)
-    donors = network.donor_effects[network.donor_dataset == dataset]
-    if network.config.form == "linear":
-        types = network.type_shares @ network.type_effects if cell_type is None else network.type_effects[cell_type]
-        state = (network.dataset_effects[dataset] + types + donors.mean(axis=0))[None]
-        return TrueResponse(*(net.eta(state)[0].astype(np.float64) for net in (network, perturbed)))
-    rng = np.random.default_rng([network.config.seed, 4])
-    labels = network.sample_labels(rng, n_states, dataset)
-    types = labels[1] if cell_type is None else np.full(n_states, cell_type)
-    states = network.sample_innovations(rng, labels[0], types, labels[2])
-    expectation = ExpectedLogValue(network)
-    libraries = rng.integers(0, len(expectation.libraries), n_states)
-    means = []
-    for net in (network, perturbed):
-        total = np.zeros(network.config.n_genes)
-        for start in range(0, n_states, 512):
-            rows = slice(start, start + 512)
-            eta = net.eta(states[rows])
-            rates = expectation.log_means(eta, network.measured[dataset], expectation.libraries[libraries[rows]])
-            total += expectation(rates, libraries[rows]).sum(axis=0)
-        means.append(total / n_states)
-    return TrueResponse(*means)
 
 
 class ExpectedLogValue:

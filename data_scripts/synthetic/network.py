@@ -220,41 +220,6 @@ class GeneNetwork:
         network = dataclasses.replace(self, interventions={})
         return float(np.exp(network.eta(self.sample_innovations(rng, dataset, cell_type, donor))).sum(axis=1).mean())
 
-    def affects(self) -> np.ndarray:
-        """Which regulator (row) changes which gene (column), directly or through others: bool `(R, G)`."""
-        n = len(self.regulators)
-        reach = np.linalg.inv(np.eye(n) - (self.coupling != 0)) > 0.5  # counts paths; [i, s]: s reaches i
-        used = np.abs(self.weights).reshape(self.config.n_genes, -1, n)
-        if self.config.form == "count":
-            partner = self.switches[0].astype(int)
-            gate = np.zeros_like(used[:, 2])
-            np.add.at(gate, (slice(None), partner), used[:, 2])
-            used = np.concatenate([used, gate[:, None]], axis=1)
-        direct = used.sum(axis=1) > 0  # (G, R)
-        return (direct.astype(np.float64) @ reach > 0.5).T
-
-    def confounded_pairs(self, n_pairs: int = 50, min_correlation: float = 0.3) -> list[tuple[str, str, float]]:
-        """Targets that share a regulator, correlate, and have no effect on each other.
-
-        Returns:
-            `list` of (gene id, gene id, correlation of `eta` over the unperturbed population), strongest first.
-        """
-        rng = np.random.default_rng([self.config.seed, 2])
-        targets = np.setdiff1d(np.arange(self.config.n_genes), self.regulators)
-        if len(targets) > 500:
-            targets = np.sort(rng.choice(targets, 500, replace=False))
-        dataset, cell_type, donor = self.sample_labels(rng, 4_000)
-        eta = self.eta(self.sample_innovations(rng, dataset, cell_type, donor), targets)
-        correlation = np.corrcoef(eta, rowvar=False)
-        effects = self.affects()[:, targets].astype(np.float64)
-        shared = effects.T @ effects > 0
-        first, second = np.nonzero(np.triu(shared & (np.abs(correlation) >= min_correlation), k=1))
-        order = np.argsort(-np.abs(correlation[first, second]), kind="stable")[:n_pairs]
-        ids = self.gene_ids
-        return [
-            (ids[targets[i]], ids[targets[j]], float(correlation[i, j])) for i, j in zip(first[order], second[order])
-        ]
-
     # ---------------------------------------------------------------- files
     def save(self, path: str | Path) -> None:
         """Writes the network as one safetensors file: arrays, and the config as JSON in the header."""

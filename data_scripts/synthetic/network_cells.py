@@ -1,8 +1,7 @@
-"""Cells drawn from a gene network: chunks of log values or molecule counts, AnnData, and CRISPR-like screens."""
+"""Cells drawn from a gene network: chunks of log values or molecule counts, and their tables."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
-import anndata
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
@@ -104,23 +103,13 @@ def iterate_cells(network: GeneNetwork, dataset: int) -> Iterator[tuple[sp.csr_m
     for start in range(0, n_cells, CHUNK):
         labels = network.sample_labels(rng, min(CHUNK, n_cells - start), dataset)
         names = [f"dataset{dataset + 1}_cell{index}" for index in range(start, start + len(labels[0]))]
-        yield sample_chunk(network, rng, labels, measured), _obs(labels, names)
+        yield sample_chunk(network, rng, labels, measured), make_obs(labels, names)
 
 
 def dataset_sizes(network: GeneNetwork) -> np.ndarray:
     """Cells of each data set, as even as possible."""
     n_cells, n_datasets = network.config.n_cells, network.config.n_datasets
     return n_cells // n_datasets + (np.arange(n_datasets) < n_cells % n_datasets)
-
-
-def make_anndata(network: GeneNetwork, dataset: int) -> anndata.AnnData:
-    """All cells of one data set in memory; X holds log values (linear) or raw counts (count)."""
-    chunks = list(iterate_cells(network, dataset))
-    return anndata.AnnData(
-        sp.vstack([values for values, _ in chunks], format="csr"),
-        obs=pd.concat([obs for _, obs in chunks]),
-        var=make_var(network, network.measured[dataset]),
-    )
 
 
 def make_var(network: GeneNetwork, measured: np.ndarray) -> pd.DataFrame:
@@ -130,44 +119,8 @@ def make_var(network: GeneNetwork, measured: np.ndarray) -> pd.DataFrame:
     return pd.DataFrame({"feature_id": ids, "feature_name": symbols, "feature_length": 1_000}, index=ids.astype(str))
 
 
-def make_screen(
-    network: GeneNetwork,
-    perturbations: Mapping[str, Mapping],
-    *,
-    n_control: int = 500,
-    n_cells: int = 100,
-    dataset: int = 0,
-    seed: int = 0,
-) -> anndata.AnnData:
-    """A screen on cells of one data set: controls, and cells of the network under each intervention.
-
-    Args:
-        network ([`GeneNetwork`]): The unperturbed network.
-        perturbations (`Mapping`): Name of each perturbation -> changes, see [`GeneNetwork.intervene`].
-        n_control (`int`, *optional*, defaults to 500): Control cells.
-        n_cells (`int`, *optional*, defaults to 100): Cells of each perturbation.
-        dataset (`int`, *optional*, defaults to 0): Whose types, donors and measured genes.
-        seed (`int`, *optional*, defaults to 0): On top of the network's.
-
-    Returns:
-        `AnnData`: X as in [`make_anndata`]; `obs["perturbation"]` (`"control"` for controls), `obs["is_control"]`.
-    """
-    rng = np.random.default_rng([network.config.seed, 5, seed])
-    measured = network.measured[dataset]
-    matrices, tables = [], []
-    for name, net, n in [
-        ("control", network, n_control),
-        *((str(name), network.intervene(changes), n_cells) for name, changes in perturbations.items()),
-    ]:
-        labels = network.sample_labels(rng, n, dataset)
-        matrices.append(sample_chunk(net, rng, labels, measured))
-        tables.append(_obs(labels, [f"{name}_{index}" for index in range(n)]).assign(perturbation=name))
-    obs = pd.concat(tables)
-    obs["is_control"] = obs["perturbation"] == "control"
-    return anndata.AnnData(sp.vstack(matrices, format="csr"), obs=obs, var=make_var(network, measured))
-
-
-def _obs(labels: tuple[np.ndarray, np.ndarray, np.ndarray], names: list[str]) -> pd.DataFrame:
+def make_obs(labels: tuple[np.ndarray, np.ndarray, np.ndarray], names: list[str]) -> pd.DataFrame:
+    """Labels of cells as columns of obs."""
     _, cell_type, donor = labels
     return pd.DataFrame(
         {

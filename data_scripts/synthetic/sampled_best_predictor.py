@@ -1,7 +1,6 @@
 """An estimate of the best predictor of count cells: importance sampling of the latent states of both cells."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from scipy.special import gammaln, logsumexp
@@ -14,25 +13,8 @@ _DEGREES = 8.0  # of freedom of the proposal
 _PRIOR_SHARE = 0.15  # of the proposals drawn from the prior, which bounds the weights
 _ROUNDS = 6  # adaptations of the proposal to the source cell
 _TARGET_REPEATS = 8  # proposals of the target's state for each one kept
+_REPLICATES = 2  # independent repetitions, for the standard error
 _BANK = 1_024  # states of the population that the first proposal is fitted to
-
-
-@dataclass(frozen=True)
-class MonteCarloOptimum:
-    """
-    Estimated best prediction.
-
-    Attributes:
-        mean (`np.ndarray`): Estimate of E[B | A, b_S, pairing], shape `(n, G)`.
-        standard_error (`np.ndarray`): Its Monte-Carlo standard error from independent replicates, shape `(n, G)`.
-        source_samples, target_samples (`np.ndarray`): Effective number of samples behind the source cell's state
-            and the target cell's, shape `(n,)`.
-    """
-
-    mean: np.ndarray
-    standard_error: np.ndarray
-    source_samples: np.ndarray
-    target_samples: np.ndarray
 
 
 def monte_carlo_optimum(
@@ -43,15 +25,11 @@ def monte_carlo_optimum(
     revealed: np.ndarray | None = None,
     pairing: str | Sequence[str] = "same_type",
     *,
-    target_library: np.ndarray | None = None,
     gene_ids: Sequence[str] | None = None,
-    dataset: np.ndarray | None = None,
-    same_donor_share: float | None = None,
     n_samples: int = 512,
-    n_replicates: int = 2,
     seed: int = 0,
     progress: bool = False,
-) -> MonteCarloOptimum:
+) -> tuple[np.ndarray, np.ndarray]:
     r"""Estimates the best predictor of the count form, in three steps for each pair.
 
     1. States of the source cell given all its counts: importance sampling, the proposal adapted to the cell.
@@ -60,9 +38,8 @@ def monte_carlo_optimum(
 
     The ceiling is an estimate from below. No predictor scores better in expectation than the true optimum, so finite
     samples and the approximations (normalising by the drawn rather than the nominal library, revealed values treated
-    as continuous where the target's library is not given) can only lower its r2. Monte-Carlo noise adds
-    `mean(standard_error ** 2)` to its MSE, which may be subtracted. An observer who deduced the target's library from
-    the exact fractions of revealed values is not modelled; give `target_library` for the ceiling of models that see it.
+    as continuous, the target's library integrated out) can only lower its r2. Monte-Carlo noise adds
+    `mean(standard_error ** 2)` to its MSE, which may be subtracted.
 
     Args:
         network ([`GeneNetwork`]): Count form.
@@ -71,121 +48,75 @@ def monte_carlo_optimum(
         source_measured (`np.ndarray` of bool): Shape `(n, G)`. Tells the data set, as in [`optimum`].
         revealed (`np.ndarray`, *optional*): Log value of each revealed gene in the target cell, NaN elsewhere.
         pairing (`str` or `Sequence[str]`): As in [`optimum`].
-        target_library (`np.ndarray`, *optional*): Counts over all genes of the target cells, shape `(n,)`, where the
-            predictor may know them; otherwise they are integrated out.
-        gene_ids, dataset, same_donor_share (*optional*): As in [`optimum`].
+        gene_ids (*optional*): As in [`optimum`].
         n_samples (`int`, *optional*, defaults to 512): States of each cell and replicate.
-        n_replicates (`int`, *optional*, defaults to 2): Independent repetitions, at least 2.
         seed (`int`, *optional*, defaults to 0): Seed.
         progress (`bool`, *optional*, defaults to `False`): Show a progress bar.
 
     Returns:
-        [`MonteCarloOptimum`].
+        Estimate of E[B | A, b_S, pairing] and its Monte-Carlo standard error from independent replicates, each `(n, G)`.
 
     Raises:
         ValueError: In the linear form, or for arguments that disagree.
     """
     if network.config.form != "count":
         raise ValueError("`monte_carlo_optimum` is for the count form; `optimum` is exact in the linear form.")
-    if n_replicates < 2 or n_samples < 16:
-        raise ValueError(
-            f"`n_replicates` is {n_replicates} and `n_samples` {n_samples}; wanted at least 2 and 16: the standard "
-            "error comes from comparing replicates."
-        )
-    question = check_question(network, source_values, source_measured, revealed, pairing, gene_ids, dataset)
+    if n_samples < 16:
+        raise ValueError(f"`n_samples` is {n_samples}; wanted at least 16.")
+    question = check_question(network, source_values, source_measured, revealed, pairing, gene_ids)
     if (question.datasets.sum(axis=1) > 1).any():
-        raise ValueError("`source_measured` fits several data sets of the network; give `dataset`.")
-    n = len(question.source_values)
-    libraries = {"source_library": np.asarray(source_library, dtype=np.float64)}
-    if target_library is not None:
-        libraries["target_library"] = np.asarray(target_library, dtype=np.float64)
-    for name, library in libraries.items():
-        if library.shape != (n,) or not (library > 0).all():
-            raise ValueError(f"`{name}` has shape {library.shape}; wanted ({n},) positive numbers of molecules.")
-    if same_donor_share is None:
-        same_donor_share = network.config.n_datasets / network.config.n_donors
-    sampler = _Sampler(network, question, libraries, same_donor_share, n_samples)
-    estimates = np.empty((n_replicates, *question.source_values.shape))
-    effective = np.empty((n_replicates, 2, n))
+        raise ValueError("`source_measured` fits several data sets of the network; wanted data sets that differ.")
+    sampler = _Sampler(network, question, np.asarray(source_library, dtype=np.float64), n_samples)
+    estimates = np.empty((_REPLICATES, *question.source_values.shape))
     rows_at_once = max(1, 6_000_000 // (n_samples * network.config.n_genes))
     which = question.datasets.argmax(axis=1)
-    with tqdm(total=n_replicates * n, desc="best predictor", unit="pair", disable=not progress) as bar:
-        for replicate in range(n_replicates):
+    with tqdm(total=_REPLICATES * len(which), desc="best predictor", unit="pair", disable=not progress) as bar:
+        for replicate in range(_REPLICATES):
             for index in np.unique(which):
                 rng = np.random.default_rng([seed, replicate, int(index)])
                 rows = np.flatnonzero(which == index)
                 for start in range(0, len(rows), rows_at_once):
                     part = rows[start : start + rows_at_once]
-                    estimates[replicate, part], effective[replicate][:, part] = sampler(rng, part, int(index))
+                    estimates[replicate, part] = sampler(rng, part, int(index))
                     bar.update(len(part))
     known = ~np.isnan(question.revealed)
-    error = estimates.std(axis=0, ddof=1) / np.sqrt(n_replicates)
-    return MonteCarloOptimum(
-        mean=np.where(known, question.revealed, estimates.mean(axis=0)),
-        standard_error=np.where(known, 0.0, error),
-        source_samples=effective[:, 0].sum(axis=0),
-        target_samples=effective[:, 1].sum(axis=0),
-    )
+    error = estimates.std(axis=0, ddof=1) / np.sqrt(_REPLICATES)
+    return np.where(known, question.revealed, estimates.mean(axis=0)), np.where(known, 0.0, error)
 
 
 class _Sampler:
     """What one replicate needs for some pairs of one data set."""
 
-    def __init__(
-        self,
-        network: GeneNetwork,
-        question: PairQuestion,
-        libraries: dict[str, np.ndarray],
-        same_donor_share: float,
-        n_samples: int,
-    ):
+    def __init__(self, network: GeneNetwork, question: PairQuestion, source_library: np.ndarray, n_samples: int):
         self.network, self.question, self.n_samples = network, question, n_samples
-        self.same_donor_share = same_donor_share
-        self.source_library = libraries["source_library"]
-        self.target_library = libraries.get("target_library")
-        counts = np.rint(np.expm1(question.source_values) * self.source_library[:, None] / TARGET_SUM)
+        self.same_donor_share = network.config.n_datasets / network.config.n_donors
+        self.source_library = source_library
+        counts = np.rint(np.expm1(question.source_values) * source_library[:, None] / TARGET_SUM)
         self.counts = counts.astype(np.float32)
-        grid = None
-        if self.target_library is not None:
-            grid = np.geomspace(self.target_library.min(), self.target_library.max() * (1 + 1e-9), 48)
-        self.expectation = ExpectedLogValue(network, grid)
+        self.expectation = ExpectedLogValue(network)
         total = network.donor_cov + network.within_cov
         self.root = np.linalg.cholesky(total)
         self.whiten = np.linalg.inv(self.root)
         gain = network.donor_cov @ np.linalg.inv(total)
         self.gain, self.donor_rest = gain, matrix_root(network.donor_cov - gain @ network.donor_cov)
 
-    def __call__(self, rng: np.random.Generator, rows: np.ndarray, dataset: int) -> tuple[np.ndarray, np.ndarray]:
-        """Predictions `(len(rows), G)` and effective samples of source and target `(2, len(rows))`."""
-        states, source_samples = self._source_states(rng, rows, dataset)
+    def __call__(self, rng: np.random.Generator, rows: np.ndarray, dataset: int) -> np.ndarray:
+        """Predictions `(len(rows), G)`."""
+        states = self._source_states(rng, rows, dataset)
+        grid = self.expectation.libraries
         # The revealed genes single out few of the target's states, so many more are proposed than are kept.
         repeats = _TARGET_REPEATS if (~np.isnan(self.question.revealed[rows])).any() else 1
         targets, indices, log_weights = [], [], []
         for _ in range(repeats):
             targets.append(self._target_states(rng, rows, dataset, states))
-            indices.append(self._draw_libraries(rng, rows, states.shape[:2]))
-            log_means = self._log_means(targets[-1], self._libraries(rows, indices[-1]), dataset)
-            log_weights.append(self._revealed_likelihood(rows, log_means, self._libraries(rows, indices[-1])))
-        weights = _normalized(np.concatenate(log_weights, axis=1))
-        chosen = _resample(rng, weights, self.n_samples)
+            # Library of each target state, as an index into those tabulated.
+            indices.append(rng.integers(0, len(grid), states.shape[:2]))
+            log_means = self._log_means(targets[-1], grid[indices[-1]], dataset)
+            log_weights.append(self._revealed_likelihood(rows, log_means, grid[indices[-1]]))
+        chosen = _resample(rng, _normalized(np.concatenate(log_weights, axis=1)), self.n_samples)
         target = np.take_along_axis(np.concatenate(targets, axis=1), chosen[:, :, None], axis=1)
         index = np.take_along_axis(np.concatenate(indices, axis=1), chosen, axis=1)
-        expected = self.expectation(self._log_means(target, self._libraries(rows, index), dataset), index)
-        return expected.mean(axis=1), np.stack([source_samples, 1 / (weights**2).sum(axis=1)])
-
-    def _draw_libraries(self, rng: np.random.Generator, rows: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-        """Library of each target state, `(n, S)`, as an index into those tabulated."""
-        grid = self.expectation.libraries
-        if self.target_library is None:
-            return rng.integers(0, len(grid), shape)
-        nearest = np.abs(np.log(grid[None] / self.target_library[rows, None])).argmin(axis=1)
-        return np.repeat(nearest[:, None], shape[1], axis=1)
-
-    def _libraries(self, rows: np.ndarray, index: np.ndarray) -> np.ndarray:
-        """Molecules of each target state, `(n, S)`; the given library rather than its neighbour in the table."""
-        if self.target_library is None:
-            return self.expectation.libraries[index]
-        return np.broadcast_to(self.target_library[rows, None], index.shape)
+        return self.expectation(self._log_means(target, grid[index], dataset), index).mean(axis=1)
 
     def _log_means(self, states: np.ndarray, library: np.ndarray, dataset: int) -> np.ndarray:
         """Log mean molecules before dropout of the question's genes, `(n, S, G)`, for states `(n, S, R)`."""
@@ -228,10 +159,8 @@ class _Sampler:
         zero = np.log(dropout + (1 - dropout) * np.exp(-log_size)) if dropout > 0 else -log_size
         return np.where(counts > 0, positive, zero)
 
-    def _source_states(
-        self, rng: np.random.Generator, rows: np.ndarray, dataset: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Equally weighted states `(n, S, R)` of the source cells given their counts, and effective samples `(n,)`."""
+    def _source_states(self, rng: np.random.Generator, rows: np.ndarray, dataset: int) -> np.ndarray:
+        """Equally weighted states `(n, S, R)` of the source cells given their counts."""
         n, size = len(rows), len(self.root)
         states = np.broadcast_to(self._draw_prior(rng, (1, _BANK), dataset), (n, _BANK, size))
         log_weights = self._source_likelihood(rows, states, dataset)
@@ -258,9 +187,8 @@ class _Sampler:
             log_broad = log_prior - np.log(np.diag(self.root)).sum()
             proposal = np.logaddexp(np.log(1 - _PRIOR_SHARE) + log_heavy, np.log(_PRIOR_SHARE) + log_broad)
             log_weights = self._source_likelihood(rows, states, dataset) + log_broad - proposal
-        weights = _normalized(log_weights)
-        chosen = _resample(rng, weights, self.n_samples)
-        return np.take_along_axis(states, chosen[:, :, None], axis=1), 1 / (weights**2).sum(axis=1)
+        chosen = _resample(rng, _normalized(log_weights), self.n_samples)
+        return np.take_along_axis(states, chosen[:, :, None], axis=1)
 
     def _target_states(
         self, rng: np.random.Generator, rows: np.ndarray, dataset: int, states: np.ndarray
@@ -292,11 +220,9 @@ class _Sampler:
         for row in np.flatnonzero(known.any(axis=1)):
             at = np.flatnonzero(known[row])
             counts = np.expm1(revealed[row, at]) * library[row][:, None] / TARGET_SUM
-            if self.target_library is not None:
-                counts = np.rint(counts)
             chance = self._log_chance(counts, log_means[row][:, at].astype(np.float64))
             positive = revealed[row, at] > 0
-            if self.target_library is None and positive.any():
+            if positive.any():
                 size = counts[:, positive]
                 # The part that depends on the count, which varies with the library here, and the density's
                 # change of variable from counts to values.

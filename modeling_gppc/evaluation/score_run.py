@@ -129,9 +129,8 @@ def evaluate_run(
         if network is not None and network.config.form == "count":
             few = pairs.select(sample_rows(len(pairs), options.optimum_pairs, seed))
             library = test.column("source_library_size").to_numpy()[rows][few.rows]
-            methods[OPTIMUM], _ = count_optimum(
-                network, folder.gene_ids, few, library, options.optimum_samples, progress
-            )
+            samples = options.optimum_samples
+            methods[OPTIMUM] = count_optimum(network, folder.gene_ids, few, library, samples, progress)
             results[f"{name}/ceiling"] = score_split(few, methods, floors=floors, with_gain=False, **settings)
     return assemble_results(results, seed)
 
@@ -181,10 +180,10 @@ def linear_optimum(network: GeneNetwork, gene_ids: list[str]):
 
 
 def count_optimum(network, gene_ids, pairs: PairArrays, library: np.ndarray, n_samples: int, progress: bool):
-    """Estimated best predictor of the count form for these pairs, and what the noise of the estimate adds to its MSE."""
+    """Estimated best predictor of the count form for these pairs."""
     from data_scripts.synthetic.sampled_best_predictor import monte_carlo_optimum
 
-    best = monte_carlo_optimum(
+    mean, _ = monte_carlo_optimum(
         network,
         pairs.source,
         library,
@@ -196,8 +195,7 @@ def count_optimum(network, gene_ids, pairs: PairArrays, library: np.ndarray, n_s
         progress=progress,
     )
     position = {row: index for index, row in enumerate(pairs.rows)}
-    noise = float((best.standard_error**2)[pairs.scored].mean())
-    return lambda batch: best.mean[[position[row] for row in batch.rows]], noise
+    return lambda batch: mean[[position[row] for row in batch.rows]]
 
 
 def load_network_of(output_dir: str | Path) -> GeneNetwork | None:

@@ -16,7 +16,7 @@ from torch.utils.data import IterableDataset, Sampler, Subset
 from tqdm.auto import tqdm
 from transformers import EarlyStoppingCallback, ProgressCallback, Trainer, TrainerState, TrainingArguments
 from transformers.trainer_callback import TrainerControl
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from data_scripts.batches.data_collator import PairCollator
@@ -196,7 +196,7 @@ class GppcTrainer(Trainer):
     def _determine_best_metric(self, metrics, trial) -> bool:
         best = super()._determine_best_metric(metrics, trial)
         # The best is kept, also where a checkpoint was not due.
-        self.control.should_save = self.control.should_save or best
+        self.control.should_save |= best and self.args.save_strategy != SaveStrategy.NO
         return best
 
     def _get_output_dir(self, trial) -> str:
@@ -369,7 +369,6 @@ def make_trainer(
     validation: PairDataset,
     train_collator: PairCollator | None,
     eval_collator: PairCollator,
-    trainer_class: type[GppcTrainer] = GppcTrainer,
 ) -> GppcTrainer:
     """A trainer over pair rows, or over a stream of batches, which are collated already; evaluation reads at most
     `options.max_validation_pairs` evenly spaced rows.
@@ -385,7 +384,7 @@ def make_trainer(
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=options.early_stopping_patience))
     # The variance's parameters get no gradient where its likelihood has no weight.
     unused = model.model is not None and (model.config.variance_loss_weight == 0 or not model.config.use_departure)
-    trainer = trainer_class(
+    trainer = GppcTrainer(
         model=model,
         args=training_arguments(options, output_dir, seed, unused, streamed=isinstance(train, IterableDataset)),
         train_dataset=train,

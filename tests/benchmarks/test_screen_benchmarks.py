@@ -16,7 +16,6 @@ ROOT = Path(__file__).parents[2]
     ("name", "words"),
     [
         ("bench_screens", "gppc: covariance"),
-        ("bench_response_size", "gppc, shipped defaults"),
         ("screen_tables", "## smoke, fine-tuned, features: 6 rows"),
     ],
 )

@@ -40,8 +40,9 @@ def store(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(store, tmp_path_factory):
-    """A run of two processes that noted the cells of every batch."""
+    """A run of two processes that noted the cells of every batch, after they were given a store that does not exist."""
     out = tmp_path_factory.mktemp("two") / "run"
+    bad = stream_arguments(out.parent / "no-store", out.parent / "bad")
     settings = [
         "--config_file",
         str(CONFIGS / "accelerate" / "cpu_2proc.yaml"),
@@ -49,9 +50,18 @@ def two(store, tmp_path_factory):
         str(free_port()),
     ]
     launch = [*launcher(2)[:4], *settings, str(Path(TESTS) / "stepping_train.py")]
-    done = run([*launch, *stream_arguments(store, out, **FLAGS)], path=TESTS, SEEN=str(out.parent / "seen-"))
+    variables = {"SEEN": str(out.parent / "seen-"), "FIRST": json.dumps(bad)}
+    done = run([*launch, *stream_arguments(store, out, **FLAGS)], path=TESTS, **variables)
     assert done.returncode == 0, done.stderr[-3000:]
+    (out.parent / "stderr").write_text(done.stderr)
     return out
+
+
+def test_bad_input_ends_both_processes_with_one_line(two):
+    errors = (two.parent / "stderr").read_text().splitlines()
+    assert sorted(line for line in errors if line.startswith("ended with")) == ["ended with 2"] * 2
+    (line,) = [line for line in errors if line.startswith("train.py: error:")]
+    assert "no-store does not exist" in line
 
 
 def test_ranks_see_every_cell_once(store, two):

@@ -1,10 +1,12 @@
 """Two real processes against one: the same loss, weights and metrics, and launches that fail loudly."""
 
 import json
+import subprocess
 import sys
 
 import numpy as np
 import pytest
+from accelerate.commands.launch import launch_command, launch_command_parser
 from accelerate.data_loader import BatchSamplerShard
 from tiny_runs import (
     ROOT,
@@ -126,24 +128,29 @@ def test_launches_that_would_be_one_process(variables, refused):
             refuse_single_process(variables)
 
 
-def test_a_silent_single_process_is_refused(pairs, tmp_path):
-    accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-    command = [*accelerate, "--cpu", "--num_processes", "2", str(ROOT / "train.py")]
-    done = run([*command, *arguments(pairs, tmp_path / "run")])
-    assert done.returncode != 0
-    assert "train.py: error: `accelerate launch` was asked for several processes and started one" in done.stderr
+def test_a_silent_single_process_is_refused(pairs, tmp_path, monkeypatch, capsys):
+    """`accelerate launch --cpu` starts one process, here: not even that, but train.py in the environment it would have."""
+    flags, started = arguments(pairs, tmp_path / "run"), []
+    parsed = launch_command_parser().parse_args(["--cpu", "--num_processes", "2", str(ROOT / "train.py"), *flags])
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "Popen", lambda command, env: started.append((command, env)) or FinishedProcess)
+        launch_command(parsed)
+    ((command, variables),) = started
+    assert command == [sys.executable, str(ROOT / "train.py"), *flags]
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert train_module().main(flags) == 2
+    error = "train.py: error: `accelerate launch` was asked for several processes and started one"
+    assert error in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
-def test_bad_input_ends_both_processes_with_one_line(tmp_path):
-    config = tmp_path / "config.yaml"
-    config.write_text(f"output_dir: {tmp_path / 'run'}\ntraining: {{use_cpu: true}}\n")
-    store = tmp_path / "no-store"
-    done = run([*launcher(2), "--config", str(config), "--pairs.query.uri", str(store)], timeout=120)
-    assert done.returncode != 0
-    lines = [line for line in done.stderr.splitlines() if line.startswith("train.py: error:")]
-    assert len(lines) == 1 and "no-store does not exist" in lines[0]
-    assert "exitcode: 2" in done.stderr.replace("exitcode  : 2", "exitcode: 2")
+class FinishedProcess:
+    returncode = 0
+
+    @staticmethod
+    def wait():
+        """It has ended."""
 
 
 def test_environment_is_this_checkout():

@@ -161,7 +161,7 @@ def test_no_floor_reads_the_target(name):
     assert np.array_equal(floor.predict(hidden), before)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=st.integers(0, 1_000))
 def test_order_and_padding_of_revealed_genes_do_not_matter(fitted, seed):
     test = make_pairs(n=20, seed=5)
@@ -172,7 +172,10 @@ def test_order_and_padding_of_revealed_genes_do_not_matter(fitted, seed):
     moved.revealed_mask = test.revealed_mask[:, order]
     moved.revealed_ids = np.where(moved.revealed_mask, moved.revealed_ids, generator.integers(0, GENES))
     for name, floor in fitted.floors.items():
-        assert np.allclose(floor.predict(moved), floor.predict(test), atol=1e-4), name
+        wanted = floor.predict(test)
+        # Sums of three genes' terms in another order, in single precision.
+        bound = 8 * np.finfo(np.float32).eps * np.abs(wanted).max()
+        np.testing.assert_allclose(floor.predict(moved), wanted, rtol=0, atol=bound, err_msg=name)
 
 
 def test_floors_rank_as_the_truth_demands(fitted):

@@ -78,12 +78,15 @@ def test_unknown_normalisations_are_refused(options, message):
         normalize_counts(COUNTS, 1.0, **options)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.integers(0, 1000), min_size=1, max_size=20), st.integers(0, 5000))
 def test_normalisation_is_undone_by_its_inverse(counts, rest):
     library = sum(counts) + rest + 1
     values = normalize_counts(np.array(counts), library)
-    np.testing.assert_allclose(np.expm1(values.astype(np.float64)) * library / 1e4, counts, rtol=1e-5, atol=1e-6)
+    again = np.expm1(values.astype(np.float64)) * library / 1e4
+    # A log value v is rounded by half an epsilon of v, which scales 1 + c / library * 1e4 by as much.
+    rounding = values * np.finfo(np.float32).eps / 2 * (np.array(counts) + library / 1e4)
+    assert (np.abs(again - counts) <= 1.01 * rounding).all()
 
 
 @pytest.mark.parametrize("values", [np.array([[0, 3], [2, 1]]), np.array([1.0, 2.0]), np.array([True]), np.array([])])

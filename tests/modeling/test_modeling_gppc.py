@@ -15,7 +15,7 @@ from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
 
 V = len(GENES)
 seeds = st.integers(0, 2**31 - 1)
-PROPERTY = settings(max_examples=25, deadline=None)
+PROPERTY = settings(max_examples=25)
 
 
 def random_model(seed=0, **options):

@@ -1,4 +1,7 @@
-"""Kills a pair build again and again; run as a process of its own: OPTIONS.json OUT N_KILLS SECONDS SEED.
+"""Kills a pair build again and again, and lets disks fill: run as a process of its own, TASK.json.
+
+The task names the build's `options`, the folder `out`, `n_kills` within so many `seconds` and the `seed` of the moments,
+and `limits`: bytes that no file may exceed, which fails a write where a full disk would; each has the folder `out-LIMIT`.
 
 The libraries are imported once and every build is a fork made before any store is opened, so that a killed build costs
 no start-up and the moments of death fall into the build.
@@ -7,6 +10,7 @@ no start-up and the moments of death fall into the build.
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -17,6 +21,7 @@ from data_scripts.options import from_mapping
 from data_scripts.pairs.census_pairs import build_pairs
 from data_scripts.pairs.pair_folder import PairFolder
 from data_scripts.pairs.pair_options import PairOptions
+from gppc import cli
 
 
 def fork_build(options: PairOptions, out: Path) -> int:
@@ -31,10 +36,29 @@ def fork_build(options: PairOptions, out: Path) -> int:
         os._exit(1)
 
 
+def build_on_a_full_disk(config: Path, out: Path, limit: int) -> tuple[int, str]:
+    """Exit status and errors of `gppc build-pairs` in a process whose files may not grow beyond `limit` bytes."""
+    errors = out.with_suffix(".err")
+    child = os.fork()
+    if not child:
+        with open(errors, "w") as file:
+            os.dup2(file.fileno(), sys.stderr.fileno())
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        status = cli.main(["build-pairs", str(out), "--config", str(config)])
+        sys.stderr.flush()
+        os._exit(status)
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status), errors.read_text()
+
+
 def main() -> None:
-    options = from_mapping(PairOptions, json.loads(Path(sys.argv[1]).read_text()))
-    out, n_kills, seconds = Path(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
-    rng = random.Random(int(sys.argv[5]))
+    task = json.loads(Path(sys.argv[1]).read_text())
+    options, out = from_mapping(PairOptions, task["options"]), Path(task["out"])
+    config = out.with_name("options.json")
+    config.write_text(json.dumps(task["options"]))
+    limited = [build_on_a_full_disk(config, out.with_name(f"out-{limit}"), limit) for limit in task["limits"]]
+    n_kills, seconds, rng = task["n_kills"], task["seconds"], random.Random(task["seed"])
     kills, finished, digests = 0, 0, set()
     while kills < n_kills:
         child = fork_build(options, out)
@@ -56,7 +80,8 @@ def main() -> None:
     folder.verify()
     digests.add(folder.manifest["digest"])
     leftovers = [str(path) for path in out.rglob("*") if path.name.endswith(".tmp") or path.name == "work"]
-    print(json.dumps({"kills": kills, "finished": finished, "digests": sorted(digests), "leftovers": leftovers}))
+    result = {"kills": kills, "finished": finished, "digests": sorted(digests), "leftovers": leftovers}
+    print(json.dumps(result | {"limited": limited}))
 
 
 if __name__ == "__main__":

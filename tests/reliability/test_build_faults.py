@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -47,30 +46,38 @@ def reference(store, tmp_path_factory):
     return folder.manifest, time.perf_counter() - began
 
 
-def run_python(arguments: list[str], **settings) -> subprocess.CompletedProcess:
+def killed_builds(store, reference, folder: Path, n_kills: int, limits: list[int]) -> dict:
+    """What `kill_builds.py` prints of builds below `folder`."""
+    task = {"options": mapping_for(store), "out": str(folder / "out"), "n_kills": n_kills, "limits": limits}
+    (folder / "task.json").write_text(json.dumps(task | {"seconds": min(reference[1], 2.0), "seed": 0}))
+    command = [sys.executable, str(Path(__file__).with_name("kill_builds.py")), str(folder / "task.json")]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, *arguments],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=environment,
-        timeout=280,
-        **settings,
-    )
-
-
-@pytest.mark.parametrize("n_kills", [3, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(1500)])])
-def test_killed_builds_resume_to_the_same_bytes(store, reference, tmp_path, n_kills):
-    options = tmp_path / "options.json"
-    options.write_text(json.dumps(mapping_for(store)))
-    manifest, seconds = reference
-    script = str(Path(__file__).with_name("kill_builds.py"))
-    done = run_python([script, str(options), str(tmp_path / "out"), str(n_kills), str(min(seconds, 2.0)), "0"])
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=280)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
-    assert result["kills"] == n_kills and result["digests"] == [manifest["digest"]]
+    assert result["kills"] == n_kills and result["digests"] == [reference[0]["digest"]]
     assert result["leftovers"] == []
+    return result
+
+
+LIMITS = [2_000, 12_000]
+
+
+@pytest.fixture(scope="module")
+def faults(store, reference, tmp_path_factory):
+    """Folder of builds that were killed or had no room, and what was printed of them."""
+    folder = tmp_path_factory.mktemp("killed")
+    return folder, killed_builds(store, reference, folder, 3, LIMITS)
+
+
+def test_killed_builds_resume_to_the_same_bytes(faults):
+    assert faults[1]["kills"] == 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_twenty_kills(store, reference, tmp_path):
+    killed_builds(store, reference, tmp_path, 20, [])
 
 
 @pytest.mark.slow
@@ -102,20 +109,12 @@ def wait_for(condition, seconds: float = 120.0) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("limit", [2_000, 12_000])
-def test_full_disk(store, reference, tmp_path, limit):
-    # A limit on the size of a file fails a write where a full disk would.
-    command = "import sys; from gppc.cli import main; sys.exit(main(sys.argv[1:]))"
-    config = tmp_path / "pairs.yaml"
-    config.write_text(json.dumps(mapping_for(store)))
-    out = tmp_path / "out"
-
-    def limited():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    done = run_python(["-c", command, "build-pairs", str(out), "--config", str(config)], preexec_fn=limited)
-    assert done.returncode == 2 and "error" in done.stderr.splitlines()[-1], done.stderr
+@pytest.mark.parametrize("limit", LIMITS)
+def test_full_disk(store, reference, faults, limit):
+    folder, result = faults
+    out = folder / f"out-{limit}"
+    status, errors = result["limited"][LIMITS.index(limit)]
+    assert status == 2 and "error" in errors.splitlines()[-1], errors
     with pytest.raises(ValueError, match="is not a pairs folder"):
         PairFolder(out)
     folder = build_pairs(options_for(store), out, progress=False)

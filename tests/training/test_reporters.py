@@ -7,7 +7,7 @@ import struct
 import sys
 
 import pytest
-from tiny_runs import ROOT, arguments, logged, run, write_run_pairs
+from tiny_runs import ROOT, arguments, logged, run, train_module, write_run_pairs
 
 from modeling_gppc.training.arguments import REPORTERS
 
@@ -78,25 +78,39 @@ def records_of(content: bytes) -> list[bytes]:
 READERS = {"tensorboard": from_tensorboard, "trackio": from_trackio, "wandb": from_wandb}
 
 
-@pytest.mark.parametrize("name", REPORTERS)
-def test_a_logger_gets_what_the_run_logs(tmp_path, name):
-    out = tmp_path / "run"
-    flags = arguments(
-        write_run_pairs(tmp_path / "pairs"),
-        out,
-        training__max_steps=20,
-        training__eval_steps=10,
-        training__save_steps=10,
-        training__report_to=f"[{name}]",
-    )
-    places = {"TRACKIO_DIR": str(tmp_path / "trackio"), "WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path / "wandb")}
-    (tmp_path / "wandb").mkdir()
-    done = run([sys.executable, str(ROOT / "train.py"), *flags], **places)
-    if importlib.util.find_spec(name) is None:
-        assert done.returncode == 2 and not out.exists()
-        assert f"names {name!r}, which is not installed; `pip install {name}`" in done.stderr.splitlines()[-1]
-        return
+INSTALLED = [name for name in REPORTERS if importlib.util.find_spec(name) is not None]
+
+
+def flags_for(folder, reporters: list[str]) -> list[str]:
+    steps = {"training__max_steps": 20, "training__eval_steps": 10, "training__save_steps": 10}
+    reporters = f"[{', '.join(reporters)}]"
+    return arguments(write_run_pairs(folder / "pairs"), folder / "run", training__report_to=reporters, **steps)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Folder of a run that every installed logger follows, and of what they write."""
+    home = tmp_path_factory.mktemp("loggers")
+    places = {"TRACKIO_DIR": str(home / "trackio"), "WANDB_MODE": "offline", "WANDB_DIR": str(home / "wandb")}
+    (home / "wandb").mkdir()
+    done = run([sys.executable, str(ROOT / "train.py"), *flags_for(home, INSTALLED)], **places)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = READERS[name](out, tmp_path)
+    return home
+
+
+@pytest.mark.parametrize("name", INSTALLED)
+def test_a_logger_gets_what_the_run_logs(home, name):
+    found = READERS[name](home / "run", home)
     for value in VALUES:
-        assert found[value] == pytest.approx(logged(out, value), rel=1e-5), value
+        assert found[value] == pytest.approx(logged(home / "run", value), rel=1e-5), value
+
+
+@pytest.mark.parametrize("name", REPORTERS)
+def test_a_logger_that_is_absent_is_refused(tmp_path, monkeypatch, capsys, name):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda found, *more: None if found == name else find(found, *more)
+    )
+    assert train_module().main(flags_for(tmp_path, [name])) == 2
+    assert f"names {name!r}, which is not installed; `pip install {name}`" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "run").exists()

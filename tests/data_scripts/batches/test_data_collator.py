@@ -71,7 +71,7 @@ REDRAWS = [
 
 
 @pytest.mark.parametrize("redraw", REDRAWS, ids=lambda options: options.distribution)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.lists(st.integers(0, len(ROWS) - 1), min_size=1, max_size=6, unique=True), st.integers(0, 50), st.integers(0, 9)
 )
@@ -89,7 +89,7 @@ def test_a_redraw_depends_on_the_row_alone(redraw, rows, epoch, seed):
         if redraw.distribution == "fixed":
             assert len(found) == min(redraw.max_genes, len(candidates))
         for gene, change in found.items():
-            assert change == pytest.approx(TARGET[row, gene] - SOURCE[row, gene])
+            assert change == TARGET[row, gene] - SOURCE[row, gene]  # of dyadic numbers, exact in single precision
         wanted = np.where(PANELS[ROWS[row][2][1]], TARGET[row], X)
         wanted[list(found)] = X
         np.testing.assert_array_equal(together["labels"][place].numpy(), wanted)
@@ -145,7 +145,7 @@ def test_a_redraw_has_the_odds_of_its_options():
         np.testing.assert_allclose(counts / 3000, expected, atol=0.04)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(2, 30), st.data())
 def test_chances_of_queries(n_genes, data):
     n = data.draw(st.integers(1, n_genes - 1))
@@ -159,7 +159,8 @@ def test_chances_of_queries(n_genes, data):
         assert (own > 0).all() and (own <= 1 + 1e-9).all()
         counts[genes] += 1
         chance[genes] = own
-    np.testing.assert_allclose(counts / 400, chance, atol=0.13)
+    # Six standard deviations of a share of 400 draws, and three draws where the chance is almost none.
+    assert (np.abs(counts / 400 - chance) < 6 * np.sqrt(chance * (1 - chance).clip(0) / 400) + 3 / 400).all()
     # Of two genes, the one that more targets express is not less likely.
     known = np.flatnonzero(counts)
     order = known[np.argsort(expressed[known], kind="stable")]

@@ -21,7 +21,7 @@ def as_dicts(lists):
 
 
 @pytest.mark.parametrize("chunks", [(6,), (2, 3, 1), (1, 1, 1, 1, 1, 1)])
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(indices=st.lists(st.integers(0, len(ROWS) - 1), min_size=1, max_size=12))
 def test_rows_in_any_order_and_repeated(chunks, indices):
     dataset = PairDataset(pair_table(chunks=chunks), PAIRINGS)

@@ -49,7 +49,7 @@ def draws(seed, epoch, rows):
     ]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     st.integers(0, 2**62), st.integers(0, 1000), st.lists(st.integers(0, 2**40), min_size=1, max_size=9, unique=True)
 )

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import multiprocessing
 import shutil
 from collections import Counter
 
@@ -92,15 +93,33 @@ def test_resumes_at_any_batch(plan):
             assert head[: stop - 2] + list(resumed) == whole
 
 
-def test_worker_processes(plan, built):
+@pytest.fixture
+def forked_workers(monkeypatch):
+    """Workers forked from a process that has imported what they need; each would take seconds to import it anew.
+
+    Spawned ones, as a run has them, are in tests/training/test_streaming_run.py.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["data_scripts.batches.stream_pairs", __name__])
+    loader = torch.utils.data.DataLoader
+    monkeypatch.setattr(
+        torch.utils.data,
+        "DataLoader",
+        lambda *args, **kwargs: loader(*args, **kwargs | {"multiprocessing_context": context}),
+    )
+
+
+def test_worker_processes(plan, built, forked_workers):
     stream = PairStream(plan, SMALL, num_workers=2, transform=keys)
-    whole = list(stream)
-    assert Counter(flat(whole)) == Counter(keys(built.split("train")))
-    half = PairStream(plan, SMALL, num_workers=2, transform=keys)
-    batches = iter(half)
+    before = torch.get_rng_state()
+    batches = iter(stream)
     head = [next(batches) for _ in range(5)]
+    state = stream.state_dict()
+    whole = head + list(batches)
+    assert torch.equal(torch.get_rng_state(), before)  # the model's numbers go on as without workers
+    assert Counter(flat(whole)) == Counter(keys(built.split("train")))
     resumed = PairStream(plan, SMALL, num_workers=2, transform=keys)
-    resumed.load_state_dict(half.state_dict())
+    resumed.load_state_dict(state)
     assert head + list(resumed) == whole
 
 
@@ -150,14 +169,19 @@ def test_endless_streams_resume_at_any_batch(plan):
         assert head + list(itertools.islice(resumed, 45 - stop)) == whole
 
 
-def test_endless_workers_resume_across_epochs(plan):
+def test_endless_workers_resume_across_epochs(plan, forked_workers):
     options = StreamOptions(batch_size=7, pool_shards=1)
-    whole = list(itertools.islice(PairStream(plan, options, num_workers=2, **ENDLESS), 45))
     stream = PairStream(plan, options, num_workers=2, **ENDLESS)
-    head = list(itertools.islice(stream, 31))
+    batches = iter(stream)
+    head = list(itertools.islice(batches, 31))
+    state = stream.state_dict()
+    assert state["positions"][0][0] > 0  # in another epoch
+    tail = list(itertools.islice(batches, 14))
     resumed = PairStream(plan, options, num_workers=2, **ENDLESS)
-    resumed.load_state_dict(stream.state_dict())
-    assert head + list(itertools.islice(resumed, 14)) == whole
+    resumed.load_state_dict(state)
+    assert list(itertools.islice(resumed, 14)) == tail
+    again = PairStream(plan, options, num_workers=2, **ENDLESS)
+    assert list(itertools.islice(again, 31)) == head
 
 
 def test_too_few_shards_for_the_readers(plan):
@@ -184,14 +208,6 @@ def test_a_batch_mixes_the_shards_of_its_pool(plan, built):
     for rows in batches:  # whole rounds
         shards = np.searchsorted(bounds, [row[0] for row in rows], side="right")
         assert len(set(shards.tolist())) == 4
-
-
-def test_streams_touch_no_random_numbers_of_the_model(plan):
-    torch.manual_seed(0)
-    wanted = torch.rand(3)
-    torch.manual_seed(0)
-    list(itertools.islice(PairStream(plan, SMALL, num_workers=1, **ENDLESS), 3))
-    assert torch.equal(torch.rand(3), wanted)
 
 
 def test_shards_without_the_split_are_not_read(tmp_path):

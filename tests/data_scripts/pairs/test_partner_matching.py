@@ -111,7 +111,7 @@ def test_pairings_get_their_share():
     assert (per_cell == [[3], [1]]).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.integers(1, 40),
     st.integers(1, 3),

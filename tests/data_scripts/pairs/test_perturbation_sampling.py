@@ -23,7 +23,7 @@ OPTIONS = [
 ]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.integers(0, 10**6), st.sampled_from(OPTIONS), st.integers(1, 12), st.booleans())
 def test_properties(seed, options, n_genes, restrict):
     rng = np.random.default_rng(seed)
@@ -51,7 +51,7 @@ def pairs_of_panels(rng: np.random.Generator, n_genes: int) -> tuple[np.ndarray,
     return panels, panel, source, target
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 10**6), st.integers(1, 12), st.booleans())
 def test_candidates_are_measured_in_both_and_differ(seed, n_genes, restrict):
     rng = np.random.default_rng(seed)
@@ -63,7 +63,7 @@ def test_candidates_are_measured_in_both_and_differ(seed, n_genes, restrict):
     assert (found.data != 0).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 10**6), st.integers(1, 40), st.floats(0, 1))
 def test_genes_are_found_in_rows(seed, n_genes, share):
     rng = np.random.default_rng(seed)
@@ -77,7 +77,7 @@ def test_genes_are_found_in_rows(seed, n_genes, share):
     assert (np.diff(found[found >= 0]) == 1).all()
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.integers(0, 10**6), st.sampled_from(OPTIONS), st.integers(1, 12), st.booleans())
 def test_revealed_genes_are_candidates(seed, options, n_genes, restrict):
     rng = np.random.default_rng(seed)

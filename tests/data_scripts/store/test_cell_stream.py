@@ -37,7 +37,7 @@ class FakeMatrix:
 OPTIONS = QueryOptions()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 10**6), st.integers(1, 30), st.integers(1, 12), st.integers(1, 9), st.booleans())
 def test_values_are_the_stores(seed, n_cells, n_genes, block_cells, scattered):
     rng = np.random.default_rng(seed)
@@ -61,7 +61,8 @@ def test_values_are_the_stores(seed, n_cells, n_genes, block_cells, scattered):
     expected = normalize_counts(
         dense[joinids], rates, normalization="log_tpm", target_sum=1e6, gene_lengths=lengths[None, :]
     )
-    np.testing.assert_allclose(found.toarray(), expected[:, chosen], rtol=1e-6)
+    # Library sizes are summed in another order, in double precision; then both are rounded to single.
+    np.testing.assert_allclose(found.toarray(), expected[:, chosen], rtol=np.finfo(np.float32).eps)
 
 
 def test_log_values_are_used_as_they_are():

@@ -4,9 +4,9 @@ import functools
 
 import numpy as np
 import pytest
+from known_network import confounded_pairs
 
-from data_scripts.synthetic.best_predictor import true_response
-from data_scripts.synthetic.interventions import regulators_screen
+from data_scripts.synthetic.interventions import regulators_screen, true_means
 from modeling_gppc.evaluation.metrics import pearson_delta
 from modeling_gppc.evaluation.screen_baselines import ScreenContext, covariance
 from modeling_gppc.evaluation.screen_model import ScreenModel
@@ -58,11 +58,12 @@ def test_a_common_cause_passes_for_an_effect():
     network, screen, *_ = known_screen("linear", 0)
     position = {gene: index for index, gene in enumerate(screen.gene_ids)}
     model = unsized(screen)
-    pairs = network.confounded_pairs(n_pairs=10)
+    pairs = confounded_pairs(network, 10)
     assert len(pairs) == 10
     for first, second, correlation in pairs:
         level = float(network.base[network.gene_index([first])[0]] - 1.5)
-        truth = true_response(network, {first: level}).delta
+        control, perturbed = true_means(network, {first: level})
+        truth = perturbed - control
         assert truth[network.gene_index([first])[0]] == pytest.approx(-1.5, abs=0.5)
         assert truth[network.gene_index([second])[0]] == pytest.approx(0, abs=1e-9)
         features = model.extractor.perturbation_features(f"{first}=delta:-1.5", model.model.levels())

@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
+from known_network import make_anndata
 from scipy.stats import nbinom, poisson
 
 from data_scripts.synthetic import network_cells
+from data_scripts.synthetic.interventions import make_screen
 from data_scripts.synthetic.network import SyntheticConfig, make_network
-from data_scripts.synthetic.network_cells import dataset_sizes, iterate_cells, make_anndata, make_screen, sample_counts
+from data_scripts.synthetic.network_cells import dataset_sizes, iterate_cells, sample_counts
 
 CONFIG = {"n_genes": 150, "n_regulators": 6, "n_cell_types": 4, "n_donors": 6, "n_datasets": 2, "n_cells": 2_500}
 

@@ -3,11 +3,11 @@
 import cellxgene_census
 import numpy as np
 import pytest
+from known_network import make_anndata
 
 from data_scripts.command_line import read_options
 from data_scripts.synthetic import network_store
 from data_scripts.synthetic.network import SyntheticConfig, load_network, make_network
-from data_scripts.synthetic.network_cells import make_anndata
 from data_scripts.synthetic.network_store import network_path, write_synthetic
 from data_scripts.synthetic.synthetic_cli import OPTIONS
 from gppc.cli import main

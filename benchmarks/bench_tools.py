@@ -1,31 +1,32 @@
-"""What the model benchmarks share: models with a linear response as if fitted, random cells, a training step, children."""
+"""What benchmarks share: models as if fitted, random cells, a training step, clocks, child processes, tiny stores."""
 
+import argparse
 import json
 import math
-import multiprocessing
 import os
+import platform
 import resource
-import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from data_scripts.files import write_text
+from data_scripts.options import from_mapping
+from data_scripts.pairs.pair_options import PairOptions
 from modeling_gppc import GppcConfig, GppcForPerturbationPrediction
 
 EXPRESSED_SHARE = 0.08
-N_REVEALED = 5
+N_IMPOSED = 5
 
 
 def fitted_like_model(config: GppcConfig, seed: int = 0) -> GppcForPerturbationPrediction:
-    """A model whose linear response is a proper distribution and whose departure is not zero."""
+    """A model whose linear response is a proper distribution and whose network contributes something."""
     torch.manual_seed(seed)
     model = GppcForPerturbationPrediction(config)
-    if model.model is None:
-        return model
     response, factors = model.model.linear_response, config.num_factors
     genes = config.vocab_size
     with torch.no_grad():
@@ -57,15 +58,15 @@ def random_state(genes: int, cells: int, seed: int = 0, share: float = EXPRESSED
 
 
 def random_pairs(genes: int, cells: int, seed: int = 0, share: float = EXPRESSED_SHARE) -> dict[str, torch.Tensor]:
-    """A training batch: states, revealed changes and labels at every gene."""
+    """A training batch: states, imposed changes and labels at every gene."""
     batch = random_state(genes, cells, seed, share)
     generator = torch.Generator().manual_seed(seed)
-    shape = (cells, N_REVEALED)
+    shape = (cells, N_IMPOSED)
     labels = torch.rand(cells, genes, generator=generator) * 3
     return {
         **batch,
         "perturbation_ids": torch.stack(
-            [torch.randperm(genes, generator=generator)[:N_REVEALED] for _ in range(cells)]
+            [torch.randperm(genes, generator=generator)[:N_IMPOSED] for _ in range(cells)]
         ),
         "perturbation_values": torch.randn(shape, generator=generator),
         "perturbation_mask": torch.ones(shape, dtype=torch.long),
@@ -111,43 +112,11 @@ def peak_rss_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def _child(function, arguments: dict, limit_gb: float | None, threads: int, pipe) -> None:
-    if limit_gb is not None:
-        resource.setrlimit(resource.RLIMIT_AS, (int(limit_gb * 1e9),) * 2)
-    torch.set_num_threads(threads)
-    try:
-        result = {**function(**arguments), "peak_rss_gb": peak_rss_gb()}
-    except (MemoryError, RuntimeError) as error:  # torch raises RuntimeError where an allocation fails
-        result = {"error": " ".join(str(error).split())[:200] or type(error).__name__}
-    pipe.send(result)
-
-
-def in_child(
-    function: Callable[..., dict],
-    arguments: dict,
-    limit_gb: float | None = None,
-    threads: int = 2,
-    timeout: float = 600.0,
-) -> dict:
-    """Runs a function in a process of its own that may address at most `limit_gb`; its peak memory is its own.
-
-    Returns:
-        What the function returned with `peak_rss_gb`, or `{"error": why}`.
-    """
-    # Forked children need not import anything again; the parent has computed nothing.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(function, arguments, limit_gb, threads, sender))
-    process.start()
-    sender.close()
-    try:
-        result = receiver.recv() if receiver.poll(timeout) else {"error": f"took more than {timeout:.0f} s"}
-    except EOFError:
-        result = {"error": "the process ended without an answer"}
-    if process.is_alive() and "error" in result:
-        process.terminate()
-    process.join()
-    return result
+def in_child(function: Callable[..., dict], **arguments) -> dict:
+    """What a function returns in a process of its own, with `peak_rss_gb`, which is that process's own."""
+    with ProcessPoolExecutor(1) as pool:
+        result = pool.submit(function, **arguments).result()
+        return {**result, "peak_rss_gb": pool.submit(peak_rss_gb).result()}
 
 
 def exponent(sizes: list[float], seconds: list[float]) -> float:
@@ -157,12 +126,8 @@ def exponent(sizes: list[float], seconds: list[float]) -> float:
 
 def machine() -> dict:
     """What the figures were measured on."""
-    model = "unknown"
-    if Path("/proc/cpuinfo").is_file():
-        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        model = names[0].split(":", 1)[1].strip() if names else model
     return {
-        "cpu": model,
+        "cpu": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2),
@@ -172,10 +137,32 @@ def machine() -> dict:
 
 
 def write_result(result: dict, out: str | None) -> None:
-    """Writes a benchmark's figures as JSON, complete or not at all."""
-    if out is None:
-        return
-    write_text(json.dumps(result, indent=1, default=str) + "\n", out)
+    """Writes a benchmark's figures as JSON where a file is given, complete or not at all."""
+    if out is not None:
+        write_text(json.dumps(result, indent=1, default=str) + "\n", out)
+
+
+def smoke_store(folder: Path | str, **sizes) -> Path:
+    """A store of a few synthetic cells."""
+    from data_scripts.synthetic.network import SyntheticConfig
+    from data_scripts.synthetic.network_store import write_synthetic
+
+    store = Path(folder) / "store"
+    write_synthetic(store, SyntheticConfig(form="count", **sizes), progress=False)
+    return store
+
+
+def pair_options(store: Path | str, **options) -> PairOptions:
+    """Options of pairs of a store's cells, as in YAML, without held-out splits."""
+    query = {"uri": str(store), **options.pop("query", {})}
+    return from_mapping(PairOptions, {"query": query, "splits": {"rules": []}, **options})
+
+
+def parser_of(doc: str) -> argparse.ArgumentParser:
+    """A parser with what every benchmark has."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help="tiny, seconds: to see that the benchmark runs")
+    return parser
 
 
 def show(value: float) -> str:
