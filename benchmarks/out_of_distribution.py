@@ -37,8 +37,8 @@ from modeling_gppc.evaluation.metrics import percentile_interval
 from modeling_gppc.evaluation.model_predictor import ModelPredictor
 from modeling_gppc.evaluation.pair_arrays import PairArrays
 from modeling_gppc.evaluation.report import text_table
-from modeling_gppc.feature_extraction_gppc import normalize_counts
 from modeling_gppc.fitting.fit_linear_response import initialize_linear_response, keep_network_if_it_pays
+from modeling_gppc.normalization_gppc import normalize_counts
 from modeling_gppc.training.arguments import TrainingOptions
 from modeling_gppc.training.trainer import make_trainer
 

@@ -199,14 +199,13 @@ def _read(name: str, hint, texts: list[str]):
     for text in texts:
         label, equals, entry = text.partition("=")
         if text[:1] == ("[" if container is list else "{"):
-            read = _read_yaml(name, text)
+            value = _read_yaml(name, text)  # all of it, whatever came before
         elif container is list:
-            read = [_read(name, inner[0], [text])]
+            value.append(_read(name, inner[0], [text]))
         elif label and equals:
-            read = {label: _read(name, inner[1], [entry])}
+            value[label] = _read(name, inner[1], [entry])
         else:
             raise ValueError(f"`{name}` is {text!r}; wanted NAME=VALUE.")
-        value = value + read if container is list else value | read
     return value
 
 
