@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from data_scripts.batches.data_collator import PairCollator
 from data_scripts.batches.pair_dataset import PairDataset
+from data_scripts.cells.anndata_file import open_cells
 from data_scripts.pairs.gene_selection import standardized_dispersion
 from data_scripts.pairs.pair_folder import PairFolder, write_pair_folder
 from data_scripts.pairs.pair_options import PerturbationOptions
@@ -80,13 +81,11 @@ def smoke_cells() -> anndata.AnnData:
 
 
 def read_cells(path: Path) -> anndata.AnnData:
-    """Log values of an AnnData file of raw counts with `cell_type`, `donor_id`, `n_counts_full` and `is_control`."""
-    cells = anndata.read_h5ad(path)
-    counts = cells.X.toarray() if scipy.sparse.issparse(cells.X) else np.asarray(cells.X)
-    library = cells.obs["n_counts_full"].to_numpy() if "n_counts_full" in cells.obs else counts.sum(axis=1)
-    cells.X = normalize_counts(counts, library.astype(np.float64)[:, None])
+    """Log values of a file of raw counts with `cell_type`, `donor_id` and `is_control`."""
+    with open_cells(path) as file:
+        cells = anndata.AnnData(file.log_values(file.check().sizes), obs=file.obs)
     cells.obs["perturbed"] = ~cells.obs["is_control"].to_numpy(bool)
-    cells.var_names = cells.var.get("symbol", cells.var_names).astype(str)
+    cells.var_names = file.genes.labels
     return cells
 
 
