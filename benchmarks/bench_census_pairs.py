@@ -104,7 +104,9 @@ def best(rounds: list[dict], label: str) -> dict:
     result |= {"cpu": min(r["cpu"] for r in rounds), "peak_rss_gb": max(r["peak_rss_gb"] for r in rounds)}
     wall, cpu = result["cells"] / result["seconds"], result["cells"] / result["cpu"]
     size = f", {result['bytes_per_pair']:,.0f} bytes a pair" if "bytes_per_pair" in result else ""
-    print(f"{label:<42}{wall:>9,.0f} cells/s{cpu:>9,.0f} /CPU-s {result['peak_rss_gb']:>6.2f} GB peak{size}", flush=True)
+    print(
+        f"{label:<42}{wall:>9,.0f} cells/s{cpu:>9,.0f} /CPU-s {result['peak_rss_gb']:>6.2f} GB peak{size}", flush=True
+    )
     return result
 
 
