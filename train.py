@@ -49,9 +49,10 @@ from data_scripts.files import share_weights, write_json
 from data_scripts.pairs.pair_folder import PairFolder
 from gppc.run_options import RunOptions
 from gppc.train_command import read_command
+from hub_card.hub_upload import check_push
 from hub_card.model_card import write_model_card
 from hub_card.push import push_model
-from hub_card.push_during_training import HubPush, check_push
+from hub_card.push_during_training import HubPush
 from modeling_gppc import GppcForPerturbationPrediction
 from modeling_gppc.evaluation.plots import plot_learning_curve
 from modeling_gppc.evaluation.score_run import check_scoring, load_network_of, score_model
