@@ -204,7 +204,8 @@ def _facts(run: Mapping, config: Mapping, folder: Path) -> str:
     weights = folder / "model.safetensors"
     if "parameters" not in known and weights.is_file():
         with safe_open(weights, "numpy") as file:
-            known["parameters"] = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
+            names = file.keys()
+            known["parameters"] = sum(math.prod(file.get_slice(name).get_shape()) for name in names)
     for key, label in OPTIONAL_FACTS.items():
         if value := known.get(key):
             text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
