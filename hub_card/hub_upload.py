@@ -7,14 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import git_hash
@@ -29,8 +22,6 @@ HTTP_ERROR = HfHubHTTPError.__bases__[0]
 TRANSIENT = {408, 409, 412, 425, 429, 500, 502, 503, 504}
 # Files the Hub itself, or its form for new repositories, puts into an empty repository.
 NEUTRAL_FILES = (".gitattributes", "README.md")
-NO_TOKEN = "no access token: run `hf auth login` or set HF_TOKEN to a token with write access."
-OFFLINE = "the client is offline; unset HF_HUB_OFFLINE to push."
 
 
 @dataclass(frozen=True)
@@ -61,25 +52,20 @@ class PushReport:
     left_out: list[str]
 
 
-def check_push(repo_id: str | None, strategy: str) -> None:
-    """Finds out before training, without the network, whether what was asked for could be pushed.
+def check_target(repo_id: str, token: str | None = None) -> None:
+    """Finds out, without the network, whether something could be pushed to a repository.
 
     Raises:
-        ValueError: For a malformed name, a client that is offline, a missing access token, or a strategy without a
-            repository.
+        ValueError: For a malformed name, a client that is offline, or a missing access token.
     """
-    if repo_id is None:
-        if strategy != "end":
-            raise ValueError(f"`--hub_strategy` {strategy} needs `--push_to_hub REPO`.")
-        return
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise ValueError(f"`repo_id` is {repo_id!r}: {one_line(error)}") from error
     if constants.HF_HUB_OFFLINE:
-        raise ValueError(OFFLINE)
-    if get_token() is None:
-        raise ValueError(NO_TOKEN)
+        raise ValueError("the client is offline; unset HF_HUB_OFFLINE to push.")
+    if not (token or get_token()):
+        raise ValueError("no access token: run `hf auth login` or set HF_TOKEN to a token with write access.")
 
 
 @dataclass
@@ -139,13 +125,13 @@ class Push:
         self.files = {**self.files, "README.md": text.replace(PLACEHOLDER, self.repo_id).encode()}
         token = self.token or get_token()
         scan_files(self.files, [token] if token else [])
-        if token is None:
-            raise ValueError(NO_TOKEN)
+        check_target(self.repo_id, token)
         self.api = HfApi(endpoint=self.endpoint, token=token)
         # What was sent stays in the report when the answer to the commit was lost.
         self.uploaded, self.deleted = [], []
         if "/" not in self.repo_id:
             self.repo_id = f"{self.attempt(self.api.whoami)['name']}/{self.repo_id}"
+        self.where = {"repo_id": self.repo_id, "repo_type": self.kind}
         self.attempt(self.open_repository)
         commit = self.attempt(self.commit_once)
         if self.tag is not None:
@@ -161,10 +147,6 @@ class Push:
         for number in range(1, self.retries.attempts + 1):
             try:
                 return step()
-            except HFValidationError as error:
-                raise ValueError(f"`repo_id` is {self.repo_id!r}: {one_line(error)}") from error
-            except OfflineModeIsEnabled as error:
-                raise ValueError(OFFLINE) from error
             except (HTTP_ERROR, OSError, RuntimeError) as error:
                 cause = http_cause(error)
                 if cause is None:
@@ -185,28 +167,26 @@ class Push:
 
     def open_repository(self) -> None:
         """Finds or creates the repository and the branch."""
-        where = {"repo_id": self.repo_id, "repo_type": self.kind}
         try:
-            info = self.api.repo_info(**where)
+            info = self.api.repo_info(**self.where)
         except RepositoryNotFoundError as error:
             if isinstance(error, GatedRepoError) or not self.create:
                 raise
             sdk = "gradio" if self.kind == "space" else None
-            self.api.create_repo(**where, private=self.private, exist_ok=True, space_sdk=sdk)
-            info = self.api.repo_info(**where)
+            self.api.create_repo(**self.where, private=self.private, exist_ok=True, space_sdk=sdk)
+            info = self.api.repo_info(**self.where)
         if self.private and not info.private:
             raise ValueError(
                 f"`repo_id` {self.repo_id} exists and is public, but a private upload was asked for; pass --public "
                 "(`private=False`) if that is meant, or choose another name."
             )
-        if self.revision not in ("main", *(branch.name for branch in self.api.list_repo_refs(**where).branches)):
-            self.api.create_branch(**where, branch=self.revision, exist_ok=True)
+        if self.revision not in ("main", *(branch.name for branch in self.api.list_repo_refs(**self.where).branches)):
+            self.api.create_branch(**self.where, branch=self.revision, exist_ok=True)
 
     def commit_once(self) -> str:
         """Compares the branch with the local files and commits the difference, if there is one."""
-        where = {"repo_id": self.repo_id, "repo_type": self.kind}
-        head = self.api.repo_info(**where, revision=self.revision).sha
-        entries = self.api.list_repo_tree(**where, recursive=True, revision=head)
+        head = self.api.repo_info(**self.where, revision=self.revision).sha
+        entries = self.api.list_repo_tree(**self.where, recursive=True, revision=head)
         remote = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
         self.check_content(remote)
         added = [CommitOperationAdd(name, source) for name, source in self.files.items()]
@@ -217,7 +197,7 @@ class Push:
         self.uploaded, self.deleted = [operation.path_in_repo for operation in added], gone
         operations = [*added, *map(CommitOperationDelete, gone)]
         commit = {"commit_message": self.message, "revision": self.revision, "parent_commit": head}
-        return self.api.create_commit(**where, operations=operations, **commit).oid
+        return self.api.create_commit(**self.where, operations=operations, **commit).oid
 
     def check_content(self, remote: Iterable[str]) -> None:
         """Refuses a repository that holds something else, so that no push writes over it."""
@@ -233,10 +213,9 @@ class Push:
 
     def set_tag(self, commit: str) -> None:
         """Tags the commit; a tag that is there already must name the same one."""
-        where = {"repo_id": self.repo_id, "repo_type": self.kind}
-        tags = {tag.name: tag.target_commit for tag in self.api.list_repo_refs(**where).tags}
+        tags = {tag.name: tag.target_commit for tag in self.api.list_repo_refs(**self.where).tags}
         if self.tag not in tags:
-            self.api.create_tag(**where, tag=self.tag, revision=commit)
+            self.api.create_tag(**self.where, tag=self.tag, revision=commit)
         elif tags[self.tag] != commit:
             raise ValueError(
                 f"`tag` {self.tag} of {self.repo_id} names another commit ({tags[self.tag][:8]}); choose another tag. "
@@ -253,13 +232,8 @@ class Push:
                 f"{where} was not found, or your token may not see it: create it, allow its creation (without "
                 "--no-create), or check the name and the token (`hf auth whoami`)."
             )
-        if isinstance(error, RevisionNotFoundError):
-            return f"`revision` {self.revision} of {where} was not found; check its name."
         if status == 401:
-            return (
-                f"the token was refused by {self.api.endpoint} (401): run `hf auth login`, or set HF_TOKEN to a valid "
-                "token with write access."
-            )
+            return f"the token was refused by {self.api.endpoint} (401): run `hf auth login`, or set HF_TOKEN anew."
         if status == 403:
             return (
                 f"the token may not write to {where} (403): use a token with write access, or a repository of your "

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from string import Template
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 
@@ -15,6 +16,7 @@ from modeling_gppc.evaluation.transfer_scorecard import TRANSFER_FILE, transfer_
 from modeling_gppc.normalization_gppc import close_matches
 
 TEMPLATES = Path(__file__).parent / "templates"
+TEXTS = yaml.safe_load((TEMPLATES / "texts.yaml").read_text())
 # Stands for the repository's name until a push replaces it in what it uploads.
 PLACEHOLDER = "USER/REPOSITORY"
 MODEL_METHOD = "gppc"
@@ -32,19 +34,6 @@ TRANSFER = {
     "matched_minus_shuffled": "correlation beyond shuffled targets",
     "coverage90": "share inside the predicted 90 % interval",
 }
-SCREEN_TEXT = (
-    "Fitted on a CRISPR screen: there are no pairs of cells to score it on. `gppc evaluate --mode fine-tuned` scores models "
-    "of folds of the same screen on perturbations that they did not see.\n"
-)
-NOT_SCORED = "This checkpoint has not been scored yet: `gppc score` does it beside the pairs that it was trained on.\n"
-NO_TRANSFER = (
-    "This checkpoint was not scored on a real perturbation screen when the card was written: how far it carries over to "
-    "real interventions is not known. Score it on a screen like yours before relying on it.\n"
-)
-TRANSFER_TEXT = (
-    "Responses (perturbed minus control means) to real perturbations that this checkpoint was not trained on, perturbed "
-    "genes left out of the scores; intervals are over perturbations.\n"
-)
 # What `run.json` must say: key -> (type, what it is). `None` is allowed where a fact was not measured.
 RUN_FACTS = {
     "store": (str, "name or version of the store of cells, such as a Census version"),
@@ -77,7 +66,7 @@ def read_json(path: Path) -> dict:
         content = json.loads(path.read_text())
     except FileNotFoundError:
         raise ValueError(f"`folder` {path.parent} holds no `{path.name}`; wanted the folder a run wrote.") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ValueError(f"`{path.name}` in {path.parent} is not valid JSON: {error}.") from error
     if not isinstance(content, dict):
         raise ValueError(f"`{path.name}` in {path.parent} holds {type(content).__name__}; wanted a mapping.")
@@ -128,19 +117,10 @@ def score_text(results: Mapping | None, run: Mapping) -> str:
             + method_table(content["methods"], METRICS, MODEL_METHOD, {"uses_labels": "labels"})
             for split, content in results["splits"].items()
         )
-    unfinished = run.get("unfinished")
-    if not unfinished:
-        return SCREEN_TEXT if run.get("screen") else NOT_SCORED
-    text = (
-        f"Training is not finished: this is step {shown(unfinished['step'])} of {shown(unfinished['max_steps'])}. "
-        "Scores on test cells beside the floors come with the finished model."
-    )
-    if "eval_mse" in unfinished:
-        text += (
-            f" Last validation: mean squared error {shown(unfinished['eval_mse'])} (linear response alone "
-            f"{shown(unfinished['eval_linear_mse'])}), r2 against the gene mean {shown(unfinished['eval_r2'])}."
-        )
-    return f"{text}\n"
+    if unfinished := run.get("unfinished"):
+        text = TEXTS["unfinished"] + (TEXTS["validated"] if "eval_mse" in unfinished else "")
+        return Template(text).substitute({name: shown(value) for name, value in unfinished.items()})
+    return TEXTS["screen" if run.get("screen") else "not_scored"]
 
 
 def method_table(methods: Mapping, metrics: Mapping[str, str], subject: str, notes: Mapping[str, str]) -> str:
@@ -213,28 +193,18 @@ def _facts(run: Mapping, config: Mapping, folder: Path) -> str:
     return fact_rows({**rows, "seed": run["seed"], "command": f"`{portable(run['command'])}`"})
 
 
-def _cost(run: Mapping) -> str:
-    flop = "not counted" if run["flop"] is None else f"about {run['flop']:.3g} floating-point operations"
-    count = run.get("processes")
-    processes = f" on {count} process{'es' if count > 1 else ''}" if count else ""
-    return (
-        f"Training took {run['seconds']:,.0f} s{processes}; its cost whatever the hardware: {flop}. "
-        "Energy was not measured."
-    )
-
-
 def transfer_text(folder: Path) -> str:
     """One table a screen of `transfer.json`: the model first, then the baselines by correlation."""
     path = folder / TRANSFER_FILE
     if not path.is_file():
-        return NO_TRANSFER
+        return TEXTS["no_transfer"]
     transfer = read_json(path)
     if transfer.get("schema_version") != 1 or not isinstance(transfer.get("screens"), list):
         raise ValueError(
             f"`{path.name}` in {path.parent} has no `schema_version` 1 with `screens`; write it with "
             "`gppc push MODEL --evaluation DIR`."
         )
-    parts = [TRANSFER_TEXT]
+    parts = []
     for screen in transfer["screens"]:
         subject, methods = screen["subject"], screen["methods"]
         order = sorted(methods, key=lambda name: (name != subject, -(methods[name].get("pearson_delta") or 0)))
@@ -297,7 +267,9 @@ def render_model_card(folder: str | Path) -> str:
         transfer=transfer_text(folder),
         vocab_size=shown(len(preprocessor.get("gene_ids", ()))),
         organism=preprocessor.get("organism", "homo_sapiens").replace("_", " "),
-        cost=_cost(run),
+        seconds=f"{run['seconds']:,.0f}",
+        processes=run.get("processes", 1),
+        flop="not counted" if run["flop"] is None else f"about {run['flop']:.3g}",
         version=run.get("version", "0.1.0"),
     )
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}"))
