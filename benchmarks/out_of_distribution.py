@@ -81,7 +81,7 @@ def variable_genes(values: np.ndarray, names: np.ndarray, n_genes: int) -> list[
 
 def make_pairs(path: Path, rows: np.ndarray, panel: list[str], scratch: Path, pairs_per_cell: int) -> PairFolder:
     """Pairs of some cells of a file, a tenth of the cells for validation."""
-    write_census(scratch / "store", [CensusSource(path=path, dataset_id="cells", rows=rows)])
+    write_census(scratch / "store", [CensusSource(path, "cells", rows)])
     (scratch / "panel.txt").write_text("\n".join(panel))
     options = pair_options(
         scratch / "store",
