@@ -90,17 +90,8 @@ def describe_part(schema, splits: Mapping[str, list[Path]]) -> DatasetInfo:
     )
 
 
-def render_dataset_card(manifest: Mapping, files: Mapping[str, Path | bytes], license: str = "other") -> str:
-    """Renders the card of staged files; see [`stage_dataset`].
-
-    Args:
-        manifest (`Mapping`): The manifest that is uploaded.
-        files (`Mapping[str, Path | bytes]`): The files that are uploaded.
-        license (`str`, *optional*, defaults to `"other"`): Licence identifier of the Hub.
-
-    Returns:
-        `str`: The Markdown text with its metadata block.
-    """
+def render_dataset_card(manifest: Mapping, files: Mapping[str, Path | bytes], license: str) -> str:
+    """The Markdown text, with its metadata block, of what [`stage_dataset`] uploads: manifest and files."""
     shards = {split: manifest["splits"].get(split, {}).get("shards") for split in SPLITS}
     parts = {name: {"train": [files.get(f"{name}.parquet")]} for name in SCHEMAS}
     parts["default"] = {split: [files[shard["file"]] for shard in found] for split, found in shards.items() if found}
