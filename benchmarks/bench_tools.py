@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import platform
 import resource
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -100,14 +99,7 @@ def exponent(sizes: list[float], seconds: list[float]) -> float:
 
 def machine() -> dict:
     """What the figures were measured on."""
-    return {
-        "cpu": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 2),
-        "torch": torch.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-    }
+    return {"cpu": platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()[0], "torch": torch.__version__}
 
 
 def write_result(result: dict, out: str | None) -> None:
