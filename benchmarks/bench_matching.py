@@ -24,9 +24,10 @@ from modeling_gppc.evaluation.pair_arrays import PairArrays
 PAIRINGS = {"same_type": ["dataset_id", "cell_type"], "same_dataset": ["dataset_id", "donor_id"]}
 
 
-def options_for(store: Path, n_genes: int, pairing: str, policy: str = "random", pseudobulk: int = 1, **more):
-    matching = {"pairings": {pairing: {"keys": PAIRINGS[pairing]}}, "policy": policy, "pseudobulk": pseudobulk}
-    return pair_options(store, panel={"n_genes": n_genes}, matching=matching, **more)
+def options_for(store: Path, n_genes: int, pairing: str, shard_cells: int = 16_384, **matching) -> PairOptions:
+    """Options of pairs of one pairing."""
+    matching |= {"pairings": {pairing: {"keys": PAIRINGS[pairing]}}}
+    return pair_options(store, panel={"n_genes": n_genes}, matching=matching, shard_cells=shard_cells)
 
 
 def quality(source: np.ndarray, target: np.ndarray, both: np.ndarray) -> str:
@@ -55,7 +56,7 @@ def run(store: Path, n_genes: int, averaged: int = 10) -> None:
     for pairing in PAIRINGS:
         for policy, pseudobulk in (("random", 1), ("nearest", 1), ("farthest", 1), ("random", averaged)):
             with tempfile.TemporaryDirectory() as folder:
-                options = options_for(store, n_genes, pairing, policy, pseudobulk)
+                options = options_for(store, n_genes, pairing, policy=policy, pseudobulk=pseudobulk)
                 folder_of_pairs = build_pairs(options, Path(folder) / "out", progress=False)
                 report = folder_of_pairs.manifest["report"]["splits"]["train"]
                 panels = folder_of_pairs.panels
@@ -66,48 +67,35 @@ def run(store: Path, n_genes: int, averaged: int = 10) -> None:
     print(f"{'any two':<14}{'consecutive (origin)':<22}{1:>13.1%}{consecutive(store, n_genes)}")
 
 
-def seconds_of(n_cells: int, n_contexts: int, n_datasets: int, n_genes: int = 400, rounds: int = 3) -> float:
-    """Matching, sampling and making rows of one shard, the best of some rounds, in CPU seconds."""
+def seconds_a_cell(n_cells: int, n_contexts: int, n_datasets: int, n_genes: int = 400) -> float:
+    """Matching, sampling and making rows of one shard, the best of three rounds, in CPU seconds."""
     rng = np.random.default_rng(0)
     values = sp.random(n_cells, n_genes, density=0.2, format="csr", dtype=np.float32, random_state=0)
     dataset = np.sort(rng.integers(0, n_datasets, n_cells))
-    columns = {
-        "soma_joinid": np.arange(n_cells),
-        "split": np.zeros(n_cells, dtype=np.int8),
-        "panel": dataset,
-        "library": np.ones(n_cells),
-        "nnz": np.diff(values.indptr),
-        "group_0": rng.integers(0, n_contexts, n_cells),
-        "group_1": dataset,
-    }
+    columns = {"soma_joinid": np.arange(n_cells), "split": np.zeros(n_cells, np.int8), "library": np.ones(n_cells)}
+    columns |= {"panel": dataset, "group_0": rng.integers(0, n_contexts, n_cells), "group_1": dataset}
     labels = pa.array(["label"] * n_cells).dictionary_encode()
-    table = pa.table(columns | dict.fromkeys(CONTEXT_COLUMNS, labels))
+    table = pa.table(columns | {"nnz": np.diff(values.indptr)} | dict.fromkeys(CONTEXT_COLUMNS, labels))
     panels = rng.random((n_datasets, n_genes)) < 0.9
     times = []
-    for _ in range(rounds):
+    for _ in range(3):
         began = time.process_time()  # other work on the machine does not count
         for _batch in ShardRows(CellTable(table, 2), values, panels, PairOptions(), 0).batches(0):
             pass
         times.append(time.process_time() - began)
-    return min(times)
+    return min(times) / n_cells
 
 
-def cost(n_cells: int = 65_536) -> None:
-    """Prints how the time grows with cells, and the time a cell with contexts and data sets."""
-    steps = {
-        "cells": [(n_cells // factor, 64, 16) for factor in (16, 4, 1)],
-        "contexts": [(n_cells // 4, number, 16) for number in (64, 256, 1024)],
-        "data sets": [(n_cells // 4, 64, number) for number in (4, 16, 64)],
-    }
-    for place, (name, settings) in enumerate(steps.items()):
-        sizes = [setting[place] for setting in settings]
-        seconds = [seconds_of(*setting) for setting in settings]
-        per_cell = [second / setting[0] for second, setting in zip(seconds, settings)]
-        found = exponent(sizes, seconds if name == "cells" else per_cell)
-        times = ", ".join(f"{size:,}: {1e6 * each:.1f} us a cell" for size, each in zip(sizes, per_cell))
-        print(
-            f"{name:<10} {times}; exponent of {'time' if name == 'cells' else 'time a cell'} {found:.3f}", flush=True
-        )
+def cost(n: int = 65_536) -> None:
+    """Prints how the time a cell grows with cells, contexts and data sets."""
+    for name, sizes, settings in (
+        ("cells", (n // 16, n // 4, n), lambda size: (size, 64, 16)),
+        ("contexts", (64, 256, 1024), lambda size: (n // 4, size, 16)),
+        ("data sets", (4, 16, 64), lambda size: (n // 4, 64, size)),
+    ):
+        seconds = [seconds_a_cell(*settings(size)) for size in sizes]
+        times = ", ".join(f"{size:,}: {1e6 * each:.1f} us a cell" for size, each in zip(sizes, seconds))
+        print(f"{name:<10} {times}; exponent {exponent(sizes, seconds):.3f}", flush=True)
 
 
 def main() -> None:
