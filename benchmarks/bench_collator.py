@@ -22,7 +22,7 @@ from data_scripts.batches.stream_pairs import PairStream, StreamOptions
 from data_scripts.pairs.census_pairs import build_pairs, plan_pairs
 from data_scripts.pairs.pair_options import PairOptions
 
-BATCH, BLOCK = 128, 2_048
+BATCH = 128
 
 
 def torch_format_batch(rows: dict, panels: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -73,22 +73,23 @@ def compare(options: PairOptions, scratch: Path, n_batches: int, rounds: int) ->
         print(f"  {name:<46}{value:>10,.0f} rows/s{value / next(iter(best.values())):>7.1f} x", flush=True)
 
 
-def entropy(batches: list[np.ndarray]) -> float:
-    """Mean entropy of the blocks of cells within batches."""
-    shares = [np.unique(batch // BLOCK, return_counts=True)[1] / len(batch) for batch in batches]
+def entropy(batches: list[np.ndarray], block: int) -> float:
+    """Mean entropy of the blocks of consecutive cells within batches."""
+    shares = [np.unique(batch // block, return_counts=True)[1] / len(batch) for batch in batches]
     return float(np.mean([-(share * np.log(share)).sum() for share in shares]))
 
 
 def measure_randomness(options: PairOptions, scratch: Path, pools: list[int]) -> None:
     """Prints how near a perfect shuffle the batches of streams are."""
     plan = plan_pairs(options, scratch / "plan", progress=False)
-    print(f"entropy of a batch over a perfect shuffle's: blocks of {BLOCK:,} cells")
+    print(f"entropy of a batch over a perfect shuffle's: blocks of {options.shard_cells:,} cells")
     for pool in pools or sorted({1, 2, max(1, plan.n_shards // 2), plan.n_shards}):
         stream = PairStream(plan.out, StreamOptions(batch_size=BATCH, pool_shards=pool))
         batches = [batch.column("source_soma_joinid").to_numpy() for batch in stream]
         cells = np.random.default_rng(0).permutation(np.concatenate(batches))
-        perfect = entropy(np.array_split(cells, len(batches)))
-        print(f"  stream, {pool} of {plan.n_shards} shards: {entropy(batches) / max(perfect, 1e-12):.3f}", flush=True)
+        perfect = entropy(np.array_split(cells, len(batches)), options.shard_cells)
+        found = entropy(batches, options.shard_cells) / perfect
+        print(f"  stream, {pool} of {plan.n_shards} shards: {found:.3f}", flush=True)
 
 
 def main() -> None:

@@ -2,23 +2,18 @@
 
 gppc make-census STORE FILE.h5ad ...
 python benchmarks/bench_matching.py --store STORE
-python benchmarks/bench_matching.py --cost          # how the time of matching grows; needs no store
 python benchmarks/bench_matching.py --smoke
 """
 
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import scipy.sparse as sp
-from bench_tools import exponent, pair_options, parser_of, smoke_store
+from bench_tools import pair_options, parser_of, smoke_store
 
 from data_scripts.pairs.census_pairs import build_pairs, plan_pairs
 from data_scripts.pairs.pair_options import PairOptions
-from data_scripts.pairs.pair_shard import CellTable, ShardRows, read_shard_values
-from data_scripts.pairs.schema import CONTEXT_COLUMNS
+from data_scripts.pairs.pair_shard import read_shard_values
 from modeling_gppc.evaluation.pair_arrays import PairArrays
 
 PAIRINGS = {"same_type": ["dataset_id", "cell_type"], "same_dataset": ["dataset_id", "donor_id"]}
@@ -67,53 +62,18 @@ def run(store: Path, n_genes: int, averaged: int = 10) -> None:
     print(f"{'any two':<14}{'consecutive (origin)':<22}{1:>13.1%}{consecutive(store, n_genes)}")
 
 
-def seconds_a_cell(n_cells: int, n_contexts: int, n_datasets: int, n_genes: int = 400) -> float:
-    """Matching, sampling and making rows of one shard, the best of three rounds, in CPU seconds."""
-    rng = np.random.default_rng(0)
-    values = sp.random(n_cells, n_genes, density=0.2, format="csr", dtype=np.float32, random_state=0)
-    dataset = np.sort(rng.integers(0, n_datasets, n_cells))
-    columns = {"soma_joinid": np.arange(n_cells), "split": np.zeros(n_cells, np.int8), "library": np.ones(n_cells)}
-    columns |= {"panel": dataset, "group_0": rng.integers(0, n_contexts, n_cells), "group_1": dataset}
-    labels = pa.array(["label"] * n_cells).dictionary_encode()
-    table = pa.table(columns | {"nnz": np.diff(values.indptr)} | dict.fromkeys(CONTEXT_COLUMNS, labels))
-    panels = rng.random((n_datasets, n_genes)) < 0.9
-    times = []
-    for _ in range(3):
-        began = time.process_time()  # other work on the machine does not count
-        for _batch in ShardRows(CellTable(table, 2), values, panels, PairOptions(), 0).batches(0):
-            pass
-        times.append(time.process_time() - began)
-    return min(times) / n_cells
-
-
-def cost(n: int = 65_536) -> None:
-    """Prints how the time a cell grows with cells, contexts and data sets."""
-    for name, sizes, settings in (
-        ("cells", (n // 16, n // 4, n), lambda size: (size, 64, 16)),
-        ("contexts", (64, 256, 1024), lambda size: (n // 4, size, 16)),
-        ("data sets", (4, 16, 64), lambda size: (n // 4, 64, size)),
-    ):
-        seconds = [seconds_a_cell(*settings(size)) for size in sizes]
-        times = ", ".join(f"{size:,}: {1e6 * each:.1f} us a cell" for size, each in zip(sizes, seconds))
-        print(f"{name:<10} {times}; exponent {exponent(sizes, seconds):.3f}", flush=True)
-
-
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--store", type=Path)
     parser.add_argument("--genes", type=int, default=1_000)
-    parser.add_argument("--cost", action="store_true")
     arguments = parser.parse_args()
     if arguments.smoke:
-        cost(2_048)
         with tempfile.TemporaryDirectory() as folder:
             run(smoke_store(folder, n_cells=300, n_genes=60), 40, averaged=2)
-    elif arguments.cost:
-        cost()
     elif arguments.store is not None:
         run(arguments.store, arguments.genes)
     else:
-        parser.error("give --store STORE (see above), --cost or --smoke")
+        parser.error("give --store STORE (see above) or --smoke")
 
 
 if __name__ == "__main__":
