@@ -17,25 +17,16 @@ import anndata
 import numpy as np
 import pandas as pd
 import torch
-from bench_tools import pair_options, parser_of, write_result
-from transformers import set_seed
-from transformers.utils import logging as transformers_logging
+from bench_tools import parser_of, run_training, write_result
 
-from data_scripts.batches.data_collator import PairCollator
-from data_scripts.batches.pair_dataset import PairDataset
 from data_scripts.cells.anndata_file import open_cells
-from data_scripts.pairs.census_pairs import build_pairs
-from data_scripts.pairs.gene_selection import standardized_dispersion
 from data_scripts.pairs.pair_folder import PairFolder
 from data_scripts.store.census_source import CensusSource
 from data_scripts.store.local_census import write_census
-from modeling_gppc import GppcConfig, GppcForPerturbationPrediction
+from modeling_gppc import GppcForPerturbationPrediction
 from modeling_gppc.evaluation.metrics import cluster_bootstrap, percentile_interval
 from modeling_gppc.evaluation.model_predictor import ModelPredictor
 from modeling_gppc.evaluation.pair_arrays import PairArrays
-from modeling_gppc.fitting.fit_linear_response import initialize_linear_response, keep_network_if_it_pays
-from modeling_gppc.training.arguments import TrainingOptions
-from modeling_gppc.training.trainer import make_trainer
 
 IMPOSED = (
     ("ISG15",),
@@ -43,17 +34,13 @@ IMPOSED = (
     ("ISG15", "IFI6", "IFIT3", "LY6E", "ISG20"),
     ("CXCL10",),
 )
-ALL_IMPOSED = sorted({symbol for symbols in IMPOSED for symbol in symbols})
-PAIRS_PER_CELL, SOURCES_PER_TARGET = 24, 4
+SOURCES_PER_TARGET = 4
 # Differences below this are rounding: the same response computed in two ways.
 ROUNDING = 1e-5
-SMALL = {
-    "num_factors": 16,
-    "num_latents": 3,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "readout_size": 64,
-    "hidden_dropout_prob": 0.2,
+# The rest, the size of the model among it, is the embedded default.
+FLAGS = {
+    "pairs.matching": "{pairs_per_cell: 24}",
+    "pairs.splits.rules": "[{by: cell, fractions: {validation: 0.1, test: 0.02}}]",
 }
 
 
@@ -64,49 +51,18 @@ def smoke_cells(path: Path) -> Path:
     rate = (rng.normal(size=(2, 40)) + 1)[kind] + ~control[:, None] * (np.arange(40) < 12) * 1.5
     obs = pd.DataFrame({"cell_type": np.array(["a", "b"])[kind], "donor_id": "x", "is_control": control})
     cells = anndata.AnnData(rng.poisson(np.exp(rate)).astype(np.float32), obs.set_index(obs.index.astype(str)))
-    cells.var_names = ALL_IMPOSED + [f"G{index}" for index in range(40 - len(ALL_IMPOSED))]
+    imposed = sorted({symbol for symbols in IMPOSED for symbol in symbols})
+    cells.var_names = imposed + [f"G{index}" for index in range(40 - len(imposed))]
     cells.write_h5ad(path)
     return path
 
 
-def variable_genes(values: np.ndarray, names: np.ndarray, n_genes: int) -> list[str]:
-    """The imposed genes and those that vary most between some cells for their mean."""
-    sums, squares = (values.astype(np.float64) ** power for power in (1, 2))
-    dispersion = standardized_dispersion(len(values), (values != 0).sum(0), sums.sum(0), squares.sum(0))
-    rest = [name for name in names[np.argsort(-dispersion, kind="stable")] if name not in ALL_IMPOSED]
-    return ALL_IMPOSED + rest[: n_genes - len(ALL_IMPOSED)]
-
-
-def make_pairs(path: Path, rows: np.ndarray, panel: list[str], scratch: Path) -> PairFolder:
-    """Pairs of some cells of a file, a tenth of the cells for validation."""
-    write_census(scratch / "store", [CensusSource(path=path, dataset_id="cells", rows=rows)])
-    (scratch / "panel.txt").write_text("\n".join(panel))
-    options = pair_options(
-        scratch / "store",
-        panel={"rule": "file", "file": str(scratch / "panel.txt")},
-        matching={"pairs_per_cell": PAIRS_PER_CELL},
-        splits={"rules": [{"by": "cell", "fractions": {"validation": 0.1}}]},
-    )
-    return build_pairs(options, scratch / "pairs", progress=False)
-
-
-def fit(folder: PairFolder, components: int, steps: int, out: Path) -> GppcForPerturbationPrediction:
-    """A model fitted in closed form and, with `steps`, trained the way `train.py` trains one."""
-    set_seed(0)
-    config = GppcConfig(vocab_size=folder.genes.num_rows, pairings=folder.pairings, num_components=components, **SMALL)
-    model = GppcForPerturbationPrediction(config)
-    datasets = [PairDataset(folder.split(name), folder.pairings) for name in ("train", "validation")]
-    initialize_linear_response(model, *datasets, folder.panels, seed=0)
-    if steps:
-        every = {f"{name}_steps": max(steps // 8, 1) for name in ("eval", "save", "logging")}
-        options = TrainingOptions(
-            max_steps=steps, warmup_steps=min(50, steps), dataloader_num_workers=0, use_cpu=True, **every
-        )
-        collators = PairCollator(folder.panels, pair_options("").perturbation, seed=0), PairCollator(folder.panels)
-        trainer = make_trainer(model, options, out, 0, *datasets, *collators)
-        trainer.train()
-        keep_network_if_it_pays(model, trainer.state.log_history)
-    return model.eval()
+def train(uri: Path, out: Path, flags: dict, components: int, steps: int) -> GppcForPerturbationPrediction:
+    """What `train.py` leaves after so many steps on the cells of a store."""
+    flags = flags | {"pairs.query.uri": uri, "training.use_cpu": "true", "model.num_components": components}
+    every = {f"training.{name}_steps": max(steps // 8, 1) for name in ("eval", "save", "logging")}
+    run_training(out, "default", flags | every | {"training.max_steps": steps, "training.warmup_steps": steps // 5})
+    return GppcForPerturbationPrediction.from_pretrained(out / "model").eval()
 
 
 def imposed_pairs(
@@ -142,16 +98,16 @@ def predictions(model: GppcForPerturbationPrediction, pairs: PairArrays) -> tupl
 def examine(path: Path, held_out: str, n_genes: int, steps: int) -> list[dict]:
     """For one held-out type a row a set of imposed genes and method."""
     with open_cells(path) as cells, tempfile.TemporaryDirectory() as scratch:
-        values, names = cells.log_values(cells.check().sizes), np.array(cells.genes.labels)
+        values, names = cells.log_values(cells.check().sizes), cells.genes.labels
         type_of, control = (cells.obs[name].to_numpy() for name in ("cell_type", "is_control"))
         own, control = type_of == held_out, control.astype(bool)
-        rows = ~own | control
-        panel = variable_genes(values[rows], names, n_genes)
-        folder = make_pairs(path, rows, panel, Path(scratch))
+        store, out = Path(scratch) / "store", Path(scratch) / "run"
+        write_census(store, [CensusSource(path=path, dataset_id="cells", rows=~own | control)])
+        flags = FLAGS | {"pairs.panel": f"{{rule: variable, n_genes: {n_genes}}}"}
+        model, gaussian = train(store, out, flags, 8, steps), train(store, Path(scratch) / "gaussian", flags, 1, 1)
+        folder = PairFolder(out / "pairs")
         position = {name: index for index, name in enumerate(names)}
         values = values[:, [position[symbol] for symbol in folder.gene_symbols]]
-        model = fit(folder, 8, steps, Path(scratch) / "run")
-        gaussian = fit(folder, 1, 0, Path(scratch))
         sides = {
             name: (values[control & (type_of == name)], values[~control & (type_of == name)]) for name in set(type_of)
         }
@@ -197,10 +153,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--out", help="JSON file to write")
     arguments = parser.parse_args()
-    transformers_logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as folder:
         if arguments.smoke:
-            arguments.genes, arguments.steps, arguments.cells = 30, 4, smoke_cells(Path(folder) / "cells.h5ad")
+            arguments.genes, arguments.steps, arguments.cells = 40, 5, smoke_cells(Path(folder) / "cells.h5ad")
         elif arguments.cells is None:
             parser.error("give --cells FILE.h5ad, or --smoke")
         with open_cells(arguments.cells) as cells:
