@@ -11,6 +11,7 @@ from string import Template
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from data_scripts.files import write_json, write_text
+from modeling_gppc.evaluation.report import markdown_table
 from modeling_gppc.evaluation.transfer_scorecard import TRANSFER_FILE, transfer_scorecard
 from modeling_gppc.normalization_gppc import close_matches
 
@@ -140,20 +141,23 @@ def progress_text(unfinished: Mapping) -> str:
 NOT_SCORED = "This checkpoint has not been scored yet: `gppc score` does it beside the pairs that it was trained on.\n"
 
 
+def _method_table(methods: Mapping[str, Mapping], meanings: Mapping[str, str], names: Mapping[str, str]) -> str:
+    """Methods down, in the order of `names` (method -> what it is called), the scores that were computed across."""
+    used = [metric for metric in meanings if any(scores.get(metric) is not None for scores in methods.values())]
+    rows = [[label, *(_with_interval(methods[name], metric) for metric in used)] for name, label in names.items()]
+    return markdown_table(["method", *(meanings[metric] for metric in used)], rows)
+
+
 def score_tables(results: Mapping) -> str:
     """One Markdown table a split: methods down, the [`METRICS`] that were computed across, with their intervals."""
     tables = []
     for split, content in results["splits"].items():
-        methods = content["methods"]
-        metrics = [metric for metric in METRICS if any(scores.get(metric) is not None for scores in methods.values())]
+        names = {}
+        for method, scores in content["methods"].items():
+            bold = f"**{method}**" if method == MODEL_METHOD else method
+            names[method] = bold + (LABELLED if scores.get("uses_labels") else "")
         tables.append(f"**{split}** ({shown(content['n_pairs'])} pairs, {shown(content['n_genes'])} genes)\n")
-        tables.append("| method | " + " | ".join(METRICS[metric] for metric in metrics) + " |")
-        tables.append("|---|" + "---|" * len(metrics))
-        for method, scores in methods.items():
-            name = f"**{method}**" if method == MODEL_METHOD else method
-            cells = [_with_interval(scores, metric) for metric in metrics]
-            tables.append(f"| {name}{LABELLED if scores.get('uses_labels') else ''} | " + " | ".join(cells) + " |")
-        tables.append("")
+        tables.append(f"{_method_table(content['methods'], METRICS, names)}\n")
     return "\n".join(tables)
 
 
@@ -241,20 +245,15 @@ def transfer_tables(transfer: Mapping) -> str:
     ]
     for screen in transfer["screens"]:
         methods, subject = screen["methods"], screen["subject"]
-        metrics = [name for name in TRANSFER if any(scores.get(name) is not None for scores in methods.values())]
         lines.append(
             f"**{portable(screen['screen'])}**, {screen['mode']} ({shown(screen['n_perturbations'])} perturbations, "
             f"{shown(screen['n_genes'])} genes; a replicate would correlate {shown(screen['split_half_pearson'])})\n"
         )
-        lines.append("| method | " + " | ".join(TRANSFER[metric] for metric in metrics) + " |")
-        lines.append("|---|" + "---|" * len(metrics))
-        order = sorted(methods, key=lambda name: (name != subject, -(methods[name].get("pearson_delta") or 0)))
-        for name in order:
-            label = f"**{name}**" if name == subject else name
-            label += " (perturbed cells)" if methods[name]["reads_perturbed_cells"] else ""
-            cells = [_with_interval(methods[name], metric) for metric in metrics]
-            lines.append(f"| {label} | " + " | ".join(cells) + " |")
-        lines.append("")
+        names = {}
+        for name in sorted(methods, key=lambda name: (name != subject, -(methods[name].get("pearson_delta") or 0))):
+            names[name] = f"**{name}**" if name == subject else name
+            names[name] += " (perturbed cells)" if methods[name]["reads_perturbed_cells"] else ""
+        lines.append(f"{_method_table(methods, TRANSFER, names)}\n")
     return "\n".join(lines)
 
 

@@ -13,7 +13,7 @@ SPACES = Path(__file__).parent / "spaces"
 METRIC_SCRIPT = "gppc_metrics.py"
 
 
-def push_model(folder: str | Path, repo_id: str, *, private: bool = True, revision: str = "main", **options):
+def push_model(folder: str | Path, repo_id: str, **options) -> PushReport:
     """Uploads a model folder: weights, travelling code, vocabulary and normalisation, scores, figures and card.
 
     Optimiser state, checkpoints, logs and anything else outside the allow-list stay where they are.
@@ -21,8 +21,6 @@ def push_model(folder: str | Path, repo_id: str, *, private: bool = True, revisi
     Args:
         folder (`str` or `Path`): What training wrote.
         repo_id (`str`): `name` or `namespace/name`.
-        private (`bool`, *optional*, defaults to `True`): Visibility of a new repository.
-        revision (`str`, *optional*, defaults to `"main"`): Branch; created when absent.
         **options: See [`push_folder`].
 
     Returns:
@@ -32,21 +30,15 @@ def push_model(folder: str | Path, repo_id: str, *, private: bool = True, revisi
         ValueError: If the folder lacks what loading needs; else as [`~hub_upload.push`].
     """
     folder = Path(folder)
-    files, left_out = select_files(_existing(folder), MODEL_FILES)
+    if not folder.is_dir():
+        raise ValueError(f"`folder` {folder} is not a folder; wanted the one that training wrote.")
+    files, left_out = select_files(folder, MODEL_FILES)
     check_model(folder, files)
-    upload = {"kind": "model", "patterns": MODEL_FILES, "marker": "configuration_gppc.py"}
-    return push_folder(files, repo_id, upload, left_out, private=private, revision=revision, **options)
+    upload = {"kind": "model", "patterns": MODEL_FILES, "marker": "configuration_gppc.py", "left_out": tuple(left_out)}
+    return push_folder(files, repo_id, upload, **options)
 
 
-def push_dataset(
-    folder: str | Path,
-    repo_id: str,
-    *,
-    private: bool = True,
-    revision: str = "main",
-    license: str = "other",
-    **options,
-) -> PushReport:
+def push_dataset(folder: str | Path, repo_id: str, *, license: str = "other", **options) -> PushReport:
     """Uploads a pairs folder: Parquet shards, gene and panel tables, manifest with the splits, card.
 
     Arguments, result and errors as [`push_model`]; `license` is the Hub's identifier of the data's licence.
@@ -56,10 +48,10 @@ def push_dataset(
     with tempfile.TemporaryDirectory(prefix="gppc-push-") as staging:
         files = stage_dataset(folder, staging, license)
         upload = {"kind": "dataset", "patterns": DATASET_FILES, "marker": "manifest.json"}
-        return push_folder(files, repo_id, upload, [], private=private, revision=revision, **options)
+        return push_folder(files, repo_id, upload, **options)
 
 
-def push_metric(repo_id: str, *, private: bool = True, revision: str = "main", **options) -> PushReport:
+def push_metric(repo_id: str, **options) -> PushReport:
     """Uploads the metric as a Space that `evaluate.load(repo_id)` reads; arguments as [`push_model`].
 
     `evaluate` looks for a script of the Space's own name, so the script is uploaded under that name.
@@ -72,59 +64,41 @@ def push_metric(repo_id: str, *, private: bool = True, revision: str = "main", *
         app = files["app.py"].read_text().replace(METRIC_SCRIPT.removesuffix(".py"), module)
         files["app.py"] = app.encode()
     upload = {"kind": "space", "patterns": SPACE_FILES, "marker": script, "space_sdk": "gradio"}
-    return push_folder(files, repo_id, upload, [], private=private, revision=revision, **options)
+    return push_folder(files, repo_id, upload, **options)
 
 
-def push_demo(repo_id: str, *, model: str, private: bool = True, revision: str = "main", **options) -> PushReport:
+def push_demo(repo_id: str, *, model: str, **options) -> PushReport:
     """Uploads the demo Space, which lets people ask the model repository `model`; arguments as [`push_model`]."""
     files, _ = select_files(SPACES / "gppc_demo", SPACE_FILES)
     files = {name: path.read_text().replace("USER/MODEL", model).encode() for name, path in files.items()}
     upload = {"kind": "space", "patterns": SPACE_FILES, "marker": "app.py", "space_sdk": "gradio"}
-    return push_folder(files, repo_id, upload, [], private=private, revision=revision, **options)
+    return push_folder(files, repo_id, upload, **options)
 
 
 def push_folder(
     files: Mapping[str, Path | bytes],
     repo_id: str,
     upload: Mapping,
-    left_out: list[str],
     *,
-    private: bool,
-    revision: str,
-    tag: str | None = None,
-    create: bool = True,
-    message: str = "Upload with gppc push",
     token: str | None = None,
     endpoint: str | None = None,
     retries: Retries | None = None,
+    **options,
 ) -> PushReport:
     """Uploads files whose card names the repository.
 
     Args:
-        tag (`str`, *optional*): Tag for the result.
-        create (`bool`, *optional*, defaults to `True`): Create the repository when it is absent.
-        message (`str`, *optional*): Title of the commit.
+        files (`Mapping[str, Path | bytes]`): Path in the repository -> file or content, `README.md` among them.
+        repo_id (`str`): `name` or `namespace/name`.
+        upload (`Mapping`): What kind of repository it is: fields of [`~hub_upload.Upload`].
         token, endpoint, retries: See [`~hub_upload.push`].
+        **options: `private`, `revision`, `tag`, `create` and `message` of [`~hub_upload.Upload`].
     """
     card = files["README.md"]
     text = card.decode() if isinstance(card, bytes) else card.read_text()
     files = {**files, "README.md": text.replace(PLACEHOLDER, repo_id).encode()}
-    return push(
-        Upload(
-            files=files,
-            repo_id=repo_id,
-            private=private,
-            revision=revision,
-            tag=tag,
-            create=create,
-            message=message,
-            left_out=tuple(left_out),
-            **upload,
-        ),
-        token=token,
-        endpoint=endpoint,
-        retries=retries,
-    )
+    whole = Upload(files=files, repo_id=repo_id, **upload, **options)
+    return push(whole, token=token, endpoint=endpoint, retries=retries)
 
 
 def check_model(folder: Path, files: Mapping[str, Path]) -> None:
@@ -159,9 +133,3 @@ def check_model(folder: Path, files: Mapping[str, Path]) -> None:
         )
     if missing := sorted(wanted - set(files)):
         raise ValueError(f"`folder` {folder} lacks `{missing[0]}`, the code that its configuration names; save again.")
-
-
-def _existing(folder: Path) -> Path:
-    if not folder.is_dir():
-        raise ValueError(f"`folder` {folder} is not a folder; wanted the one that training wrote.")
-    return folder
