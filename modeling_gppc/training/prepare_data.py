@@ -61,10 +61,15 @@ def prepare_pairs(
         if not store.exists():
             out.mkdir(parents=True, exist_ok=True)
             write_store(store, data, pairs.query.organism, progress)
-        query = dataclasses.replace(pairs.query, uri=str(store))
+        kind = data.file_options.value_kind if data.files else "counts"
         if data.synthetic is not None and data.synthetic.form == "linear":
-            query = dataclasses.replace(query, layer="log_values", normalization="none")
-        pairs = dataclasses.replace(pairs, query=query)
+            kind = "log"
+        layer = {
+            "counts": {},
+            "estimated_counts": {"layer": "normalized"},
+            "log": {"layer": "log_values", "normalization": "none"},
+        }[kind]
+        pairs = dataclasses.replace(pairs, query=dataclasses.replace(pairs.query, uri=str(store), **layer))
     return build_pairs(pairs, out / "pairs", num_proc=data.num_proc, progress=progress, train_rows=train_rows)
 
 
@@ -98,6 +103,6 @@ def write_store(store: Path, data: DataOptions, organism: str, progress: bool) -
 
         sources = [CensusSource(adata=library_cells_pbmc68k(), dataset_id=data.example)]
     else:
-        keys = {name: getattr(data, name) for name in ("library_size_key", "cell_type_key", "donor_key")}
-        sources = [CensusSource(path=file, dataset_id=Path(file).stem, **keys) for file in data.files]
+        reading = data.file_options
+        sources = [CensusSource(path=file, dataset_id=Path(file).stem, options=reading) for file in data.files]
     write_census(store, sources, organism=organism, progress=progress)

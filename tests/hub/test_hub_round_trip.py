@@ -13,7 +13,6 @@ from tiny_model import tiny_model, tiny_pipeline, write_model_folder
 
 from data_scripts.pairs.pair_folder import PairFolder
 from gppc.cli import main
-from hub_card.push import push_model
 from hub_card.upload_scan import ABSOLUTE_PATH, SECRETS
 from modeling_gppc.evaluation.transfer_scorecard import weights_digest
 
@@ -62,6 +61,20 @@ def load_and_predict(revision):
     )
 
 answer["main"] = load_and_predict("main")
+"""
+STRANGER = f"""
+from transformers import Trainer, TrainingArguments
+
+extractor = AutoFeatureExtractor.from_pretrained("tester/model", trust_remote_code=True)
+model = AutoModel.from_pretrained("tester/model", trust_remote_code=True)
+model.push_to_hub("tester/copy")
+extractor.push_to_hub("tester/copy")
+arguments = TrainingArguments("run", hub_model_id="tester/trained", use_cpu=True, report_to="none")
+Trainer(model, arguments, processing_class=extractor).push_to_hub()
+for name in ("tester/copy", "tester/trained"):
+    predict = pipeline("perturbation-prediction", model=name, device="cpu", trust_remote_code=True)
+    results = predict({{"counts": {COUNTS!r}, "perturbation": ["STAT1=ko", "LYZ=x3", ""]}})
+    answer[name] = [[result[key].tolist() for key in ("expression", "change", "std")] for result in results]
 """
 LOAD_REVISION = 'answer["v1"] = load_and_predict("v1")'
 LOAD_DATASET = """
@@ -120,12 +133,13 @@ def assert_rows(answer, folder):
 
 @pytest.fixture
 def commands(client):
-    """Runs several `gppc push ...` in one process; returns exit status, output and errors of each."""
+    """Runs several `gppc push ...` in one process, then code; returns exit status, output and errors of each, and `answer`."""
 
-    def run(*commands):
+    def run(*commands, then):
         code = f"""
 import contextlib, io, json
 from gppc.cli import main
+from modeling_gppc import GppcConfig  # the package's classes are used in place of the repository's code
 
 results = []
 for arguments in {[["push", *map(str, arguments)] for arguments in commands]!r}:
@@ -133,7 +147,9 @@ for arguments in {[["push", *map(str, arguments)] for arguments in commands]!r}:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         status = main(arguments)
     results.append([status, out.getvalue(), err.getvalue()])
-print(json.dumps(results))
+answer = {{}}
+{then}
+print(json.dumps([results, answer]))
 """
         return client(code, home="pusher", PYTHONPATH=WITH_PACKAGE)
 
@@ -161,12 +177,13 @@ def scan(hub):
 @pytest.mark.timeout(600)
 def test_everything_loads_without_the_package(hub, client, commands, model_folder, pairs_folder, tmp_path):
     newer = write_model_folder(tmp_path / "newer", seed=1)
-    results = commands(
+    results, with_package = commands(
         ["tester/model", model_folder, "--tag", "v1"],
         ["tester/model", newer],
         ["tester/pairs", pairs_folder],
         ["tester/gppc_metrics", "--kind", "metric"],
         ["tester/pairs", pairs_folder],
+        then=LOAD_MODEL,
     )
     assert [status for status, _, _ in results] == [0] * 5, results
     # Card, config, preprocessor, results, weights and licence, and all code that travels: what lies in the package's root.
@@ -174,8 +191,11 @@ def test_everything_loads_without_the_package(hub, client, commands, model_folde
     assert f"{n_files} files sent" in results[0][1]
     assert "not uploaded: checkpoint-5/model.safetensors" in results[0][1]
     assert "nothing to change" in results[4][1]
+    scan(hub)
+    assert with_package["main"]["classes"] == ["modeling_gppc"] * 3 + ["transformers_modules"]
+    assert_predicts(with_package["main"], seed=1)
 
-    answer = client(script(LOAD_MODEL, LOAD_REVISION, LOAD_DATASET, STREAM_DATASET, LOAD_METRIC))
+    answer = client(script(LOAD_MODEL, LOAD_REVISION, LOAD_DATASET, STREAM_DATASET, LOAD_METRIC, STRANGER))
     assert answer["main"]["model_type"] == "gppc"
     assert answer["main"]["classes"] == ["transformers_modules"] * 4
     assert_predicts(answer["main"], seed=1)
@@ -184,43 +204,15 @@ def test_everything_loads_without_the_package(hub, client, commands, model_folde
     assert_rows(answer["local"], pairs_folder)
     assert answer["unnamed"] == answer["streamed"]["rows"]["test"]
     assert answer["scores"]["mse"] == pytest.approx(0.125)
+    for name in ("tester/copy", "tester/trained"):  # pushed by somebody who loaded the model
+        assert "tester/model" not in hub.files("model", name)["config.json"].decode()
+        np.testing.assert_allclose(answer.pop(name), expected(1)["pipeline"], rtol=0, atol=1e-6)
 
     hub.requests.clear()
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1"}
     cached = client(script(LOAD_MODEL, LOAD_REVISION, LOAD_DATASET, LOAD_METRIC), **offline)
     assert cached == {name: content for name, content in answer.items() if name not in ("streamed", "unnamed")}
     assert hub.requests == []
-    scan(hub)
-
-
-def test_with_the_package_the_same_checkpoint_predicts_the_same(hub, client, in_process, model_folder):
-    push_model(model_folder, "tester/model", token="hf_test_token", endpoint=hub.url)
-    code = "\n".join(["import json, modeling_gppc", "answer = {}", LOAD_MODEL, PRINT])
-    assert_predicts(client(code, PYTHONPATH=WITH_PACKAGE)["main"], seed=0)
-
-
-STRANGER = f"""
-from transformers import AutoFeatureExtractor, AutoModel, Trainer, TrainingArguments, pipeline
-
-extractor = AutoFeatureExtractor.from_pretrained("tester/model", trust_remote_code=True)
-model = AutoModel.from_pretrained("tester/model", trust_remote_code=True)
-model.push_to_hub("tester/copy")
-extractor.push_to_hub("tester/copy")
-arguments = TrainingArguments("run", hub_model_id="tester/trained", use_cpu=True, report_to="none")
-Trainer(model, arguments, processing_class=extractor).push_to_hub()
-for name in ("tester/copy", "tester/trained"):
-    predict = pipeline("perturbation-prediction", model=name, device="cpu", trust_remote_code=True)
-    results = predict({{"counts": {COUNTS!r}, "perturbation": ["STAT1=ko", "LYZ=x3", ""]}})
-    answer[name] = [[result[key].tolist() for key in ("expression", "change", "std")] for result in results]
-"""
-
-
-def test_what_a_stranger_pushes_predicts(hub, client, in_process, model_folder):
-    push_model(model_folder, "tester/model", token="hf_test_token", endpoint=hub.url)
-    answer = client(script(STRANGER))
-    for name in ("tester/copy", "tester/trained"):
-        assert "tester/model" not in hub.files("model", name)["config.json"].decode()
-        np.testing.assert_allclose(answer[name], expected(0)["pipeline"], rtol=0, atol=1e-6)
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ from tiny_runs import ROWS, train_module, write_run_pairs
 
 from data_scripts.command_line import argument_texts, kind_of, read_flags, sections_of
 from data_scripts.store.local_census import CensusSource, write_census
-from gppc.run_options import LaunchOptions, ModelOptions, RunOptions, parse_options
+from gppc.run_options import ModelOptions, RunOptions, parse_options
+from gppc.train_command import LaunchOptions
 from modeling_gppc.training import arguments as arguments_module
 from modeling_gppc.training.arguments import CONFIGS, TrainingOptions, find_config
 from modeling_gppc.training.run_folder import holds_work

@@ -69,9 +69,9 @@ def test_a_held_out_key_is_in_one_split(stores, tmp_path, key):
 
 def splits_well(store, key, rules, seed) -> bool:
     """Whether a seed puts some but not all values of a key into the test split."""
-    from data_scripts.pairs.pair_options import QueryOptions
     from data_scripts.pairs.splits import assign_splits
     from data_scripts.store.census_query import open_query
+    from data_scripts.store.query_options import QueryOptions
 
     query = open_query(QueryOptions(uri=str(store)), {key: "test"})
     options = from_mapping(SplitOptions, {"rules": rules, "seed": seed})
