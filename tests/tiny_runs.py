@@ -13,10 +13,9 @@ import numpy as np
 import pyarrow as pa
 import torch
 from matplotlib.figure import Figure
+from pair_writer import write_pair_folder
 from safetensors.torch import load_file
 from tiny_pairs import tiny_genes, tiny_rows
-
-from data_scripts.pairs.pair_folder import write_pair_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 N_GENES = 12
