@@ -102,7 +102,7 @@ def examine(path: Path, held_out: str, n_genes: int, steps: int) -> list[dict]:
         type_of, control = (cells.obs[name].to_numpy() for name in ("cell_type", "is_control"))
         own, control = type_of == held_out, control.astype(bool)
         store, out = Path(scratch) / "store", Path(scratch) / "run"
-        write_census(store, [CensusSource(path=path, dataset_id="cells", rows=~own | control)])
+        write_census(store, [CensusSource(path, "cells", ~own | control)])
         flags = FLAGS | {"pairs.panel": f"{{rule: variable, n_genes: {n_genes}}}"}
         model, gaussian = train(store, out, flags, 8, steps), train(store, Path(scratch) / "gaussian", flags, 1, 1)
         folder = PairFolder(out / "pairs")
