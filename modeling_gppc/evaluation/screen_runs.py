@@ -6,7 +6,8 @@ from collections.abc import Callable
 import numpy as np
 from tqdm.auto import tqdm
 
-from data_scripts.cells.screen_cells import cells_digest, some_cells
+from data_scripts.cells.control_halves import control_halves, with_controls
+from data_scripts.cells.screen_cells import cells_digest, keep_genes, some_cells
 from data_scripts.cells.screen_splits import (
     Fold,
     combination_folds,
@@ -48,8 +49,8 @@ class ScreenRun:
     notes: list[str]
 
 
-def run_screen(screen: Screen, options: EvaluateOptions, progress: bool) -> ScreenRun:
-    """Runs the mode that the options ask for.
+def run_screen(screen: Screen, options: EvaluateOptions, progress: bool) -> list[ScreenRun]:
+    """Runs the mode that the options ask for: once for every division of the controls, or once where none is shared.
 
     Raises:
         ValueError: If no perturbation can be scored in this mode, or the division of cells leaks.
@@ -61,12 +62,41 @@ def run_screen(screen: Screen, options: EvaluateOptions, progress: bool) -> Scre
         features = read_gene_features(options.gene_features, genes)
         notes.append(f"{len(features.table(genes))} of {len(genes)} perturbed genes have features in the table given.")
     if options.hold_out is not None:
-        run = held_out(screen, group_folds(screen, options.hold_out), options, features, progress)
-    elif options.mode == "fine-tuned":
-        run = fine_tuned(screen, choose_folds(screen, options), options, features, progress)
+        # A batch or cell line is judged by its own controls.
+        runs = [held_out(screen, group_folds(screen, options.hold_out), options, features, progress)]
     else:
-        run = from_controls(screen, options, progress)
-    return dataclasses.replace(run, notes=[*notes, *run.notes])
+        folds = choose_folds(screen, options) if options.mode == "fine-tuned" else None
+        runs = []
+        for seen, judged in tqdm(divisions(screen, options), desc="divisions", disable=not progress):
+            guard_controls(seen, judged, options)
+            runs.append(
+                from_controls(seen, judged, options)
+                if folds is None
+                else fine_tuned(seen, judged, folds, options, features)
+            )
+    return [dataclasses.replace(run, notes=[*notes, *run.notes]) for run in runs]
+
+
+def divisions(screen: Screen, options: EvaluateOptions) -> list[tuple[Screen, Screen]]:
+    """The screen as it is read and as it is judged, with control cells of their own, for every division; a folder that
+    was fitted without some of the controls is judged by those."""
+    if options.controls == "shared":
+        screen = keep_genes(screen, options.max_genes)
+        return [(screen, screen)]
+    halves = control_halves(screen, options.divisions, options.seed)
+    if options.folders and options.mode != "zero-shot":
+        stated = {(read_run(folder) or {}).get("screen", {}).get("control_part") for folder in options.folders}
+        if len(stated) > 1 or not all(isinstance(part, int) and 0 <= part < len(halves) for part in stated):
+            raise ValueError(
+                "`model` was fitted on all control cells of the screen: none is left to measure the truth with. Fit it with "
+                "`--screen.fold all`, which leaves half of them out, or give `controls` 'shared' for the biased form."
+            )
+        halves = [halves[part] for part in stated]
+    found = []
+    for first, second in halves:
+        kept = keep_genes(screen, options.max_genes, first)
+        found.append((with_controls(kept, first), with_controls(kept, second)))
+    return found
 
 
 def check_models(screen: Screen, options: EvaluateOptions) -> list[str]:
@@ -98,26 +128,22 @@ def need(labels: list[str], options: EvaluateOptions) -> list[str]:
     return labels
 
 
-def from_controls(screen: Screen, options: EvaluateOptions, progress: bool) -> ScreenRun:
+def from_controls(seen: Screen, judged: Screen, options: EvaluateOptions) -> ScreenRun:
     """Zero-shot and in-context: no perturbed cell is read but for the change at the target."""
-    labels = need(sorted(label for label, p in screen.perturbations.items() if p.measured), options)
-    guard_controls(screen, labels, options.mode)
-    context = ScreenContext.build(screen, [], labels)
+    labels = need(sorted(label for label, p in seen.perturbations.items() if p.measured), options)
+    context = ScreenContext.build(seen, [], labels)
     predictions = run_baselines(context, mode=options.mode)
     predictors = {"covariance": lambda c: run_baselines(c, ["covariance"], options.mode)["covariance"]}
     if options.folders:
         predictors[MODEL] = ScreenModel.load(options.folders[0], options.change).predict
     elif options.model != ["covariance"]:
-        predictors[MODEL] = ScreenModel(*fit_screen(screen, [], options), options.change).predict
+        predictors[MODEL] = ScreenModel(*fit_screen(seen, [], options), options.change).predict
     if MODEL in predictors:
         predictions[MODEL] = predictors[MODEL](context)
-    shuffled = {
-        name: shuffled_null(predict, context, options)
-        for name, predict in tqdm(predictors.items(), desc="target-shuffled null", unit="method", disable=not progress)
-    }
-    truth = observe(screen, labels, options.seed)
+    shuffled = {name: shuffled_null(predict, context, options) for name, predict in predictors.items()}
+    truth = observe(judged, labels, options.seed, controls_of=seen)
     reference = (truth.delta.sum(axis=0) - truth.delta) / (len(labels) - 1)
-    return ScreenRun(screen, truth, predictions, reference, shuffled, [])
+    return ScreenRun(judged, truth, predictions, reference, shuffled, [])
 
 
 def shuffled_null(
@@ -171,7 +197,7 @@ def choose_folds(screen: Screen, options: EvaluateOptions) -> list[Fold]:
 
 
 def fine_tuned(
-    screen: Screen, folds: list[Fold], options: EvaluateOptions, features: GeneFeatures | None, progress: bool
+    screen: Screen, judged: Screen, folds: list[Fold], options: EvaluateOptions, features: GeneFeatures | None
 ) -> ScreenRun:
     """Every label is predicted by methods that saw none of its cells."""
     labels = need(sorted(label for fold in folds for label in fold.test), options)
@@ -184,9 +210,8 @@ def fine_tuned(
     shape = (len(labels), screen.values.shape[1])
     predictions: dict[str, ScreenPrediction] = {}
     reference = np.zeros(shape)
-    for index, fold in enumerate(tqdm(folds, desc="folds", unit="fold", disable=not progress)):
+    for index, fold in enumerate(folds):
         guard_fold(
-            screen.barcodes,
             fold.train_cells,
             fold.test_cells,
             fold.train,
@@ -214,7 +239,8 @@ def fine_tuned(
             whole.delta[rows] = output.delta
             if variance is not None:
                 whole.variance[rows] = output.variance
-    return ScreenRun(screen, observe(screen, labels, options.seed), predictions, reference, {}, [])
+    truth = observe(judged, labels, options.seed, controls_of=screen)
+    return ScreenRun(judged, truth, predictions, reference, {}, [])
 
 
 def perturbed_features(screen: Screen, features: GeneFeatures | None) -> dict[str, np.ndarray] | None:
@@ -307,17 +333,18 @@ def held_out(screen: Screen, folds: list[Fold], options: EvaluateOptions, featur
 MIN_GROUP_CELLS = 10
 
 
-def guard_controls(screen: Screen, labels: list[str], mode: str) -> None:
-    """Refuses a run from controls in which a cell that is scored would also have been read."""
-    controls = [screen.barcodes[row] for row in screen.cells_of(CONTROL)]
+def guard_controls(seen: Screen, judged: Screen, options: EvaluateOptions) -> None:
+    """Refuses a run in which a cell that the truth is measured from would also have been read."""
+    controls = [seen.barcodes[row] for row in seen.cells_of(CONTROL)]
+    perturbed = [] if options.mode == "fine-tuned" else judged.barcodes[~judged.is_control].tolist()
+    truth = [] if options.controls == "shared" else judged.barcodes[judged.is_control].tolist()
     refuse_leaks(
         SplitPlan(
             train_cells=controls,
-            panel_cells=controls,
+            panel_cells=controls if options.controls == "shared" else (),
             normalisation_cells=controls,
             selection_cells=controls,
-            test_cells=[screen.barcodes[row] for row in np.flatnonzero(np.isin(screen.label, labels))],
-            test_perturbations=labels,
-            mode=mode,
+            test_cells=[*perturbed, *truth],
+            mode=options.mode,
         )
     )
