@@ -46,22 +46,21 @@ def compare(arguments: argparse.Namespace) -> dict:
         counts[way] += count
         return result
 
-    def decode(encoded, rows: slice, query_ids):
-        return model.decode(encoded, ids[rows], changes[rows], query_ids=query_ids, with_variance=not arguments.means)
+    def decode(encoded, rows: slice):
+        return model.decode(encoded, ids[rows], changes[rows], query_ids=queries, with_variance=not arguments.means)
 
     def alone(rows: slice):
         index = [0] * len(ids[rows])
         repeated = {name: tensor if name == "measured_mask" else tensor[index] for name, tensor in state.items()}
-        return decode(model.encode(**repeated), rows, queries)
+        return decode(model.encode(**repeated), rows)
 
-    decode(model.encode(**state), slice(0, arguments.chunk), model.query(queries))
+    decode(model.encode(**state), slice(0, arguments.chunk))
     alone(slice(0, 1))
     before, largest = peak_rss_gb(), 0.0
     encoded = timed("encoded_once", lambda: model.encode(**state))
-    asked = timed("encoded_once", lambda: model.query(queries))
     for first in tqdm(range(0, len(ids), arguments.chunk), desc="screen", leave=False):
         rows = slice(first, min(first + arguments.chunk, len(ids)))
-        output = timed("encoded_once", lambda rows=rows: decode(encoded, rows, asked), rows.stop - first)
+        output = timed("encoded_once", lambda rows=rows: decode(encoded, rows), rows.stop - first)
         for row in range(first, min(first + arguments.beside, rows.stop)):
             one = timed("one_by_one", lambda row=row: alone(slice(row, row + 1)), 1)
             gaps = [(one[name][0] - output[name][row - first]).abs().max() for name in outputs]

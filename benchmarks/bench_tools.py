@@ -27,17 +27,17 @@ def fitted_like_model(config: GppcConfig, seed: int = 0) -> GppcForPerturbationP
     """A model whose linear response is a proper distribution and whose network contributes something."""
     torch.manual_seed(seed)
     model = GppcForPerturbationPrediction(config)
-    response, factors = model.model.linear_response, config.num_factors
-    genes = config.vocab_size
+    response, factors, genes = model.model.linear_response, config.num_factors, config.vocab_size
+    states = response.states
     with torch.no_grad():
         response.gene_mean.copy_(torch.rand(genes).pow(4) * 3)
         strength = torch.linspace(0.5, 0.05, factors)
         response.loadings.copy_(torch.randn(genes, factors) * strength * (0.1 + response.gene_mean[:, None]).sqrt())
         response.noise.copy_(0.05 + 0.5 * torch.rand(genes) * (0.1 + response.gene_mean))
-        response.coupling.copy_(torch.diag(torch.linspace(0.95, 0.3, factors)).expand_as(response.coupling))
-        response.component_means.normal_(std=0.8)
-        response.transition_logits.copy_(3.0 * torch.eye(config.num_components).expand_as(response.transition_logits))
-        response.evidence_scale.fill_(0.5)
+        states.coupling.copy_(torch.diag(torch.linspace(0.95, 0.3, factors)).expand_as(states.coupling))
+        states.component_means.normal_(std=0.8)
+        states.transition_logits.copy_(3.0 * torch.eye(config.num_components).expand_as(states.transition_logits))
+        states.evidence_scale.fill_(0.5)
         for vectors in (model.readout.gene_vectors, model.readout.gene_vectors_logvar):
             vectors.normal_(std=0.02)
     return model

@@ -38,7 +38,7 @@ from modeling_gppc.evaluation.model_predictor import ModelPredictor
 from modeling_gppc.evaluation.pair_arrays import PairArrays
 from modeling_gppc.evaluation.report import text_table
 from modeling_gppc.feature_extraction_gppc import normalize_counts
-from modeling_gppc.fitting.fit_linear_response import initialize_linear_response, keep_departure_if_it_pays
+from modeling_gppc.fitting.fit_linear_response import initialize_linear_response, keep_network_if_it_pays
 from modeling_gppc.training.arguments import TrainingOptions
 from modeling_gppc.training.trainer import make_trainer
 
@@ -115,8 +115,9 @@ def training_pairs(cells: anndata.AnnData, rows: np.ndarray, pairs_per_cell: int
             targets.append(members[place])
         sources, targets = np.concatenate(sources), np.concatenate(targets)
         changes = scipy.sparse.csr_matrix(cells.X[targets] - cells.X[sources])
-        offsets, imposed, _ = sample_from_changes(changes, rng, DRAWN)
-        tables.append(pair_table(cells, sources, targets, pairing, np.diff(offsets), imposed))
+        numbers = rng.integers(DRAWN.min_genes, DRAWN.max_genes + 1, len(targets))
+        lengths, imposed, _ = sample_from_changes(changes, numbers, rng)
+        tables.append(pair_table(cells, sources, targets, pairing, lengths, imposed))
     return pa.concat_tables(tables)
 
 
@@ -201,7 +202,7 @@ def trained(folder: PairFolder, options: TrainingOptions, out: Path, seed: int, 
     collate = PairCollator(folder.panels, DRAWN, seed=seed)
     trainer = make_trainer(model, options, out, seed, train, validation, collate, PairCollator(folder.panels))
     trainer.train()
-    keep_departure_if_it_pays(model, trainer.state.log_history)
+    keep_network_if_it_pays(model, trainer.state.log_history)
     return model.eval()
 
 
@@ -255,12 +256,13 @@ def mean_shift(cells: anndata.AnnData, held_out: str) -> np.ndarray:
 
 
 def predictions(model: GppcForPerturbationPrediction, pairs: PairArrays) -> list[np.ndarray]:
-    """Of the model, of its linear response, and how far the two are apart."""
+    """Of the model, of its linear response, and the size of the network's contribution, root mean square over genes."""
     predictor, parts = ModelPredictor(model), []
     with torch.inference_mode():
         for batch in pairs.batches(256):
             output = model(**predictor.inputs(batch))
-            parts.append([part.numpy() for part in (output.logits, output.linear_response, output.departure)])
+            size = (output.logits - output.linear_response).square().mean(1).sqrt()
+            parts.append([part.numpy() for part in (output.logits, output.linear_response, size)])
     return [np.concatenate(arrays) for arrays in zip(*parts)]
 
 
@@ -301,7 +303,7 @@ def examine(
             predicted |= {name: np.broadcast_to(mean, pairs.target.shape) for name, mean in means.items()}
             scores = {name: case.score(values) for name, values in predicted.items()}
             entry = {"held_out": held_out, "imposed": list(symbols), "n_targets": case.n_targets}
-            entry |= {"departure": float(network.mean())}
+            entry |= {"network": float(network.mean())}
             entry |= {"methods": {name: figures(found) for name, found in scores.items()}}
             entry |= {f"gppc_minus_{floor}": figures(scores["gppc"] - scores[floor]) for floor in FLOORS}
             results.append(entry)
@@ -348,7 +350,7 @@ def report(results: list[dict], means: dict) -> str:
         for name, digits in zip(SCORES, (4, 3)):
             low, high = gap[f"{name}_ci95"]
             row.append(f"{gap[name]:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]")
-        rows.append([*row, f"{entry['departure']:.3f}"])
+        rows.append([*row, f"{entry['network']:.3f}"])
     averages = [f"{means['mse'][name]:.4f} / {means['shift_correlation'][name]:.3f}" for name in names]
     rows.append(["mean", "", *averages, "", "", ""])
     header = ["held out", "imposed", *names, "gppc - one Gaussian (MSE)", "the same (correlation)", "network"]

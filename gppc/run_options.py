@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from transformers import set_seed
 
@@ -23,8 +23,8 @@ from modeling_gppc.training.screen_run_options import ScreenRunOptions
 from modeling_gppc.training.start_from import check_start, start_from
 from modeling_gppc.training.stream_rows import sample_rows
 
-# The runs that are meant without `--config`: of the example cells, and of cells that a flag names.
-DEFAULT_CONFIG, OWN_CONFIG = "default", "own"
+# The runs that are meant without `--config`: of the example cells, of a screen, and of any other cells that are named.
+DEFAULT_CONFIG, SCREEN_CONFIG, OWN_CONFIG = "default", "screen", "own"
 # What the data decide, not the person who starts a run.
 DERIVED_MODEL_FIELDS = ("vocab_size", "pairings")
 # Where cells may come from; exactly one of these is given.
@@ -56,29 +56,6 @@ ModelOptions.__doc__ = (
     f"One of {', '.join(SIZES)}, see docs/model.md. The other options override what it says."
     + inspect.cleandoc(GppcConfig.__doc__).partition("Args:")[2]
 )
-
-
-@dataclass
-class LaunchOptions:
-    """
-    What is run.
-
-    Args:
-        config (`str`, *optional*): YAML file of the options below, or the name of a shipped one; a flag overrides the file.
-            Without it `own` where a flag names cells, else `default`.
-        resume (`bool`, *optional*, defaults to `False`): Go on from the last checkpoint of the same run.
-        push_to_hub (`str`, *optional*): Hub repository that the finished model is pushed to.
-        hub_strategy (`str`, *optional*, defaults to `"end"`): Push at the end only, or the model of every saved
-            checkpoint as well.
-        sweep (`str`, *optional*): Search options instead of training once: a YAML file, or the name of a shipped one;
-            `--sweep NAME --help` lists its options.
-    """
-
-    config: str | None = None
-    resume: bool = False
-    push_to_hub: str | None = None
-    hub_strategy: Literal["end", "every_save"] = "end"
-    sweep: str | None = None
 
 
 @dataclass
@@ -184,14 +161,16 @@ def run_options(config: str | None, changes: Mapping) -> RunOptions:
 
     Args:
         config (`str`, *optional*): The file, or the name of a shipped one. Without one it is `own` where the changes name
-            a source of cells (the folder of the run is then named after that source), else `default`.
+            a source of cells (the folder of the run is then named after that source; `screen` where they name a screen),
+            else `default`.
         changes (`Mapping`): Option names to values, nested.
 
     Raises:
         ValueError: For an unknown file, option or value, naming the option and close matches.
     """
     given = sources_of(changes)
-    path = find_config(config or (OWN_CONFIG if given else DEFAULT_CONFIG))
+    own = SCREEN_CONFIG if "data.screen" in given else OWN_CONFIG
+    path = find_config(config or (own if given else DEFAULT_CONFIG))
     mapping = merge(read_yaml(path), NO_SOURCE) if given else read_yaml(path)
     source = next(iter(given.values()), None) if config is None else None
     source = source[0] if isinstance(source, list) and source else source

@@ -143,9 +143,8 @@ def run_trial(trial: optuna.Trial, sweep: SweepOptions, folder: PairFolder, make
     )
     trainer.args.save_strategy, trainer.args.load_best_model_at_end = SaveStrategy.NO, False
     trainer.add_callback(ReportToOptuna(trial))
-    if model.model is not None:
-        cells, iterations = settings.linear_start_cells, settings.linear_start_iterations
-        initialize_linear_response(model, rows, validation, folder.panels, cells, iterations, options.seed)
+    cells, iterations = settings.linear_start_cells, settings.linear_start_iterations
+    initialize_linear_response(model, rows, validation, folder.panels, cells, iterations, options.seed)
     trainer.train()
     return min(entry["eval_mse"] for entry in trainer.state.log_history if "eval_mse" in entry)
 

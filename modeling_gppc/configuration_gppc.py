@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 # How `transformers.pipeline` finds the pipeline in a saved folder.
 PIPELINES = {"perturbation-prediction": {"impl": "pipeline_gppc.PerturbationPredictionPipeline", "pt": ["AutoModel"]}}
-ARCHITECTURES = ("latents", "origin")
 # Named sizes; what each costs is in docs/model.md.
 SIZES = {
     "tiny": {
@@ -70,8 +69,6 @@ class GppcConfig(PreTrainedConfig):
     r"""
     Args:
         vocab_size (`int`, *optional*, defaults to 1000): Number of genes the model knows.
-        architecture (`str`, *optional*, defaults to `"latents"`): `"latents"`, or `"origin"`: the form GPPC grew out
-            of (gene embedding x value tokens, no gene identity where nothing is perturbed), kept for the record.
         hidden_size (`int`, *optional*, defaults to 128): Width of the latents and of the perturbation tokens.
         num_latents (`int`, *optional*, defaults to 8): Latent vectors that hold the encoded state.
         readout_size (`int`, *optional*, defaults to 256): Width of the bilinear read-out of the queried genes.
@@ -85,17 +82,17 @@ class GppcConfig(PreTrainedConfig):
             above zero disables the fused kernels on CPU.
         num_factors (`int`, *optional*, defaults to 32): Shared factors of the linear response.
         num_components (`int`, *optional*, defaults to 16): Unsupervised cell states of the linear response, each of
-            which responds linearly; 1 is the plain conditional Gaussian.
+            which responds linearly; with 1 it is the conditional Gaussian.
         num_references (`int`, *optional*, defaults to 1000): Training pairs of each pairing that are kept, as factors,
-            to tell which imposed levels are familiar; elsewhere the prediction returns to one Gaussian. 0: it never does.
+            to tell which imposed levels are familiar, see [`GppcFamiliarity`]. With 0 all are.
         use_screen_response (`bool`, *optional*, defaults to `False`): The model was fitted on a CRISPR screen, see
             [`GppcScreenResponse`].
         num_perturbations (`int`, *optional*, defaults to 0): Perturbations of the screen that were seen.
         num_members (`int`, *optional*, defaults to 1): Most genes that one of them perturbs.
         num_targets (`int`, *optional*, defaults to 0): Genes that may be asked about without being measured.
-        use_linear_response (`bool`, *optional*, defaults to `True`): Predict linear response + learned departure;
-            otherwise gene mean + learned departure.
-        use_departure (`bool`, *optional*, defaults to `True`): Learn a departure from the linear response at all.
+        use_linear_response (`bool`, *optional*, defaults to `True`): Predict linear response + network's contribution;
+            otherwise gene mean + network's contribution.
+        use_network (`bool`, *optional*, defaults to `True`): Add the network's contribution at all.
         pairings (`list[str]`, *optional*): Names of the contexts that the two cells of a training pair may share.
         default_pairing (`str`, *optional*, defaults to `"same_type"`): The context assumed when none is given.
         variance_loss_weight (`float`, *optional*, defaults to 0.1): Weight of the variance's likelihood in the loss.
@@ -105,17 +102,17 @@ class GppcConfig(PreTrainedConfig):
 
     model_type = "gppc"
     keys_to_ignore_at_inference = [
-        "encoder_last_hidden_state",
-        "decoder_last_hidden_state",
         "linear_response",
-        "departure",
         "familiarity",
-        "hidden_states",
-        "attentions",
+        "encoder_last_hidden_state",
+        "encoder_hidden_states",
+        "encoder_attentions",
+        "decoder_last_hidden_state",
+        "decoder_hidden_states",
+        "decoder_attentions",
     ]
 
     vocab_size: int = 1000
-    architecture: str = "latents"
     hidden_size: int = 128
     num_latents: int = 8
     readout_size: int = 256
@@ -134,7 +131,7 @@ class GppcConfig(PreTrainedConfig):
     num_members: int = 1
     num_targets: int = 0
     use_linear_response: bool = True
-    use_departure: bool = True
+    use_network: bool = True
     pairings: list[str] | None = None
     default_pairing: str = "same_type"
     variance_loss_weight: float | int = 0.1
@@ -172,39 +169,22 @@ class GppcConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Checks that sizes fit each other; called by `@strict` after construction."""
-        if self.architecture not in ARCHITECTURES:
-            raise ValueError(f"`architecture` is {self.architecture!r}; wanted one of {', '.join(ARCHITECTURES)}.")
-        for name, least, below in (
-            ("num_attention_heads", 1, math.inf),
-            ("intermediate_size", 1, math.inf),
-            ("encoder_layers", 0, math.inf),
-            ("decoder_layers", 0, math.inf),
-            ("hidden_dropout_prob", 0, 1),
-            ("attention_probs_dropout_prob", 0, 1),
-            ("variance_loss_weight", 0, math.inf),
-            ("initializer_range", 0, math.inf),
-            ("layer_norm_eps", 0, math.inf),
-        ):
-            if not least <= getattr(self, name) < below:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; wanted at least {least} and below {below}.")
+        bounds = {
+            (1, math.inf): "vocab_size hidden_size num_latents readout_size num_attention_heads intermediate_size "
+            "num_factors num_components num_members",
+            (0, math.inf): "encoder_layers decoder_layers num_references num_perturbations num_targets "
+            "variance_loss_weight initializer_range layer_norm_eps",
+            (0, 1): "hidden_dropout_prob attention_probs_dropout_prob",
+        }
+        for (least, below), names in bounds.items():
+            for name in names.split():
+                if not least <= getattr(self, name) < below:
+                    raise ValueError(f"`{name}` is {getattr(self, name)}; wanted at least {least} and below {below}.")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"`hidden_size` is {self.hidden_size}; wanted a multiple of `num_attention_heads` "
                 f"({self.num_attention_heads})."
             )
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "num_latents",
-            "readout_size",
-            "num_factors",
-            "num_components",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; wanted at least 1.")
-        for name, least in (("num_references", 0), ("num_perturbations", 0), ("num_targets", 0), ("num_members", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; wanted at least {least}.")
 
 
 __all__ = ["GppcConfig"]

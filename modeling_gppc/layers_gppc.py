@@ -1,81 +1,61 @@
-"""Layers of the model: states as vectors, attention blocks, the bilinear read-out."""
+"""Layers of the network: attention blocks and the bilinear read-out; values of tokens and of imposed genes in place."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Unpack
 
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import TransformersKwargs
 
 from .configuration_gppc import GppcConfig
-from .outputs_gppc import GppcQuery
+from .factors_gppc import rows_of
 
 # The learned log variance stays within this distance of the linear response's.
 MAX_LOG_VARIANCE_CHANGE = 4.0
 
 
-def dense_state(
-    vocab_size: int,
-    input_ids: torch.Tensor,
-    expression_values: torch.Tensor,
-    attention_mask: torch.Tensor | None = None,
-    measured_mask: torch.Tensor | None = None,
-    panel_index: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values and measured mask over the vocabulary, each `(B, vocab_size)`.
-
-    Scattering makes the order of tokens, the padding and anything written into unmeasured genes vanish.
-    """
-    tokens = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    # Padding goes to an extra column that is cut off.
-    columns = torch.where(tokens.bool(), input_ids, vocab_size)
-    values = expression_values.new_zeros(input_ids.shape[0], vocab_size + 1).scatter(1, columns, expression_values)
-    values = values[:, :vocab_size]
-    if measured_mask is None:
-        measured = torch.zeros(values.shape[0], vocab_size + 1, dtype=torch.bool, device=values.device)
-        measured = measured.scatter(1, columns, True)[:, :vocab_size]
-    else:
-        measured = measured_mask.bool() if panel_index is None else measured_mask.bool()[panel_index]
-    return torch.where(measured, values, torch.zeros_like(values)), measured
-
-
-def impose(
-    predicted: torch.Tensor,
-    query_ids: torch.Tensor | None,
-    perturbation_ids: torch.Tensor,
-    levels: torch.Tensor,
-    mask: torch.Tensor,
-    vocab_size: int,
-    place: torch.Tensor | None = None,
+def scatter_tokens(
+    values: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, vocab_size: int
 ) -> torch.Tensor:
-    """Puts the imposed levels `(B, K)` in the place of predictions `(B, Q)` of the perturbed genes themselves.
+    """Values `(B, N)` of tokens at their genes, zero elsewhere, `(B, vocab_size)`.
 
-    The predictions may be changed in place.
+    The order of tokens and the padding vanish.
     """
-    if perturbation_ids.shape[1] == 0:
-        return predicted
-    # Padding is no gene: it equals no query.
-    columns = torch.where(mask.bool(), perturbation_ids, vocab_size)
-    levels = levels.to(predicted.dtype)
-    if query_ids is None or place is not None:
-        columns = columns if place is None else place[columns]
-        asked = columns < predicted.shape[1]
-        where = columns.clamp(max=predicted.shape[1] - 1)
-        # Indexed, for `gather` would keep all predictions for its gradient.
-        there = predicted[torch.arange(len(predicted), device=predicted.device)[:, None], where]
-        values = torch.where(asked, levels, there)
-        # All others of a row write once more what its first one that is asked for writes, or what is there already;
-        # the gradient flows once.
-        first = asked.int().argmax(dim=1, keepdim=True)
-        own = asked | (torch.arange(columns.shape[1], device=columns.device) == first)
-        where = torch.where(own, where, where.gather(1, first))
-        values = torch.where(own, values, values.gather(1, first).detach())
-        return predicted.scatter_(1, where, values)
-    for column in range(columns.shape[1]):
-        one = slice(column, column + 1)
-        predicted = torch.where(query_ids == columns[:, one], levels[:, one], predicted)
+    if attention_mask is not None:
+        # Padding goes to an extra column that is cut off.
+        input_ids = torch.where(attention_mask.bool(), input_ids, vocab_size)
+    return values.new_zeros(len(values), vocab_size + 1).scatter(1, input_ids, values)[:, :-1]
+
+
+def where_imposed(perturbation_ids: torch.Tensor, mask: torch.Tensor, query_ids: torch.Tensor) -> torch.Tensor:
+    """Which queried genes `(Q,)` each of the perturbed ones `(B, K)` is, padding none of them, `(B, K, Q)`."""
+    return (query_ids == perturbation_ids[:, :, None]) & mask.bool()[:, :, None]
+
+
+def impose(predicted: torch.Tensor, values: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+    """Puts `values` `(B, K)` of the perturbed genes themselves in the place of predictions `(B, Q)`."""
+    for own, value in zip(where.unbind(1), values.to(predicted.dtype).unbind(1)):
+        predicted = torch.where(own, value[:, None], predicted)
     return predicted
+
+
+class GppcPerturbationEmbeddings(nn.Module):
+    """One token an imposed gene: its embedding, the same times the level's distance from the mean and times the change."""
+
+    def __init__(self, config: GppcConfig):
+        super().__init__()
+        self.perturbation_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.perturbation_proj = nn.Linear(3 * config.hidden_size, config.hidden_size)
+
+    def forward(self, ids: torch.Tensor, surprise: torch.Tensor, changes: torch.Tensor) -> torch.Tensor:
+        """Tokens `(B, K, hidden_size)` of genes, level minus the gene's mean and change of log value, each `(B, K)`."""
+        identity = self.perturbation_embedding(ids)
+        scales = [scale[:, :, None].to(identity.dtype) for scale in (surprise, changes)]
+        return self.perturbation_proj(torch.cat([identity, *(scale * identity for scale in scales)], dim=-1))
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
@@ -89,43 +69,37 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
 
 
 class GppcAttention(nn.Module):
-    """Self-attention over latents and perturbation tokens; order carries no meaning."""
+    """Multi-headed self-attention; the order of tokens carries no meaning."""
 
     def __init__(self, config: GppcConfig):
         super().__init__()
         self.config = config
-        self.num_heads = config.num_attention_heads
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
         self.attention_dropout = config.attention_probs_dropout_prob
         self.is_causal = False
-        self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        # A bias of the keys moves no output: its gradient is rounding noise, which Adam would turn into steps.
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        keep: int | None = None,
-        shared: tuple[torch.Tensor, torch.Tensor] | None = None,
-    ) -> torch.Tensor:
-        qkv = nn.functional.linear(hidden_states, self.qkv_proj.weight)
-        if shared is not None:
-            tokens, row = shared
-            first = nn.functional.linear(tokens, self.qkv_proj.weight)
-            qkv = torch.cat([first.index_select(0, row), qkv], dim=1)
-        batch, tokens, width = *qkv.shape[:2], hidden_states.shape[2]
-        query, key, value = qkv.view(batch, tokens, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-        # A bias of the keys moves no output: its gradient is rounding noise, which Adam would turn into steps that
-        # differ between one process and two.
-        query_bias, _, value_bias = (
-            self.qkv_proj.bias.to(qkv.dtype).view(3, self.num_heads, 1, self.head_dim).unbind(0)
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        input_shape = hidden_states.shape[:-1]
+        hidden_shape = (*input_shape, -1, self.head_dim)
+        query, key, value = (
+            project(hidden_states).view(hidden_shape).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        query, value = query[:, :, :keep] + query_bias, value + value_bias
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        output, _ = attention(
+        attn_output, attn_weights = attention_interface(
             self,
             query,
             key,
@@ -133,8 +107,9 @@ class GppcAttention(nn.Module):
             attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
+            **kwargs,
         )
-        return self.o_proj(output.reshape(batch, query.shape[2], width))
+        return self.o_proj(attn_output.reshape(*input_shape, -1)), attn_weights
 
 
 class GppcBlock(GradientCheckpointingLayer):
@@ -154,29 +129,30 @@ class GppcBlock(GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        keep: int | None = None,
-        shared: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        """
-        Args:
-            hidden_states (`torch.FloatTensor` of shape `(B, T, hidden_size)`): Tokens.
-            attention_mask (`torch.FloatTensor` of shape `(B, 1, keep, T)`, *optional*): Added to the attention logits.
-            keep (`int`, *optional*): How many of the first tokens are returned; the others are attended to all the
-                same. Defaults to all.
-            shared (`tuple[torch.Tensor, torch.Tensor]`, *optional*): Tokens `(U, L, hidden_size)` and the `(B,)` index
-                that the first L of each row are taken from, where few differ: they are projected once.
-        """
-        own = hidden_states
-        if shared is not None:
-            own, shared = hidden_states[:, shared[0].shape[1] :], (self.attention_norm(shared[0]), shared[1])
-        attended = self.attention(self.attention_norm(own), attention_mask, keep, shared)
-        hidden_states = hidden_states[:, :keep] + self.dropout(attended)
+        attended, _ = self.attention(self.attention_norm(hidden_states), attention_mask, **kwargs)
+        hidden_states = hidden_states + self.dropout(attended)
         expanded = self.activation(self.up_proj(self.mlp_norm(hidden_states)))
         return hidden_states + self.dropout(self.down_proj(expanded))
 
 
+@dataclass
+class GppcReadoutOutput:
+    """
+    What the network adds to the linear response.
+
+    Args:
+        mean (`torch.FloatTensor` of shape `(B, Q)`): To the expected log values.
+        logvar (`torch.FloatTensor` of shape `(B, Q)`, *optional*): To their log variance.
+    """
+
+    mean: torch.Tensor
+    logvar: torch.Tensor | None
+
+
 class GppcReadout(nn.Module):
-    """Bilinear read-out: latents -> a vector that every queried gene meets with its own."""
+    """Bilinear read-out: the latents become one vector, which every queried gene meets with its own."""
 
     def __init__(self, config: GppcConfig):
         super().__init__()
@@ -187,34 +163,26 @@ class GppcReadout(nn.Module):
         self.gene_vectors_logvar = nn.Parameter(torch.zeros(config.vocab_size, config.readout_size))
         self.gene_logvar = nn.Parameter(torch.zeros(config.vocab_size))
 
-    def gather(self, query_ids: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        """What genes `query_ids` `(Q,)`, or all, are read with: `vectors`, `vectors_logvar`, `gene_logvar`."""
-        vectors, vectors_logvar, gene_logvar = self.gene_vectors, self.gene_vectors_logvar, self.gene_logvar
-        if query_ids is not None:
-            # Rows are copied whole; an index would go value by value, and so would its gradient.
-            vectors, vectors_logvar = (nn.functional.embedding(query_ids, rows) for rows in (vectors, vectors_logvar))
-            gene_logvar = gene_logvar[query_ids]
-        return {"vectors": vectors, "vectors_logvar": vectors_logvar, "gene_logvar": gene_logvar}
-
     def forward(
         self,
         hidden_states: torch.Tensor,
         familiarity: torch.Tensor,
-        query_ids: torch.Tensor | None,
-        query: GppcQuery | None = None,
+        query_ids: torch.Tensor | None = None,
         with_variance: bool = True,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Departure of the mean from the linear response, as far as `familiarity` `(B,)` lets it, and, `with_variance`,
-        the log variance's place between its bounds, from 0 to 1, each `(B, Q)`; `hidden_states` are `(B, num_latents + 1,
-        hidden_size)`."""
+    ) -> GppcReadoutOutput:
+        """
+        Args:
+            hidden_states (`torch.FloatTensor` of shape `(B, num_latents + 1, hidden_size)`): From the decoder.
+            familiarity (`torch.FloatTensor` of shape `(B,)`): What the contribution to the mean is multiplied by.
+            query_ids (`torch.LongTensor` of shape `(Q,)`, *optional*): Genes to read out; defaults to all.
+            with_variance (`bool`, *optional*, defaults to `True`): Whether to read out `logvar` too.
+        """
         state = self.dropout(self.activation(self.proj(hidden_states.flatten(1))))
-        # Gathered in here, where sharded weights are whole, unless it was done before.
-        found = self.gather(query_ids) if query is None else query
-        vectors, vectors_logvar, gene_logvar = found["vectors"], found["vectors_logvar"], found["gene_logvar"]
-        departure = (familiarity[:, None].to(state.dtype) * state) @ vectors.T
-        if not with_variance:
-            return departure, None
-        # The hyperbolic tangent of what is learned over the bound, as a sigmoid: a sixth of its time on a CPU.
-        scale = 2.0 / MAX_LOG_VARIANCE_CHANGE
-        logvar = (scale * state.detach() @ vectors_logvar.T).to(gene_logvar.dtype).add_(scale * gene_logvar)
-        return departure, torch.sigmoid_(logvar)
+        mean = (familiarity[:, None].to(state.dtype) * state) @ rows_of(self.gene_vectors, query_ids).T
+        logvar = None
+        if with_variance:
+            # The likelihood moves no latent: the mean is fitted by squared error alone.
+            vectors, bias = rows_of(self.gene_vectors_logvar, query_ids), rows_of(self.gene_logvar, query_ids)
+            bound = MAX_LOG_VARIANCE_CHANGE
+            logvar = bound * torch.tanh(torch.addmm(bias / bound, state.detach() / bound, vectors.T))
+        return GppcReadoutOutput(mean, logvar)

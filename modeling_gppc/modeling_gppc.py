@@ -1,48 +1,58 @@
-"""PyTorch GPPC model: state encoder, perturbation decoder, linear response and read-outs."""
+"""PyTorch GPPC model: cells are encoded once, perturbations act on them, any gene is read out."""
+
+from typing import Unpack
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_gppc import GppcConfig
-from .layers_gppc import MAX_LOG_VARIANCE_CHANGE, GppcBlock, GppcReadout, dense_state, impose
-from .linear_response_gppc import ALWAYS, GppcLinearResponse
-from .origin_form_gppc import GppcOriginForm
-from .outputs_gppc import GppcEncoderOutput, GppcModelOutput, GppcOutput, GppcQuery
-from .screen_response_gppc import GppcResponseOutput, GppcScreenResponse
+from .factors_gppc import GppcClosedForm, GppcPerturbation, rows_of
+from .layers_gppc import (
+    GppcAttention,
+    GppcBlock,
+    GppcPerturbationEmbeddings,
+    GppcReadout,
+    impose,
+    scatter_tokens,
+    where_imposed,
+)
+from .linear_response_gppc import GppcLinearResponse
+from .outputs_gppc import GppcEncoderOutput, GppcModelOutput, GppcOutput
+from .response_gppc import GppcResponseMixin
+from .screen_response_gppc import GppcScreenResponse
 
 IGNORED_LABEL = -100.0
-# How far pseudobulks of control cells of one batch lie from those of all, in units of a gene's standard deviation: the mean
-# over three public screens. So far true responses are expected to lie from predicted ones where nothing better is known.
-USUAL_DRIFT = 0.06
-# Names of what the linear response says of a source.
-POSTERIOR = (
-    "component_logits",
-    "factor_mean",
-    "factor_residual",
-    "factor_covariance",
-    "plain_mean",
-    "plain_covariance",
-    "likeness",
-)
-# Fields of a query that the linear response is read with.
-RESPONSE_READ = ("gene_mean", "loadings", "noise", "pairs")
+
+
+class GppcDecodeKwargs(TransformersKwargs):
+    """Keyword arguments of `decode`; `with_variance`: whether to predict `logvar` too."""
+
+    with_variance: bool
 
 
 class GppcPreTrainedModel(PreTrainedModel):
-    """Weights, loading and saving."""
+    """Fresh weights, loading and saving."""
 
     config_class = GppcConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
+    _input_embed_layer = "perturbation_embedding"
     _no_split_modules = ["GppcBlock"]
     _keep_in_fp32_modules_strict = ["linear_response"]
     _supports_sdpa = True
     # A dozen tokens: flex attention has nothing to save there, and ends the process on a CPU (torch 2.13).
     _supports_flex_attn = False
     _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": GppcBlock, "attentions": GppcAttention}
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -56,60 +66,100 @@ class GppcPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
-        elif isinstance(module, GppcLinearResponse):
-            init.zeros_(module.gene_mean)
-            init.zeros_(module.loadings)
-            init.ones_(module.noise)
-            init.zeros_(module.component_means)
-            init.zeros_(module.component_logits)
-            init.zeros_(module.transition_logits)
-            init.zeros_(module.coupling)
-            init.zeros_(module.plain_root)
-            init.zeros_(module.plain_coupling)
-            init.zeros_(module.plain_share)
-            init.zeros_(module.reference_source)
-            init.zeros_(module.reference_target)
-            init.zeros_(module.reference_logits)
-            init.zeros_(module.reference_covariance)
-            init.ones_(module.reference_width)
-            init.constant_(module.familiarity_logit, ALWAYS)
-            init.ones_(module.evidence_scale)
+        elif isinstance(module, GppcClosedForm):
+            for name, buffer in module.named_buffers(recurse=False):
+                init.constant_(buffer, module.START.get(name, 0.0))
         elif isinstance(module, GppcScreenResponse):
             module.reset()
-        elif isinstance(module, GppcModel):
+        elif isinstance(module, GppcEncoder):
             init.normal_(module.latents, mean=0.0, std=spread)
         elif isinstance(module, GppcReadout):
-            # Zero gene vectors: training starts at the linear response and departs where data asks for it.
+            # Zero gene vectors: training starts at the linear response and leaves it where data asks for it.
             init.zeros_(module.gene_vectors)
             init.zeros_(module.gene_vectors_logvar)
             init.zeros_(module.gene_logvar)
 
 
-class GppcModel(GppcPreTrainedModel):
-    """Encodes a cell state into latents and lets perturbations act on them."""
+class GppcEncoder(GppcPreTrainedModel):
+    """
+    Turns what the linear response knows of a cell into latents.
+
+    That is all the network sees of the cell: a projection of the genes that was fitted in closed form, and not one that
+    noisy cells have to teach it.
+    """
 
     def __init__(self, config: GppcConfig):
         super().__init__(config)
-        width = config.hidden_size
-        self.linear_response = GppcLinearResponse(config)
-        self.state_proj = nn.Linear(config.num_factors + config.num_components, config.num_latents * width)
-        self.latents = nn.Parameter(torch.zeros(config.num_latents, width))
-        self.encoder = nn.ModuleList([GppcBlock(config) for _ in range(config.encoder_layers)])
-        self.perturbation_embedding = nn.Embedding(config.vocab_size, width)
-        self.perturbation_proj = nn.Linear(3 * width, width)
-        self.factor_proj = nn.Linear(config.num_factors + config.num_components, width)
-        self.pairing_embedding = nn.Embedding(len(config.pairings), width)
-        self.decoder = nn.ModuleList([GppcBlock(config) for _ in range(config.decoder_layers)])
-        self.final_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        known = config.num_factors + config.num_components
+        self.state_proj = nn.Linear(known, config.num_latents * config.hidden_size)
+        self.latents = nn.Parameter(torch.zeros(config.num_latents, config.hidden_size))
+        self.layers = nn.ModuleList([GppcBlock(config) for _ in range(config.encoder_layers)])
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        """The embedding of perturbed genes."""
-        return self.perturbation_embedding
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(self, known: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutput:
+        """Latents `(B, num_latents, hidden_size)` from factors and state probabilities `(B, num_factors + C)`."""
+        projected = self.state_proj(known.to(self.state_proj.weight.dtype))
+        hidden_states = projected.unflatten(1, self.latents.shape) + self.latents
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, **kwargs)
+        return BaseModelOutput(last_hidden_state=hidden_states)
 
-    def set_input_embeddings(self, value: nn.Module):
-        """Replaces the embedding of perturbed genes."""
-        self.perturbation_embedding = value
+
+class GppcDecoder(GppcPreTrainedModel):
+    """Lets latents, a token of what the linear response expects and tokens of perturbations attend to each other."""
+
+    def __init__(self, config: GppcConfig):
+        super().__init__(config)
+        self.pairing_embedding = nn.Embedding(len(config.pairings), config.hidden_size)
+        self.factor_proj = nn.Linear(config.num_factors + config.num_components, config.hidden_size)
+        self.layers = nn.ModuleList([GppcBlock(config) for _ in range(config.decoder_layers)])
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        latents: torch.Tensor,
+        expected: torch.Tensor,
+        tokens: torch.Tensor,
+        perturbation: GppcPerturbation,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutput:
+        """
+        Args:
+            latents (`torch.FloatTensor` of shape `(B, num_latents, hidden_size)`): From [`GppcEncoder`].
+            expected (`torch.FloatTensor` of shape `(B, num_factors + num_components)`): Factors and state probabilities
+                that the linear response expects.
+            tokens (`torch.FloatTensor` of shape `(B, K, hidden_size)`): From [`GppcPerturbationEmbeddings`].
+            perturbation ([`GppcPerturbation`]): What is imposed.
+
+        Returns:
+            `BaseModelOutput` with the latents and the linear response's token, `(B, num_latents + 1, hidden_size)`.
+        """
+        latents = latents + self.pairing_embedding(perturbation.pairing_ids)[:, None]
+        linear = self.factor_proj(expected.to(latents.dtype))[:, None]
+        hidden_states = torch.cat([latents, linear, tokens], dim=1)
+        kept = latents.shape[1] + 1
+        mask = nn.functional.pad(perturbation.mask, (kept, 0), value=1)
+        attention_mask = create_bidirectional_mask(self.config, hidden_states, mask)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, attention_mask, **kwargs)
+        return BaseModelOutput(last_hidden_state=self.norm(hidden_states[:, :kept]))
+
+
+class GppcModel(GppcPreTrainedModel):
+    """Encodes cells and lets perturbations act on them; [`GppcForPerturbationPrediction`] reads genes out of that."""
+
+    def __init__(self, config: GppcConfig):
+        super().__init__(config)
+        self.linear_response = GppcLinearResponse(config)
+        self.embeddings = GppcPerturbationEmbeddings(config)
+        self.encoder = GppcEncoder(config)
+        self.decoder = GppcDecoder(config)
+        self.post_init()
 
     def encode(
         self,
@@ -118,9 +168,10 @@ class GppcModel(GppcPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         measured_mask: torch.Tensor | None = None,
         panel_index: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> GppcEncoderOutput:
         """
-        Encodes cell states.
+        Encodes cells once, for any number of perturbations.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(B, N)`): Vocabulary ids of the expressed genes.
@@ -134,217 +185,168 @@ class GppcModel(GppcPreTrainedModel):
         Returns:
             [`GppcEncoderOutput`]
         """
-        values, measured = dense_state(
-            self.config.vocab_size, input_ids, expression_values, attention_mask, measured_mask, panel_index
-        )
-        centred = torch.where(measured, values - self.linear_response.gene_mean, torch.zeros_like(values))
-        panels = measured if measured_mask is None or panel_index is None else measured_mask.bool()
+        size, response = self.config.vocab_size, self.linear_response
+        if measured_mask is None:
+            tokens, panel_index = torch.ones_like(expression_values), None
+            measured_mask = scatter_tokens(tokens, input_ids, attention_mask, size)
+        panels = measured_mask.bool()
+        measured = panels if panel_index is None else panels[panel_index]
+        values = scatter_tokens(expression_values, input_ids, attention_mask, size).where(measured, 0)
         with torch.autocast(device_type=values.device.type, enabled=False):
-            posterior = self.linear_response.encode(
-                centred.float(), panels, None if measured_mask is None else panel_index
-            )
-        # What the linear response knows of the cell is all that the network sees of it: a projection of the genes that
-        # was fitted in closed form, and not one that noisy cells have to teach it.
-        logits, factors, *_ = posterior
-        known = torch.cat([factors, logits.exp()], dim=-1).to(self.state_proj.weight.dtype)
-        hidden_states = self.state_proj(known).view(-1, self.config.num_latents, self.config.hidden_size)
-        hidden_states = hidden_states + self.latents
-        for block in self.encoder:
-            hidden_states = block(hidden_states)
+            centred = (values.float() - response.gene_mean).where(measured, 0)
+            factors = response.encode(centred, panels, panel_index)
+            known = torch.cat([factors.states.mean, factors.states.log_weights.exp()], dim=-1)
+        encoded = self.encoder(known, return_dict=True, **kwargs)
         return GppcEncoderOutput(
-            last_hidden_state=hidden_states,
+            last_hidden_state=encoded.last_hidden_state,
             state_values=values,
             measured=measured,
-            **dict(zip(POSTERIOR, posterior)),
+            factors=factors,
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
         )
 
     def imposed_levels(
         self,
         encoded: GppcEncoderOutput,
-        perturbation_ids: torch.Tensor,
-        perturbation_values: torch.Tensor,
-        state_index: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Log values that the perturbed genes are set to, `(B, K)`: the source's level plus the change.
-
-        Where the source did not measure a gene its level is the one that the rest of the state suggests.
-        """
-        if state_index is None:
-            state_index = torch.arange(perturbation_ids.shape[0], device=perturbation_ids.device)
-        source = encoded.state_values[state_index[:, None], perturbation_ids]
-        response = self.linear_response
-        factors = encoded.factor_mean[state_index].to(response.loadings.dtype)
-        # Not a matrix product, which autocast would round.
-        shift = (nn.functional.embedding(perturbation_ids, response.loadings) * factors[:, None]).sum(-1)
-        expected = response.gene_mean[perturbation_ids] + shift
-        known = encoded.measured[state_index[:, None], perturbation_ids]
-        return torch.where(known, source, expected.to(source.dtype)) + perturbation_values
-
-    def decode(
-        self,
-        encoded: GppcEncoderOutput,
         perturbation_ids: torch.LongTensor,
         perturbation_values: torch.FloatTensor,
-        perturbation_mask: torch.Tensor,
-        pairing_ids: torch.LongTensor,
         state_index: torch.LongTensor | None = None,
-        padded: bool = True,
-        familiarity: torch.Tensor | None = None,
-    ) -> tuple[GppcModelOutput, torch.Tensor]:
+    ) -> torch.FloatTensor:
+        """Log values that perturbed genes are set to, `(B, K)`: the cell's level plus the change.
+
+        Where the cell did not measure a gene its level is the one that the rest of the cell suggests.
         """
-        Lets perturbations act on encoded states; arguments as in `forward`.
+        if state_index is None:
+            state_index = torch.arange(len(perturbation_ids), device=perturbation_ids.device)
+        cell, response = state_index[:, None], self.linear_response
+        loadings = nn.functional.embedding(perturbation_ids, response.loadings)
+        shift = (loadings * encoded.factors.states.mean[cell]).sum(-1)
+        expected = (response.gene_mean[perturbation_ids] + shift).to(encoded.state_values.dtype)
+        known = encoded.measured[cell, perturbation_ids]
+        return torch.where(known, encoded.state_values[cell, perturbation_ids], expected) + perturbation_values
 
-        Nothing as wide as the vocabulary is copied for a row that shares its state with others.
-
-        Args:
-            state_index (`torch.LongTensor` of shape `(B,)`, *optional*): Which encoded state each row acts on;
-                defaults to one a row.
-            padded (`bool`, *optional*, defaults to `True`): Whether `perturbation_mask` may hold zeros; attention is
-                faster without a mask.
-            familiarity (`torch.FloatTensor` of shape `(B,)`, *optional*): As in
-                [`GppcForPerturbationPrediction.decode`].
-
-        Returns:
-            [`GppcModelOutput`] and the imposed levels `(B, K)`.
-        """
-        levels = self.imposed_levels(encoded, perturbation_ids, perturbation_values, state_index)
-        with torch.autocast(device_type=levels.device.type, enabled=False):
-            component_logits, factor_mean, factor_covariance, familiarity, whole = self.linear_response.condition(
-                encoded.component_logits.float(),
-                encoded.factor_residual.float(),
-                encoded.factor_covariance.float(),
-                pairing_ids,
-                perturbation_ids,
-                levels.float(),
-                perturbation_mask,
-                state_index,
-                encoded.plain_mean,
-                encoded.plain_covariance,
-                # A network that is trained behind it would learn to make up for it.
-                None if self.training else encoded.likeness,
-                perturbation_values,
-                familiarity,
-            )
-        response = self.linear_response
-        identity = self.perturbation_embedding(perturbation_ids)
-        surprise = (levels - response.gene_mean[perturbation_ids]).to(identity.dtype)[:, :, None]
-        change = perturbation_values.to(identity.dtype)[:, :, None]
-        tokens = self.perturbation_proj(torch.cat([identity, surprise * identity, change * identity], dim=-1))
-        expected = torch.cat([whole, component_logits.exp()], dim=-1)
-        linear_token = self.factor_proj(expected.to(identity.dtype))[:, None]
-        states = encoded.last_hidden_state
-        if state_index is not None:
-            states = states.index_select(0, state_index)
-        latents = states + self.pairing_embedding(pairing_ids)[:, None]
-        shared, pairings = None, len(self.config.pairings)
-        if state_index is not None and encoded.last_hidden_state.shape[0] * pairings < len(state_index):
-            # Fewer states and pairings than rows: the first block projects the latents of each once.
-            every = encoded.last_hidden_state[:, None] + self.pairing_embedding.weight[:, None]
-            shared = every.flatten(0, 1), state_index * pairings + pairing_ids
-        hidden_states = torch.cat([latents, linear_token, tokens], dim=1)
-        attention_mask = None
-        if padded:
-            ones = perturbation_mask.new_ones(perturbation_mask.shape[0], latents.shape[1] + 1)
-            visible = torch.cat([ones, perturbation_mask], dim=1).bool()
-            attention_mask = torch.zeros(visible.shape, dtype=hidden_states.dtype, device=visible.device)
-            attention_mask = attention_mask.masked_fill(~visible, torch.finfo(hidden_states.dtype).min)[:, None, None]
-            attention_mask = attention_mask.expand(-1, -1, hidden_states.shape[1], -1)
-        # Nothing reads what the last block would make of the perturbations' own tokens.
-        kept = latents.shape[1] + 1
-        for place, block in enumerate(self.decoder):
-            keep = kept if place == len(self.decoder) - 1 else None
-            mask = None if attention_mask is None else attention_mask[:, :, :keep]
-            hidden_states = block(hidden_states, mask, keep, None if place else shared)
-        hidden_states = self.final_norm(hidden_states[:, :kept])
-        output = GppcModelOutput(
-            last_hidden_state=hidden_states,
-            encoder_last_hidden_state=states,
-            factor_mean=factor_mean,
-            factor_covariance=factor_covariance,
-            familiarity=familiarity,
-        )
-        return output, levels
-
-    def default_inputs(
+    def perturbation(
         self,
-        rows: int,
-        device: torch.device,
-        perturbation_ids: torch.Tensor | None = None,
-        perturbation_values: torch.Tensor | None = None,
+        encoded: GppcEncoderOutput,
+        perturbation_ids: torch.LongTensor | None = None,
+        perturbation_values: torch.FloatTensor | None = None,
         perturbation_mask: torch.Tensor | None = None,
-        pairing_ids: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Fills in what may be left out: no perturbation, all perturbations real, the default pairing."""
+        pairing_ids: torch.LongTensor | None = None,
+        state_index: torch.LongTensor | None = None,
+    ) -> GppcPerturbation:
+        """What is imposed on encoded cells; arguments as in [`GppcForPerturbationPrediction.decode`].
+
+        Raises:
+            ValueError: If rows do not fit the encoded cells, or `perturbation_values` does not fit `perturbation_ids`.
+        """
+        if state_index is None:
+            state_index = torch.arange(len(encoded.state_values), device=encoded.state_values.device)
+            if len(state_index) == 1 and perturbation_ids is not None:
+                state_index = state_index.expand(len(perturbation_ids))
         if perturbation_ids is None:
-            perturbation_ids = torch.zeros(rows, 0, dtype=torch.long, device=device)
-            perturbation_values = torch.zeros(rows, 0, device=device)
+            perturbation_ids = state_index.new_zeros(len(state_index), 0)
+            perturbation_values = encoded.state_values.new_zeros(len(state_index), 0)
         elif perturbation_values is None or perturbation_values.shape != perturbation_ids.shape:
             shape = None if perturbation_values is None else tuple(perturbation_values.shape)
             raise ValueError(
                 f"`perturbation_values` has shape {shape}; wanted {tuple(perturbation_ids.shape)}, "
                 "the change of log value of each of `perturbation_ids`."
             )
-        if perturbation_mask is None:
-            perturbation_mask = torch.ones_like(perturbation_ids)
+        if len(perturbation_ids) != len(state_index):
+            raise ValueError(
+                f"`perturbation_ids` has {len(perturbation_ids)} rows for {len(state_index)} encoded states; wanted one "
+                "row a state, a single state, or `state_index`."
+            )
         if pairing_ids is None:
-            default = self.config.pairings.index(self.config.default_pairing)
-            pairing_ids = torch.full((rows,), default, dtype=torch.long, device=device)
+            pairing_ids = torch.full_like(state_index, self.config.pairings.index(self.config.default_pairing))
+        mask = torch.ones_like(perturbation_ids) if perturbation_mask is None else perturbation_mask
         # Padding may hold anything; what it holds must not reach a sum.
-        real = perturbation_mask.bool()
-        perturbation_ids = torch.where(real, perturbation_ids, torch.zeros_like(perturbation_ids))
-        perturbation_values = torch.where(real, perturbation_values, torch.zeros_like(perturbation_values))
-        return perturbation_ids, perturbation_values, perturbation_mask, pairing_ids
+        ids, values = perturbation_ids.where(mask.bool(), 0), perturbation_values.where(mask.bool(), 0)
+        levels = self.imposed_levels(encoded, ids, values, state_index)
+        return GppcPerturbation(state_index, pairing_ids, ids, values, mask, levels)
 
+    @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor,
-        expression_values: torch.FloatTensor,
+        input_ids: torch.LongTensor | None = None,
+        expression_values: torch.FloatTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         measured_mask: torch.Tensor | None = None,
         panel_index: torch.LongTensor | None = None,
-        **perturbations,
+        perturbation_ids: torch.LongTensor | None = None,
+        perturbation_values: torch.FloatTensor | None = None,
+        perturbation_mask: torch.Tensor | None = None,
+        pairing_ids: torch.LongTensor | None = None,
+        encoder_outputs: GppcEncoderOutput | None = None,
+        state_index: torch.LongTensor | None = None,
+        familiarity: torch.FloatTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> GppcModelOutput:
-        """Encodes and decodes; see [`GppcForPerturbationPrediction.forward`] for the arguments."""
-        encoded = self.encode(input_ids, expression_values, attention_mask, measured_mask, panel_index)
-        given = self.default_inputs(input_ids.shape[0], input_ids.device, **perturbations)
-        return self.decode(encoded, *given)[0]
+        """
+        Encodes cells, unless `encoder_outputs` holds encoded ones, and lets perturbations act on them.
+
+        Arguments as in [`GppcForPerturbationPrediction.forward`] and [`GppcForPerturbationPrediction.decode`].
+        """
+        if encoder_outputs is None:
+            encoder_outputs = self.encode(
+                input_ids, expression_values, attention_mask, measured_mask, panel_index, **kwargs
+            )
+        response = self.linear_response
+        with torch.autocast(device_type=response.loadings.device.type, enabled=False):
+            perturbation = self.perturbation(
+                encoder_outputs, perturbation_ids, perturbation_values, perturbation_mask, pairing_ids, state_index
+            )
+            factors = response.condition(encoder_outputs.factors, perturbation, familiarity)
+            expected = torch.cat([factors.familiar_mean, factors.log_weights.exp()], dim=-1)
+        latents = encoder_outputs.last_hidden_state.index_select(0, perturbation.state_index)
+        surprise = perturbation.levels - response.gene_mean[perturbation.ids]
+        tokens = self.embeddings(perturbation.ids, surprise, perturbation.values)
+        decoded = self.decoder(latents, expected, tokens, perturbation, return_dict=True, **kwargs)
+        return GppcModelOutput(
+            last_hidden_state=decoded.last_hidden_state,
+            factors=factors,
+            perturbation=perturbation,
+            encoder_last_hidden_state=latents,
+            encoder_hidden_states=encoder_outputs.hidden_states,
+            encoder_attentions=encoder_outputs.attentions,
+            decoder_hidden_states=decoded.hidden_states,
+            decoder_attentions=decoded.attentions,
+        )
 
 
-class GppcForPerturbationPrediction(GppcPreTrainedModel):
-    """Predicts the expression of every gene after imposed changes, with a variance."""
+class GppcForPerturbationPrediction(GppcPreTrainedModel, GppcResponseMixin):
+    """
+    Predicts the expression of every gene after levels were imposed on some, with a variance.
+
+    The prediction is a closed-form linear response ([`GppcLinearResponse`]) plus a contribution of the network, as far as
+    the imposed levels are familiar ([`GppcFamiliarity`]).
+
+    Example:
+
+    ```python
+    >>> inputs = extractor(counts, gene_ids=names)  # cells x genes, raw counts
+    >>> encoded = model.encode(**inputs)
+    >>> change = extractor.perturbation_features("STAT1=ko", encoded.state_values.numpy())
+    >>> output = model.decode(encoded, **change)
+    >>> output.logits.shape  # expected log values after the perturbation
+    torch.Size([8, 2000])
+    ```
+    """
 
     # Trainer then passes the number of scored genes in all batches of an optimiser step, on all processes.
     accepts_loss_kwargs = True
 
     def __init__(self, config: GppcConfig):
         super().__init__(config)
-        self.model = GppcModel(config) if config.architecture == "latents" else None
-        self.readout = GppcReadout(config) if config.architecture == "latents" else None
-        self.origin = GppcOriginForm(config) if config.architecture == "origin" else None
+        self.model = GppcModel(config)
+        self.readout = GppcReadout(config)
         self.screen_response = GppcScreenResponse(config) if config.use_screen_response else None
         self.post_init()
 
     def encode(self, *args, **kwargs) -> GppcEncoderOutput:
-        """Encodes cell states once, for many calls of `decode`; see [`GppcModel.encode`]."""
+        """Encodes cells once, for many calls of `decode`; see [`GppcModel.encode`]."""
         return self.model.encode(*args, **kwargs)
-
-    def query(self, query_ids: torch.LongTensor | None = None) -> GppcQuery:
-        """Gathers what genes `query_ids` `(Q,)`, or all, are read out with, for many calls of `decode`.
-
-        Raises:
-            ValueError: If a gene is named twice.
-        """
-        found = {**self.model.linear_response.gather(query_ids), **self.readout.gather(query_ids)}
-        # Laid out as the matrix products want them, which read them many times.
-        found = {name: table.T.contiguous().T if table.ndim == 2 else table for name, table in found.items()}
-        if query_ids is None:
-            return GppcQuery(**found)
-        times = torch.bincount(query_ids)
-        if times.max() > 1:
-            raise ValueError(f"`query_ids` names gene {int(times.argmax())} {int(times.max())} times; give it once.")
-        place = torch.full((self.config.vocab_size + 1,), len(query_ids), device=query_ids.device)
-        place[query_ids] = torch.arange(len(query_ids), device=query_ids.device)
-        return GppcQuery(query_ids=query_ids, place=place, **found)
 
     def decode(
         self,
@@ -353,201 +355,73 @@ class GppcForPerturbationPrediction(GppcPreTrainedModel):
         perturbation_values: torch.FloatTensor | None = None,
         perturbation_mask: torch.Tensor | None = None,
         pairing_ids: torch.LongTensor | None = None,
-        query_ids: torch.LongTensor | GppcQuery | None = None,
+        query_ids: torch.LongTensor | None = None,
         state_index: torch.LongTensor | None = None,
-        familiarity: torch.Tensor | None = None,
-        with_variance: bool = True,
+        familiarity: torch.FloatTensor | None = None,
+        **kwargs: Unpack[GppcDecodeKwargs],
     ) -> GppcOutput:
         """
-        Predicts expression after perturbations of encoded states.
+        Predicts expression after perturbations of encoded cells. Nothing as wide as the vocabulary is made for a row.
 
         Args:
             encoded ([`GppcEncoderOutput`]): From `encode`.
-            perturbation_ids, perturbation_values, perturbation_mask, pairing_ids, query_ids: As in `forward`; many
-                calls for the same genes are faster with `query_ids=model.query(query_ids)`.
-            state_index (`torch.LongTensor` of shape `(B,)`, *optional*): Which encoded state each perturbation acts
-                on; defaults to one state a perturbation, or the only state for all.
-            familiarity (`torch.FloatTensor` of shape `(B,)`, *optional*): Taken instead of what the imposed levels say.
-                What a prediction is compared with should be asked for with that prediction's `familiarity`: else the
-                difference holds what one Gaussian and the whole model say of the same cell.
-            with_variance (`bool`, *optional*, defaults to `True`): Whether to predict `logvar` too, a quarter to a half
-                of the work of a large screen.
+            perturbation_ids, perturbation_values, perturbation_mask, pairing_ids, query_ids: As in `forward`.
+            state_index (`torch.LongTensor` of shape `(B,)`, *optional*): The encoded cell that each row acts on; defaults
+                to one a row, or the only cell for all.
+            familiarity (`torch.FloatTensor` of shape `(B,)`, *optional*): Taken instead of what the imposed levels say. A
+                prediction is compared with another one at the same familiarity: without a perturbation, ask with that
+                of the perturbed one, or the difference holds what two models say of the same cell.
+            **kwargs: `with_variance` (`bool`, defaults to `True`): Whether to predict `logvar` too, a quarter to a half
+                of the work for many rows. And those of `TransformersKwargs`, such as `output_hidden_states`.
 
         Returns:
-            [`GppcOutput`] without a loss; without `logvar` if that was not wanted.
+            [`GppcOutput`] without a loss.
 
         Raises:
-            ValueError: If rows do not fit the encoded states, or `perturbation_values` does not fit `perturbation_ids`.
+            ValueError: If rows do not fit the encoded cells, or `perturbation_values` does not fit `perturbation_ids`.
         """
-        device = encoded.state_values.device
-        states = encoded.state_values.shape[0] if state_index is None else state_index.shape[0]
-        rows = states if perturbation_ids is None else perturbation_ids.shape[0]
-        if state_index is None and states == 1 and rows > 1:
-            states, state_index = rows, torch.zeros(rows, dtype=torch.long, device=device)
-        if states != rows:
-            raise ValueError(
-                f"`perturbation_ids` has {rows} rows for {states} encoded states; wanted one row a "
-                "state, a single state, or `state_index`."
-            )
-        perturbations = self.model.default_inputs(
-            rows, device, perturbation_ids, perturbation_values, perturbation_mask, pairing_ids
+        with_variance = kwargs.pop("with_variance", True)
+        output = self.model(
+            encoder_outputs=encoded,
+            perturbation_ids=perturbation_ids,
+            perturbation_values=perturbation_values,
+            perturbation_mask=perturbation_mask,
+            pairing_ids=pairing_ids,
+            state_index=state_index,
+            familiarity=familiarity,
+            return_dict=True,
+            **kwargs,
         )
-        query = query_ids if isinstance(query_ids, GppcQuery) else None
-        query_ids = query_ids if query is None else query.query_ids
-        padded = perturbation_mask is not None
-        output, levels = self.model.decode(encoded, *perturbations, state_index, padded, familiarity)
-        response = self.model.linear_response
-        with torch.autocast(device_type=device.type, enabled=False):
-            # For a few rows the products of loadings cost more than they save.
-            pairs = with_variance and rows > 2 * self.config.num_factors
-            gathered = response.gather(query_ids, pairs) if query is None else query
-            read = {name: gathered[name] for name in RESPONSE_READ}
-            covariance = output.factor_covariance if with_variance else None
-            expected, variance = response.read(output.factor_mean, covariance, **read)
-        ids, _, mask, _ = perturbations
-        place = None if query is None else query.place
-
-        def put(levels: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-            return impose(values, query_ids, ids, levels, mask, self.config.vocab_size, place)
-
-        # Done in place as far as can be: every pass below is over a tensor as large as the answer.
-        base = expected if self.config.use_linear_response else read["gene_mean"].expand_as(expected).clone()
-        base = put(levels, base)
-        logits, logvar, size = base, None if variance is None else variance.log_(), base.new_zeros(rows)
-        if self.config.use_departure:
-            departure, logvar_change = self.readout(
-                output.last_hidden_state, output.familiarity, query_ids, query, with_variance
-            )
-            departure = put(torch.zeros_like(levels), departure.to(base.dtype))
-            size = torch.linalg.vector_norm(departure.detach().float(), dim=1) / departure.shape[1] ** 0.5
-            logits = departure.add_(base)
-            if logvar is not None:
-                logvar = logvar.add_(logvar_change, alpha=2.0 * MAX_LOG_VARIANCE_CHANGE).sub_(MAX_LOG_VARIANCE_CHANGE)
+        response, factors, perturbation = self.model.linear_response, output.factors, output.perturbation
+        genes = (
+            torch.arange(self.config.vocab_size, device=perturbation.ids.device) if query_ids is None else query_ids
+        )
+        with torch.autocast(device_type=genes.device.type, enabled=False):
+            linear = response.expected(factors.factors, query_ids)
+            logvar = response.variance(factors.factors, query_ids).log_() if with_variance else None
+        if not self.config.use_linear_response:
+            linear = rows_of(response.gene_mean, query_ids).expand_as(linear)
+        imposed = where_imposed(perturbation.ids, perturbation.mask, genes)
+        linear = impose(linear, perturbation.levels, imposed)
+        logits = linear
+        if self.config.use_network:
+            contribution = self.readout(output.last_hidden_state, factors.familiarity, query_ids, with_variance)
+            logits = linear + contribution.mean.to(linear.dtype).masked_fill_(imposed.any(1), 0)
+            logvar = logvar + contribution.logvar if with_variance else None
         return GppcOutput(
             logits=logits,
             logvar=logvar,
-            linear_response=base,
-            departure=size,
-            familiarity=output.familiarity,
+            linear_response=linear,
+            familiarity=factors.familiarity,
             encoder_last_hidden_state=output.encoder_last_hidden_state,
+            encoder_hidden_states=output.encoder_hidden_states,
+            encoder_attentions=output.encoder_attentions,
             decoder_last_hidden_state=output.last_hidden_state,
+            decoder_hidden_states=output.decoder_hidden_states,
+            decoder_attentions=output.decoder_attentions,
         )
 
-    def levels(self, encoded: GppcEncoderOutput | None = None) -> torch.Tensor:
-        """
-        Log values of encoded cells, `(B, vocab_size)`; where a gene was not measured, what the rest of the cell suggests.
-
-        Without cells the mean of the cells that the linear response was fitted on, `(1, vocab_size)`: of a screen, its
-        controls.
-        """
-        response = self.model.linear_response
-        if encoded is None:
-            return response.gene_mean[None]
-        expected = response.gene_mean + encoded.factor_mean.to(response.loadings.dtype) @ response.loadings.T
-        return torch.where(encoded.measured, encoded.state_values, expected.to(encoded.state_values.dtype))
-
-    @torch.no_grad()
-    def respond(
-        self,
-        encoded: GppcEncoderOutput | None = None,
-        perturbation_ids: torch.LongTensor | None = None,
-        perturbation_values: torch.FloatTensor | None = None,
-        perturbation_mask: torch.Tensor | None = None,
-        pairing_ids: torch.LongTensor | None = None,
-        query_ids: torch.LongTensor | None = None,
-        state_index: torch.LongTensor | None = None,
-    ) -> GppcResponseOutput:
-        """
-        What changes when expression is imposed: the prediction with the imposed levels minus that without.
-
-        The only place that subtracts. Both predictions are asked for in one frame, at the same familiarity. A model of
-        a CRISPR screen answers with what its perturbations were seen to do, see [`GppcScreenResponse`]; its answer does
-        not depend on the cells, beyond the level of the imposed genes in them.
-
-        Args:
-            encoded ([`GppcEncoderOutput`], *optional*): Cells, from `encode`. Only a model of a screen answers without,
-                for its own control cells.
-            perturbation_ids (`torch.LongTensor` of shape `(B, K)`): Genes whose expression is imposed. A model of a
-                screen also knows ids beyond the vocabulary, see [`GppcFeatureExtractor.target_index`].
-            perturbation_values (`torch.FloatTensor` of shape `(B, K)`): Change of their log values.
-            perturbation_mask, pairing_ids, query_ids, state_index: As in `decode`.
-
-        Returns:
-            [`GppcResponseOutput`]
-
-        Raises:
-            ValueError: If nothing is asked, or cells are missing where they are needed.
-
-        Example:
-
-        ```python
-        features = extractor.perturbation_features("STAT1=ko", model.levels())  # in the mean control cell of a screen
-        model.respond(**features).change  # of the log value of every gene, (1, vocab_size)
-        ```
-        """
-        if perturbation_ids is None or perturbation_values is None:
-            raise ValueError("`perturbation_ids` and `perturbation_values` are missing; wanted both, of shape (B, K).")
-        if encoded is None and self.screen_response is None:
-            raise ValueError("`encoded` is missing; only a model of a screen knows the cells that it answers for.")
-        rows = len(perturbation_ids)
-        if encoded is not None and state_index is None:
-            states = len(encoded.state_values)
-            state_index = torch.arange(rows, device=perturbation_ids.device) if states == rows else None
-            state_index = torch.zeros_like(perturbation_ids[:, 0]) if states == 1 else state_index
-        if pairing_ids is None:
-            default = self.config.pairings.index(self.config.default_pairing)
-            pairing_ids = torch.full((rows,), default, dtype=torch.long, device=perturbation_ids.device)
-        mask = torch.ones_like(perturbation_ids) if perturbation_mask is None else perturbation_mask
-        if self.screen_response is not None:
-            output = self.screen_response(self.model.linear_response, perturbation_ids, perturbation_values, mask)
-            if query_ids is not None:
-                output.change, output.variance = output.change[:, query_ids], output.variance[:, query_ids]
-            if encoded is not None:
-                output.expression = self._unperturbed(encoded, pairing_ids, query_ids, state_index) + output.change
-            return output
-        after = self.decode(
-            encoded,
-            perturbation_ids,
-            perturbation_values,
-            perturbation_mask,
-            pairing_ids,
-            query_ids,
-            state_index,
-            with_variance=False,
-        )
-        before = self._unperturbed(encoded, pairing_ids, query_ids, state_index, after.familiarity)
-        variance = (USUAL_DRIFT * self.model.linear_response.deviation()) ** 2
-        variance = variance if query_ids is None else variance[query_ids]
-        # Nothing perturbed: nothing changes, surely. And what is imposed changes by what is imposed.
-        asked = mask.bool().any(dim=1, keepdim=True)
-        at = {"query_ids": query_ids, "perturbation_ids": perturbation_ids, "mask": mask}
-        at["vocab_size"] = self.config.vocab_size
-        return GppcResponseOutput(
-            change=impose((after.logits - before) * asked, levels=perturbation_values, **at),
-            variance=impose(variance * asked, levels=torch.zeros_like(perturbation_values), **at),
-            expression=after.logits,
-            familiarity=after.familiarity,
-        )
-
-    def _unperturbed(self, encoded, pairing_ids, query_ids, state_index, familiarity=None) -> torch.Tensor:
-        """Prediction without a perturbation for rows `(B,)` of states and pairings, at their familiarity (1 if absent).
-
-        The mean is linear in the familiarity: each state and pairing is decoded twice, however many rows share it.
-        """
-        pairs, row = torch.unique(torch.stack([state_index, pairing_ids]), dim=1, return_inverse=True)
-        none, whole = (
-            self.decode(
-                encoded,
-                pairing_ids=pairs[1],
-                query_ids=query_ids,
-                state_index=pairs[0],
-                familiarity=torch.full_like(pairs[0], share, dtype=torch.float32),
-                with_variance=False,
-            ).logits[row]
-            for share in (0.0, 1.0)
-        )
-        return whole if familiarity is None else torch.lerp(none, whole, familiarity[:, None])
-
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor,
@@ -563,19 +437,21 @@ class GppcForPerturbationPrediction(GppcPreTrainedModel):
         labels: torch.FloatTensor | None = None,
         label_weights: torch.FloatTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> GppcOutput:
         """
+        Encodes cells and predicts their expression after perturbations.
+
         Args:
             input_ids (`torch.LongTensor` of shape `(B, N)`): Vocabulary ids of the expressed genes.
             expression_values (`torch.FloatTensor` of shape `(B, N)`): Their normalised log values.
             attention_mask (`torch.Tensor` of shape `(B, N)`, *optional*): 1 for a gene, 0 for padding.
-            measured_mask (`torch.BoolTensor`, *optional*): See [`GppcModel.encode`].
-            panel_index (`torch.LongTensor` of shape `(B,)`, *optional*): See [`GppcModel.encode`].
+            measured_mask, panel_index (`torch.Tensor`, *optional*): See [`GppcModel.encode`].
             perturbation_ids (`torch.LongTensor` of shape `(B, K)`, *optional*): Genes whose expression is imposed.
             perturbation_values (`torch.FloatTensor` of shape `(B, K)`, *optional*): Change of their log values.
             perturbation_mask (`torch.Tensor` of shape `(B, K)`, *optional*): 1 for a perturbation, 0 for padding.
             pairing_ids (`torch.LongTensor` of shape `(B,)`, *optional*): Index into `config.pairings` of the context
-                that source and target share; defaults to `config.default_pairing`.
+                that the cells before and after share; defaults to `config.default_pairing`.
             query_ids (`torch.LongTensor` of shape `(Q,)`, *optional*): Genes to predict; defaults to all.
             labels (`torch.FloatTensor` of shape `(B, Q)`, *optional*): Log values of the target, -100 where not
                 measured there.
@@ -583,22 +459,15 @@ class GppcForPerturbationPrediction(GppcPreTrainedModel):
                 genes were queried with unequal chances; defaults to 1.
             num_items_in_batch (`torch.Tensor` or `int`, *optional*): Scored genes that the loss is divided by, where
                 this batch is one of several that make an optimiser step; defaults to those of this batch.
+            **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
 
         Returns:
             [`GppcOutput`]
         """
-        if self.origin is not None:
-            values, _ = dense_state(
-                self.config.vocab_size, input_ids, expression_values, attention_mask, measured_mask, panel_index
-            )
-            output = GppcOutput(
-                logits=self.origin(values, perturbation_ids, perturbation_values, perturbation_mask, query_ids)
-            )
-        else:
-            encoded = self.encode(input_ids, expression_values, attention_mask, measured_mask, panel_index)
-            output = self.decode(
-                encoded, perturbation_ids, perturbation_values, perturbation_mask, pairing_ids, query_ids
-            )
+        encoded = self.encode(input_ids, expression_values, attention_mask, measured_mask, panel_index, **kwargs)
+        output = self.decode(
+            encoded, perturbation_ids, perturbation_values, perturbation_mask, pairing_ids, query_ids, **kwargs
+        )
         if labels is not None:
             output.loss = self.loss(output, labels, num_items_in_batch, label_weights)
         return output
@@ -617,17 +486,15 @@ class GppcForPerturbationPrediction(GppcPreTrainedModel):
         """
         scored = labels != IGNORED_LABEL
         count = (scored.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)).clamp(min=1)
-        error = torch.where(scored, output.logits - labels, torch.zeros_like(labels)).float()
-        squared = error.square() if label_weights is None else error.square() * label_weights
-        loss = squared.sum() / count
-        if output.logvar is not None and self.config.variance_loss_weight > 0 and self.config.use_departure:
+        squared = (output.logits - labels).where(scored, 0).float().square()
+        total = squared
+        if output.logvar is not None and self.config.variance_loss_weight > 0 and self.config.use_network:
             logvar = output.logvar.float()
-            likelihood = 0.5 * (logvar + error.detach().square() * torch.exp(-logvar))
-            likelihood = torch.where(scored, likelihood, torch.zeros_like(likelihood))
-            if label_weights is not None:
-                likelihood = likelihood * label_weights
-            loss = loss + self.config.variance_loss_weight * likelihood.sum() / count
-        return loss
+            likelihood = 0.5 * (logvar + squared.detach() * torch.exp(-logvar))
+            total = squared + self.config.variance_loss_weight * likelihood.where(scored, 0)
+        if label_weights is not None:
+            total = total * label_weights
+        return total.sum() / count
 
 
 __all__ = ["GppcForPerturbationPrediction", "GppcModel", "GppcPreTrainedModel"]

@@ -30,9 +30,9 @@ def tiny_model(seed: int = 0, **options) -> GppcForPerturbationPrediction:
     config = GppcConfig(vocab_size=len(GENES), **{"pairings": ["same_type", "same_dataset"], **SIZES, **options})
     model = GppcForPerturbationPrediction(config).eval()
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if name.endswith("reference_covariance"):
+        if name.endswith("familiarity.covariance"):
             tensor.data = 0.2 * torch.eye(len(tensor))
-        elif name.endswith(("noise", "reference_width")):
+        elif name.endswith(("noise", "width")):
             tensor.data = torch.rand_like(tensor) + 0.5
         else:
             tensor.data = 0.3 * torch.randn_like(tensor)

@@ -133,7 +133,7 @@ class _Mixer:
         options = dataclasses.replace(self.plan.options, seed=self.plan.options.seed + EPOCH_STRIDE * epoch)
         cells = self.plan.shard_cells(shard)
         values = read_shard_values(self.plan.matrix, cells, options, self.plan.vocabulary, self.plan.gene_lengths)
-        rows = ShardRows(cells, values, self.plan.panels, options, shard, self.plan.revealable)
+        rows = ShardRows(cells, values, self.plan.panels, options, shard)
         table = pa.Table.from_batches(rows.batches(SPLITS.index(self.options.split)), PAIR_SCHEMA).combine_chunks()
         drawn = np.random.default_rng([self.options.seed, epoch, shard]).permutation(table.num_rows)
         drawn = dict(zip(rounds, np.array_split(drawn, len(rounds))))

@@ -48,8 +48,7 @@ def estimate(options: PairOptions, num_proc: int = 1) -> dict:
         keys = (group * len(SPLITS) + split) * len(bounds) + shard
         _, inverse, sizes = np.unique(keys, return_inverse=True, return_counts=True)
         has_partner |= (sizes[inverse] >= 2) & (group >= 0)
-    directions = 2 if options.matching.both_directions else 1
-    n_pairs = int(has_partner.sum()) * options.matching.pairs_per_cell * directions // options.matching.pseudobulk
+    n_pairs = int(has_partner.sum()) * options.matching.pairs_per_cell // options.matching.pseudobulk
     sample = _sample(query, options, cells)
     panel_pass = sample["read_seconds_per_cell"] * (split == 0).sum()
     pair_pass = sample["read_seconds_per_cell"] * n_cells + sample["pair_seconds"] * n_pairs
@@ -109,11 +108,10 @@ def _sample(query: CellQuery, options: PairOptions, cells: pa.Table) -> dict:
         table.append_column("panel", pa.array(panel.reshape(-1)[dataset].astype(np.int32))),
         len(options.matching.pairings),
     )
-    everything = [np.ones(len(chosen_genes), dtype=bool)] * len(SPLITS)
     file_format = auto_format(len(chosen_genes)) if options.file_format == "auto" else options.file_format
     sink, n_rows = pa.BufferOutputStream(), 0
     with shard_writer(sink, PAIR_SCHEMA, f".{file_format}") as writer:
-        for batch in ShardRows(labels, values, panels, options, 0, everything).batches(0):
+        for batch in ShardRows(labels, values, panels, options, 0).batches(0):
             writer.write_batch(batch)
             n_rows += batch.num_rows
     return {

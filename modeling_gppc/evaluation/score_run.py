@@ -73,11 +73,9 @@ def score_model(
     write_results(results, out / "results.json")
     plot_scores(results, out / "figures" / "scores.png")
     text = render_results(results)
-    if model.model is not None:
-        prediction = first_prediction(model, feature_extractor_of(folder), folder, options.perturbation)
-        prediction.plot(out / "figures" / "first_prediction.png")
-        text += f"\n\n{prediction.text()}"
-    return text
+    prediction = first_prediction(model, feature_extractor_of(folder), folder, options.perturbation)
+    prediction.plot(out / "figures" / "first_prediction.png")
+    return f"{text}\n\n{prediction.text()}"
 
 
 def evaluate_run(

@@ -7,7 +7,7 @@ import numpy as np
 from data_scripts.cells.screen_cells import TechnicalCovariates
 from data_scripts.cells.screens import CONTROL, Screen
 from modeling_gppc.fitting.factor_model import FactorModel, choose_rank, fit_factor_model, fit_pair_coupling
-from modeling_gppc.modeling_gppc import USUAL_DRIFT
+from modeling_gppc.response_gppc import USUAL_DRIFT
 
 # Of the three explanations of a correlation one is an effect of the target: it acts on the gene, the gene acts on it, or
 # something acts on both (Reichenbach 1956).

@@ -27,7 +27,7 @@ def put_references(
     pairs: list[np.ndarray],
     rng: np.random.Generator,
 ) -> None:
-    """Keeps some training pairs of every pairing as the plain Gaussian's factors of both cells.
+    """Keeps some training pairs of every pairing as the single Gaussian's factors of both cells.
 
     Args:
         model ([`GppcForPerturbationPrediction`]): Changed in place.
@@ -37,27 +37,29 @@ def put_references(
         rng (`np.random.Generator`): Chooses among them.
     """
     response, n_genes = model.model.linear_response, panels.shape[1]
-    response.reference_logits.fill_(EMPTY)
+    familiarity, root = response.familiarity, response.single_root
+    familiarity.logits.fill_(EMPTY)
     covariances = []
     for pairing, rows in enumerate(pairs):
         if len(rows) > model.config.num_references:
             rows = np.sort(rng.choice(rows, model.config.num_references, replace=False))
         if not len(rows):
             continue
-        for side, factors in (("source", response.reference_source), ("target", response.reference_target)):
+        cells = {}
+        for side in ("source", "target"):
             which = dataset.table.column(f"{side}_panel").to_numpy()[rows]
             present, index = np.unique(which, return_inverse=True)
             measured = torch.from_numpy(panels[present])
             values = torch.from_numpy(dataset.dense_cells(side, rows, n_genes)).to(response.gene_mean)
             centred = torch.where(measured[index], values - response.gene_mean, 0.0)
-            _, mean, _, covariance, plain_mean, plain_covariance, _ = response.encode(
-                centred, measured, torch.from_numpy(index)
-            )
-            factors[pairing, : len(rows)] = mean if plain_mean is None else plain_mean
-        covariances.append((covariance if plain_mean is None else plain_covariance).mean(0))
-        response.reference_logits[pairing, : len(rows)] = 0.0
+            cells[side] = response.encode(centred, measured, torch.from_numpy(index)).single
+        target = cells["target"].turned(root)
+        familiarity.source[pairing, : len(rows)] = cells["source"].mean
+        familiarity.target[pairing, : len(rows)] = target.mean
+        familiarity.logits[pairing, : len(rows)] = 0.0
+        covariances.append(target.covariance.mean(0))
     if covariances:
-        response.reference_covariance.copy_(torch.stack(covariances).mean(0))
+        familiarity.covariance.copy_(torch.stack(covariances).mean(0))
 
 
 @torch.inference_mode()
@@ -65,15 +67,14 @@ def choose_width(
     model: GppcForPerturbationPrediction, validation: PairDataset, panels: np.ndarray, rows: np.ndarray
 ) -> None:
     """Chooses how near a reference has to be: the least width at which half of the validation sources find company."""
-    response, collate = model.model.linear_response, PairCollator(panels)
-    response.familiarity_logit.fill_(FAMILIAR_LOG_ODDS)
+    familiarity, collate = model.model.linear_response.familiarity, PairCollator(panels)
+    familiarity.prior_logit.fill_(FAMILIAR_LOG_ODDS)
     found = np.full(len(model.config.pairings), False)
     for width in REFERENCE_WIDTHS:
-        response.reference_width[torch.from_numpy(~found)] = width
+        familiarity.width[torch.from_numpy(~found)] = width
         company = []
         for start in range(0, len(rows), 256):
             batch = collate(validation[rows[start : start + 256]])
-            company.append(
-                model.encode(**{name: batch[name] for name in SOURCE}).likeness.mul(2).logsumexp(2).neg().exp()
-            )
+            weights = model.encode(**{name: batch[name] for name in SOURCE}).factors.reference_weights
+            company.append(weights.mul(2).logsumexp(1).neg().exp().view(-1, len(found)))
         found |= torch.cat(company).median(0).values.numpy() >= COMPANY

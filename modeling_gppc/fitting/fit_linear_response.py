@@ -9,7 +9,7 @@ from data_scripts.batches.data_collator import PairCollator
 from data_scripts.batches.pair_dataset import PairDataset
 from modeling_gppc.fitting.factor_mixture import FactorMixture, fit_factor_mixture, fit_mixture_coupling
 from modeling_gppc.fitting.factor_model import FactorModel, fit_factor_model
-from modeling_gppc.fitting.fit_familiarity import choose_width, put_references
+from modeling_gppc.fitting.fit_familiarity import SOURCE, choose_width, put_references
 from modeling_gppc.linear_response_gppc import GppcLinearResponse
 from modeling_gppc.modeling_gppc import IGNORED_LABEL, GppcForPerturbationPrediction
 
@@ -19,9 +19,9 @@ BLOCK_VALUES = 64_000_000
 UNUSED = -1e4
 EVIDENCE_SCALES = (1.0, 0.7, 0.5, 0.35, 0.25, 0.1)
 SCALE_PAIRS = 1_536
-# Of the one Gaussian in the average. Not tuned: halves.
-PLAIN_SHARE = 0.5
-PERTURBATIONS = ("perturbation_ids", "perturbation_values", "perturbation_mask", "pairing_ids")
+# Of the single Gaussian in the average. Not tuned: halves.
+SINGLE_SHARE = 0.5
+PERTURBATION = ("perturbation_ids", "perturbation_values", "perturbation_mask", "pairing_ids")
 
 
 def initialize_linear_response(
@@ -36,8 +36,8 @@ def initialize_linear_response(
     """
     Fits gene means, loadings, noise, cell states and the coupling of every pairing on the training pairs; no gradient.
 
-    Cell states are kept only where they pay: the plain conditional Gaussian (one state) is fitted first. The average
-    of its response and that of the states is taken if it raises the squared error on the validation pairs of no pairing.
+    Cell states are kept only where they pay: the single conditional Gaussian is fitted first. The average of its
+    response and that of the states is taken if it raises the squared error on the validation pairs of no pairing.
 
     Args:
         model ([`GppcForPerturbationPrediction`]): Changed in place.
@@ -74,10 +74,9 @@ def initialize_linear_response(
 
     def put_states(n_components: int) -> np.ndarray:
         mixture = fit_factor_mixture(fitted, *cells, panels, n_components=n_components, seed=seed)
-        plain = response.coupling.clone()
         _put_mixture(response, mixture)
         if n_components > 1:
-            _put_plain(response, fitted, mixture, plain)
+            _put_single(response, fitted, mixture)
         for pairing, chosen in enumerate(pairs):
             if len(chosen):
                 _put_coupling(response, pairing, mixture, dataset, panels, chosen)
@@ -99,30 +98,29 @@ def initialize_linear_response(
 @torch.no_grad()
 def _put_mixture(response: GppcLinearResponse, mixture: FactorMixture) -> None:
     components, factors = mixture.means.shape
+    states = response.states
     response.gene_mean.copy_(_tensor(mixture.model.mean, response))
     response.noise.copy_(_tensor(mixture.model.noise, response))
     response.loadings.zero_()[:, :factors] = _tensor(mixture.model.loadings, response)
-    response.component_means.zero_()[:components, :factors] = _tensor(mixture.means, response)
+    states.component_means.zero_()[:components, :factors] = _tensor(mixture.means, response)
     # Components that the data did not need are never entered.
-    response.component_logits.fill_(UNUSED)[:components] = _tensor(np.log(mixture.weights), response)
-    response.transition_logits.zero_()
-    response.coupling.zero_()
-    # One state is the plain Gaussian itself.
-    response.plain_root.copy_(torch.eye(len(response.plain_root)))
-    response.plain_coupling.zero_()
-    response.plain_share.zero_()
+    states.component_logits.fill_(UNUSED)[:components] = _tensor(np.log(mixture.weights), response)
+    states.transition_logits.zero_()
+    states.coupling.zero_()
+    # One state is the single Gaussian itself.
+    response.single_root.copy_(torch.eye(len(response.single_root)))
+    response.single_share.zero_()
+    if components == 1:
+        response.single.coupling.zero_()
 
 
 @torch.no_grad()
-def _put_plain(
-    response: GppcLinearResponse, model: FactorModel, mixture: FactorMixture, coupling: torch.Tensor
-) -> None:
-    """The one Gaussian beside the states, its factors in terms of theirs."""
-    response.plain_root.zero_()
+def _put_single(response: GppcLinearResponse, model: FactorModel, mixture: FactorMixture) -> None:
+    """The single Gaussian beside the states: its factors in terms of theirs; its coupling is there already."""
+    response.single_root.zero_()
     root = np.linalg.lstsq(mixture.model.loadings, model.loadings, rcond=None)[0]
-    response.plain_root[: len(root), : len(root)] = _tensor(root, response)
-    response.plain_coupling.copy_(coupling)
-    response.plain_share.fill_(PLAIN_SHARE)
+    response.single_root[: len(root), : len(root)] = _tensor(root, response)
+    response.single_share.fill_(SINGLE_SHARE)
 
 
 @torch.no_grad()
@@ -144,18 +142,19 @@ def _put_coupling(
         panels,
     )
     components, factors = mixture.means.shape
-    response.coupling[pairing, :factors, :factors] = _tensor(coupling, response)
+    states = response.states
+    states.coupling[pairing, :factors, :factors] = _tensor(coupling, response)
     if components == 1:
-        response.plain_coupling[pairing] = response.coupling[pairing]
-    response.transition_logits[pairing].fill_(UNUSED)
-    response.transition_logits[pairing, :components, :components] = _tensor(np.log(transition), response)
+        response.single.coupling[pairing] = states.coupling[pairing]
+    states.transition_logits[pairing].fill_(UNUSED)
+    states.transition_logits[pairing, :components, :components] = _tensor(np.log(transition), response)
 
 
 def choose_evidence_scale(
     model: GppcForPerturbationPrediction, dataset: PairDataset, panels: np.ndarray, pairing: int, rows: np.ndarray
 ) -> None:
     """Sets how far the imposed levels are trusted to tell the target's cell state, by squared error on `rows`."""
-    scales = model.model.linear_response.evidence_scale
+    scales = model.model.linear_response.states.evidence_scale
     errors = []
     for scale in EVIDENCE_SCALES:
         scales[pairing] = scale
@@ -174,53 +173,30 @@ def linear_errors(
     for start in range(0, len(rows), 256):
         batch = collate(dataset[rows[start : start + 256]])
         labels = batch["labels"]
-        _, mean, *_ = linear_response_of(model, batch)
-        expected = response.gene_mean + mean @ response.loadings.T
+        encoded = model.encode(**{name: batch[name] for name in SOURCE})
+        perturbation = model.model.perturbation(encoded, **{name: batch[name] for name in PERTURBATION})
+        expected = response.expected(response.condition(encoded.factors, perturbation).factors)
         error = torch.where(labels != IGNORED_LABEL, expected - labels, torch.zeros(())).square().sum(1)
         totals += np.bincount(batch["pairing_ids"], weights=error.double(), minlength=len(totals))
     return totals
 
 
-def linear_response_of(
-    model: GppcForPerturbationPrediction, batch: dict[str, torch.Tensor]
-) -> tuple[torch.Tensor, ...]:
-    """What [`GppcLinearResponse.condition`] says of a collated batch."""
-    perturbations = {name: batch[name] for name in PERTURBATIONS}
-    encoded = model.encode(
-        **{name: tensor for name, tensor in batch.items() if name not in (*PERTURBATIONS, "labels")}
-    )
-    ids, changes = perturbations["perturbation_ids"], perturbations["perturbation_values"]
-    return model.model.linear_response.condition(
-        encoded.component_logits,
-        encoded.factor_residual,
-        encoded.factor_covariance,
-        perturbations["pairing_ids"],
-        ids,
-        model.model.imposed_levels(encoded, ids, changes),
-        perturbations["perturbation_mask"],
-        plain_mean=encoded.plain_mean,
-        plain_covariance=encoded.plain_covariance,
-        likeness=encoded.likeness,
-        changes=changes,
-    )
-
-
-def keep_departure_if_it_pays(model: GppcForPerturbationPrediction, log_history: list[dict]) -> bool:
-    """Switches the learned departure off where the best checkpoint's validation error is not below the linear one's.
+def keep_network_if_it_pays(model: GppcForPerturbationPrediction, log_history: list[dict]) -> bool:
+    """Switches the network off where the best checkpoint's validation error is not below the linear one's.
 
     Args:
         model ([`GppcForPerturbationPrediction`]): The best checkpoint's; its configuration is changed in place.
         log_history (`list[dict]`): The trainer's log, with `eval_mse` and `eval_linear_mse` of every evaluation.
 
     Returns:
-        `bool`: Whether the departure is kept.
+        `bool`: Whether the network is kept.
     """
     evaluations = [entry for entry in log_history if "eval_linear_mse" in entry]
-    if not model.config.use_departure or not evaluations:
-        return model.config.use_departure
+    if not model.config.use_network or not evaluations:
+        return model.config.use_network
     best = min(evaluations, key=lambda entry: entry["eval_mse"])
-    model.config.use_departure = best["eval_mse"] < best["eval_linear_mse"]
-    return model.config.use_departure
+    model.config.use_network = best["eval_mse"] < best["eval_linear_mse"]
+    return model.config.use_network
 
 
 def _tensor(array: np.ndarray, response) -> torch.Tensor:

@@ -52,7 +52,7 @@ def fit_screen(
         num_members=inputs[0].shape[1],
         num_targets=len(extractor.target_ids),
         # No network: the closed forms are all there is.
-        use_departure=False,
+        use_network=False,
         hidden_size=1,
         num_latents=1,
         readout_size=1,
@@ -73,7 +73,7 @@ def fit_screen(
             (linear_response, "gene_mean", controls.factors.mean),
             (linear_response, "loadings", controls.factors.loadings),
             (linear_response, "noise", controls.factors.noise),
-            (linear_response, "coupling", controls.coupling[None]),
+            (linear_response.states, "coupling", controls.coupling[None]),
             (part, "held", held),
             (part, "counted", counted),
             (part, "share", SHARE),

@@ -17,7 +17,7 @@ OWN_SETTINGS = (
     "num_factors",
     "num_components",
     "num_references",
-    "use_departure",
+    "use_network",
     "hidden_dropout_prob",
     "attention_probs_dropout_prob",
     "variance_loss_weight",

@@ -297,13 +297,11 @@ def row_errors(model: GppcForPerturbationPrediction, output, labels: torch.Tenso
         return torch.where(scored, predicted.float() - target, torch.zeros_like(target)).square()
 
     error = squared(output.logits)
-    linear = error if output.linear_response is None else squared(output.linear_response)
-    mean = model.model.linear_response.gene_mean if model.model is not None else torch.zeros_like(target[0])
-    likelihood = torch.zeros_like(error)
-    if output.logvar is not None:
-        logvar = output.logvar.float()
-        likelihood = 0.5 * (logvar + error * torch.exp(-logvar) + math.log(2 * math.pi))
-        likelihood = torch.where(scored, likelihood, torch.zeros_like(likelihood))
+    linear = squared(output.linear_response)
+    mean = model.model.linear_response.gene_mean
+    logvar = output.logvar.float()
+    likelihood = 0.5 * (logvar + error * torch.exp(-logvar) + math.log(2 * math.pi))
+    likelihood = torch.where(scored, likelihood, torch.zeros_like(likelihood))
     parts = (error, linear, squared(mean.expand_as(target)), likelihood, scored.float())
     return torch.stack([part.sum(1) for part in parts], dim=1)
 
@@ -383,7 +381,7 @@ def make_trainer(
     if options.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(early_stopping_patience=options.early_stopping_patience))
     # The variance's parameters get no gradient where its likelihood has no weight.
-    unused = model.model is not None and (model.config.variance_loss_weight == 0 or not model.config.use_departure)
+    unused = model.config.variance_loss_weight == 0 or not model.config.use_network
     trainer = GppcTrainer(
         model=model,
         args=training_arguments(options, output_dir, seed, unused, streamed=isinstance(train, IterableDataset)),

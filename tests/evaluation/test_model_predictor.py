@@ -16,7 +16,7 @@ def test_linear_path_of_the_model_is_the_numpy_reference():
     floor.ranks = (4,)
     floor.fit(train, train)
     config = GppcConfig(
-        vocab_size=GENES, num_factors=4, hidden_size=8, readout_size=8, num_latents=2, use_departure=False
+        vocab_size=GENES, num_factors=4, hidden_size=8, readout_size=8, num_latents=2, use_network=False
     )
     model = GppcForPerturbationPrediction(config)
     response = model.model.linear_response
@@ -24,7 +24,7 @@ def test_linear_path_of_the_model_is_the_numpy_reference():
         for name in ("loadings", "noise"):
             getattr(response, name).copy_(torch.as_tensor(getattr(floor.model, name)))
         response.gene_mean.copy_(torch.as_tensor(floor.model.mean))
-        response.coupling[0].copy_(torch.as_tensor(floor.coupling.matrix))
+        response.states.coupling[0].copy_(torch.as_tensor(floor.coupling.matrix))
     mean, variance = ModelPredictor(model, batch_size=16)(test)
     expected, expected_variance = floor.predict_moments(test)
     scored = test.scored  # revealed genes hold the imposed level in the model

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from test_fit_linear_response import GENES, PAIRINGS, pair_table, started
+from gaussian_pairs import GENES, PAIRINGS, pair_table, started
 
 from data_scripts.batches.data_collator import PairCollator
 from data_scripts.batches.pair_dataset import PairDataset
@@ -23,13 +23,13 @@ def model(request, tables):
     return started(*tables, request.param)
 
 
-def test_references_are_pairs_as_the_plain_gaussian_sees_them(model, tables):
+def test_references_are_pairs_as_the_single_gaussian_sees_them(model, tables):
     response = model.model.linear_response
-    root = np.eye(3) if len(response.component_means) == 1 else response.plain_root.double().numpy()
+    reference, root = response.familiarity, response.single_root.double().numpy()
     loadings = response.loadings.double().numpy() @ root
     weighted = loadings / response.noise.double().numpy()[:, None]
     covariance = np.linalg.inv(weighted.T @ loadings + np.eye(3))
-    np.testing.assert_allclose(response.reference_covariance, covariance, atol=1e-4)
+    np.testing.assert_allclose(reference.covariance, root @ covariance @ root.T, atol=1e-4)
     dataset = PairDataset(tables[0], PAIRINGS)
     for pairing in (0, 1):
         rows = np.flatnonzero(dataset.pairing_ids == pairing)
@@ -37,10 +37,10 @@ def test_references_are_pairs_as_the_plain_gaussian_sees_them(model, tables):
             (dataset.dense_cells(side, rows, GENES) - response.gene_mean.numpy()) @ weighted @ covariance
             for side in ("source", "target")
         ]
-        kept = response.reference_logits[pairing].numpy() == 0
+        kept = reference.logits[pairing].numpy() == 0
         assert kept.sum() == min(len(rows), model.config.num_references) > 700
-        found = np.concatenate([response.reference_source[pairing], response.reference_target[pairing]], 1)[kept]
-        wanted = np.concatenate(both, axis=1)
+        found = np.concatenate([reference.source[pairing], reference.target[pairing]], 1)[kept]
+        wanted = np.concatenate([both[0], both[1] @ root.T], axis=1)
         # Each is one of the pairs, source and target together, and none twice.
         distance = ((found[:, None] - wanted[None]) ** 2).sum(-1)
         assert distance.min(axis=1).max() < 1e-3
@@ -48,22 +48,22 @@ def test_references_are_pairs_as_the_plain_gaussian_sees_them(model, tables):
 
 
 def test_the_least_width_with_company_is_taken(model, tables):
-    response, validation = model.model.linear_response, PairDataset(tables[1], PAIRINGS)
+    reference, validation = model.model.linear_response.familiarity, PairDataset(tables[1], PAIRINGS)
     rows = np.arange(len(validation))
 
     def company(width: float) -> np.ndarray:
-        response.reference_width.fill_(width)
+        reference.width.fill_(width)
         batch = PairCollator(PANELS)(validation[rows])
         names = ("input_ids", "expression_values", "attention_mask", "measured_mask", "panel_index")
-        weights = model.encode(**{name: batch[name] for name in names}).likeness.detach().exp().numpy()
-        return np.median(1 / (weights**2).sum(-1), axis=0)
+        weights = model.encode(**{name: batch[name] for name in names}).factors.reference_weights.exp().numpy()
+        return np.median(1 / (weights**2).sum(-1).reshape(-1, len(PAIRINGS)), axis=0)
 
     wanted = []
     for pairing in (0, 1):
         enough = [width for width in REFERENCE_WIDTHS if company(width)[pairing] >= COMPANY]
         wanted.append(enough[0] if enough else REFERENCE_WIDTHS[-1])
     choose_width(model, validation, PANELS, rows)
-    assert response.reference_width.tolist() == wanted
+    assert reference.width.tolist() == wanted
 
 
 @torch.no_grad()

@@ -11,7 +11,6 @@ from modeling_gppc import GppcConfig, GppcForPerturbationPrediction
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"architecture": "latent"}, "`architecture` is 'latent'; wanted one of latents, origin"),
         ({"hidden_size": 30}, r"`hidden_size` is 30; wanted a multiple of `num_attention_heads` \(4\)"),
         ({"vocab_size": 0}, "`vocab_size` is 0; wanted at least 1"),
         ({"num_latents": 0}, "`num_latents` is 0"),
@@ -51,16 +50,11 @@ def test_saved_and_loaded_it_is_the_same(tmp_path):
         assert loaded.default_pairing == "b"
 
 
-@pytest.mark.parametrize("architecture", ["latents", "origin"])
-def test_sizes_reach_the_model(architecture):
-    model = tiny_model(architecture=architecture)
+def test_sizes_reach_the_model():
+    model = tiny_model()
     assert isinstance(model, GppcForPerturbationPrediction)
-    if architecture == "origin":
-        assert model.origin.embedding.weight.shape == (12, 8)
-        assert model.model is None
-        return
-    assert model.model.perturbation_embedding.weight.shape == (12, 8)
-    assert model.model.latents.shape == (2, 8)
+    assert model.model.embeddings.perturbation_embedding.weight.shape == (12, 8)
+    assert model.model.encoder.latents.shape == (2, 8)
     assert model.model.linear_response.loadings.shape == (12, 3)
     assert model.readout.gene_vectors.shape == (12, 8)
-    assert model.get_input_embeddings() is model.model.perturbation_embedding
+    assert model.get_input_embeddings() is model.model.embeddings.perturbation_embedding

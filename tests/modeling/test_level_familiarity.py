@@ -7,7 +7,7 @@ from scipy.special import logsumexp
 from scipy.stats import multivariate_normal
 from tiny_model import tiny_model
 
-from modeling_gppc.linear_response_gppc import ALWAYS
+from modeling_gppc.familiarity_gppc import ALWAYS
 
 GENES = 12
 
@@ -17,12 +17,11 @@ def model(request):
     """With one cell state and with several; some places of references are empty."""
     model = tiny_model(2, num_components=request.param)
     response = model.model.linear_response
-    response.reference_logits.zero_()
-    response.reference_logits[1, 5:] = -1e4
-    response.plain_share.fill_(0.4)
-    if request.param == 1:  # which then lies where all cells do
-        response.component_means.zero_()
-    response.familiarity_logit.copy_(torch.tensor([0.7, -0.2]))
+    response.familiarity.logits.zero_()
+    response.familiarity.logits[1, 5:] = -1e4
+    response.familiarity.prior_logit.copy_(torch.tensor([0.7, -0.2]))
+    response.single_share.fill_(0.4)
+    response.single.component_means.zero_()
     return model
 
 
@@ -42,12 +41,9 @@ def inputs(rows: int, number: int, seed: int = 0) -> dict[str, torch.Tensor]:
 
 def by_hand(model, batch) -> np.ndarray:
     """Kernel density over the references against the one Gaussian, row by row, in float64."""
-    response = model.model.linear_response
-    one = len(response.component_means) == 1
-    get = {name: tensor.double().numpy() for name, tensor in response.named_buffers()}
-    root = np.eye(len(get["plain_root"])) if one else get["plain_root"]
-    coupling = get["coupling"] if one else get["plain_coupling"]
-    loadings = get["loadings"] @ root
+    get = {name: tensor.double().numpy() for name, tensor in model.model.linear_response.named_buffers()}
+    reference = {name.split(".")[1]: array for name, array in get.items() if name.startswith("familiarity.")}
+    coupling, loadings = get["single.coupling"], get["loadings"] @ get["single_root"]
     result = []
     for row in range(len(batch["input_ids"])):
         measured = batch["measured_mask"][batch["panel_index"][row]].numpy()
@@ -56,10 +52,10 @@ def by_hand(model, batch) -> np.ndarray:
         values = batch["expression_values"][row].double().numpy()
         mean = covariance @ own.T @ (values - get["gene_mean"])[measured]
         pairing = int(batch["pairing_ids"][row])
-        apart = get["reference_source"][pairing] - mean
+        apart = reference["source"][pairing] - mean
         # The spread of a difference of two such posteriors, times the width.
-        width = 2 * covariance * get["reference_width"][pairing]
-        weight = get["reference_logits"][pairing] - 0.5 * np.einsum("nr,rs,ns->n", apart, np.linalg.inv(width), apart)
+        width = 2 * covariance * reference["width"][pairing]
+        weight = reference["logits"][pairing] - 0.5 * np.einsum("nr,rs,ns->n", apart, np.linalg.inv(width), apart)
         ids = batch["perturbation_ids"][row].numpy()
         before = values[ids] if measured[ids].all() else None
         if before is None:
@@ -72,17 +68,15 @@ def by_hand(model, batch) -> np.ndarray:
                         for name in ("input_ids", "expression_values", "measured_mask", "panel_index")
                     }
                 )
-                .factor_mean[row]
+                .factors.states.mean[row]
                 .double()
                 .numpy()
             )
             before = np.where(measured[ids], values[ids], level[ids])
         levels = before + batch["perturbation_values"][row].double().numpy() - get["gene_mean"][ids]
-        spread = loadings[ids] @ get["reference_covariance"] @ loadings[ids].T + np.diag(get["noise"][ids])
-        density = [
-            multivariate_normal.logpdf(levels, loadings[ids] @ target, spread)
-            for target in get["reference_target"][pairing]
-        ]
+        own = get["loadings"][ids]
+        spread = own @ reference["covariance"] @ own.T + np.diag(get["noise"][ids])
+        density = [multivariate_normal.logpdf(levels, own @ target, spread) for target in reference["target"][pairing]]
         prior = np.eye(len(mean)) - coupling[pairing] @ (np.eye(len(mean)) - covariance) @ coupling[pairing].T
         plain = multivariate_normal.logpdf(
             levels,
@@ -90,7 +84,7 @@ def by_hand(model, batch) -> np.ndarray:
             loadings[ids] @ prior @ loadings[ids].T + np.diag(get["noise"][ids]),
         )
         ratio = logsumexp(weight + density) - logsumexp(weight) - plain
-        result.append(1 / (1 + np.exp(-ratio - get["familiarity_logit"][pairing])))
+        result.append(1 / (1 + np.exp(-ratio - reference["prior_logit"][pairing])))
     return np.array(result)
 
 
@@ -98,8 +92,8 @@ def by_hand(model, batch) -> np.ndarray:
 @torch.no_grad()
 def test_equals_the_densities_by_hand(model, number):
     # A coupling that leaves a proper covariance.
-    for coupling in (model.model.linear_response.coupling, model.model.linear_response.plain_coupling):
-        coupling.mul_(0.3)
+    for mixture in (model.model.linear_response.states, model.model.linear_response.single):
+        mixture.coupling.mul_(0.3)
     batch = inputs(8, number)
     found = model(**batch).familiarity.numpy()
     np.testing.assert_allclose(found, by_hand(model, batch), atol=2e-5)
@@ -118,11 +112,11 @@ def test_unfamiliar_levels_return_to_one_gaussian(model):
         own.logits, torch.lerp(none.logits, whole.logits, own.familiarity[:, None]), atol=1e-5, rtol=1e-5
     )
     torch.testing.assert_close(none.logits, none.linear_response)
-    assert (none.departure == 0).all() and (whole.departure > 0.01).all()
-    share = model.model.linear_response.plain_share.clone()
-    model.model.linear_response.plain_share.fill_(1.0)
+    assert ((whole.logits - whole.linear_response).abs().amax(1) > 0.01).all()
+    share = model.model.linear_response.single_share.clone()
+    model.model.linear_response.single_share.fill_(1.0)
     torch.testing.assert_close(none.linear_response, model.decode(encoded, **batch).linear_response)
-    model.model.linear_response.plain_share.copy_(share)
+    model.model.linear_response.single_share.copy_(share)
 
 
 @torch.no_grad()
@@ -133,7 +127,7 @@ def test_what_changes_nothing_is_not_familiar_and_no_level_is_neither(model):
     assert (familiarity[[0, 1, 3]] == 0).all() and familiarity[2] > 0
     # With padding only, nothing was asked: prior odds.
     batch["perturbation_mask"] = torch.zeros(4, 2)
-    odds = model.model.linear_response.familiarity_logit[batch["pairing_ids"]]
+    odds = model.model.linear_response.familiarity.prior_logit[batch["pairing_ids"]]
     torch.testing.assert_close(model(**batch).familiarity, torch.sigmoid(odds))
 
 
@@ -148,7 +142,7 @@ def test_padding_changes_nothing(model):
 @torch.no_grad()
 def test_without_references_everything_is_familiar(model):
     batch = inputs(4, 2)
-    model.model.linear_response.familiarity_logit.fill_(ALWAYS)
+    model.model.linear_response.familiarity.prior_logit.fill_(ALWAYS)
     assert (model(**batch).familiarity == 1).all()
     batch["perturbation_values"].zero_()
     assert (model(**batch).familiarity == 1).all()

@@ -1,5 +1,7 @@
 """What keeps the model cheap: nothing of the vocabulary's width a row, whole graphs, half precision, named sizes."""
 
+from dataclasses import is_dataclass
+
 import pytest
 import torch
 from test_modeling_gppc import random_inputs, random_model
@@ -27,6 +29,14 @@ class Largest(TorchDispatchMode):
                 # Views and expanded tensors hold no memory of their own.
                 self.elements = max(self.elements, tensor.untyped_storage().nbytes() // max(tensor.element_size(), 1))
         return result
+
+
+def tensors_of(part) -> list[torch.Tensor]:
+    """Every tensor of an output and of what it holds."""
+    if isinstance(part, torch.Tensor):
+        return [part]
+    values = part.values() if isinstance(part, dict) else vars(part).values() if is_dataclass(part) else []
+    return [tensor for value in values for tensor in tensors_of(value)]
 
 
 @pytest.fixture(scope="module")
@@ -78,26 +88,13 @@ def test_rows_that_share_a_state_equal_rows_with_their_own(queries):
             torch.testing.assert_close(together[name][[row]], alone[name], atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("queries", [None, [7, 3, 1]])
-@torch.no_grad()
-def test_prepared_queries_change_nothing(queries):
-    model, inputs = random_model(), random_inputs(3, batch=40)
-    query_ids = None if queries is None else torch.tensor(queries)
-    plain, prepared = model(**inputs, query_ids=query_ids), model(**inputs, query_ids=model.query(query_ids))
-    for name in OUTPUTS:
-        # Laid out otherwise, so that products round otherwise.
-        torch.testing.assert_close(prepared[name], plain[name], atol=1e-6, rtol=1e-6)
-    with pytest.raises(ValueError, match="`query_ids` names gene 3 2 times; give it once"):
-        model.query(torch.tensor([3, 1, 3]))
-
-
-@pytest.mark.parametrize("options", [{}, {"use_linear_response": False}, {"use_departure": False}])
+@pytest.mark.parametrize("options", [{}, {"use_linear_response": False}, {"use_network": False}])
 @torch.no_grad()
 def test_an_answer_changes_nothing_of_the_model_or_of_the_encoded_state(options):
     model, inputs = random_model(**options), random_inputs(3, batch=1)
     names = ("input_ids", "expression_values", "attention_mask", "measured_mask")
     encoded = model.encode(**{name: inputs.pop(name) for name in names})
-    held = [*model.state_dict().values(), *(tensor for tensor in encoded.values() if tensor is not None)]
+    held = [*model.state_dict().values(), *tensors_of(encoded)]
     before = [tensor.clone() for tensor in held]
     first, second = model.decode(encoded, **inputs), model.decode(encoded, **inputs)
     assert all(torch.equal(now, then) for now, then in zip(held, before))
@@ -201,9 +198,9 @@ def test_means_without_variances_are_the_same_means():
     inputs = random_inputs(3, batch=5)
     state = {name: inputs.pop(name) for name in ("input_ids", "expression_values", "attention_mask", "measured_mask")}
     encoded = model.encode(**state)
-    for query_ids in (None, torch.tensor([3, 1]), model.query(torch.tensor([3, 1]))):
+    for query_ids in (None, torch.tensor([3, 1])):
         both = model.decode(encoded, **inputs, query_ids=query_ids)
         means = model.decode(encoded, **inputs, query_ids=query_ids, with_variance=False)
         assert means.logvar is None and both.logvar is not None
-        for name in ("logits", "linear_response", "departure", "familiarity"):
+        for name in ("logits", "linear_response", "familiarity"):
             torch.testing.assert_close(means[name], both[name], atol=1e-6, rtol=1e-6)

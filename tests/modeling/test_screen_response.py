@@ -22,7 +22,7 @@ def model():
         num_factors=R,
         num_components=1,
         num_references=0,
-        use_departure=False,
+        use_network=False,
         use_screen_response=True,
         num_perturbations=T,
         num_members=2,

@@ -44,7 +44,7 @@ def files(cells) -> list[str]:
 
 
 def test_files_become_pairs_once(cells, tmp_path, monkeypatch):
-    run = options(tmp_path / "run", files=files(cells), donor_key="person")
+    run = options(tmp_path / "run", files=files(cells), file_options={"donor_column": "person"})
     folder = run.prepare_pairs(progress=False)
     assert folder.splits == ["train", "validation", "test"] and folder.genes.num_rows == 12
     assert set(folder.split("train").column("dataset_id").to_pylist()) == {"first", "second"}

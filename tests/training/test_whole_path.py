@@ -1,4 +1,4 @@
-"""Cells in, a loadable and scored model out; and the form it grew out of, which cannot learn."""
+"""Cells in, a loadable and scored model out."""
 
 import json
 from pathlib import Path
@@ -16,9 +16,9 @@ from modeling_gppc.training.arguments import find_config
 
 CELLS = "{form: linear, n_genes: 40, n_regulators: 5, n_cells: 2500, n_donors: 50, n_datasets: 2, n_cell_types: 8}"
 BUDGET = [
-    *("--training.max_steps", "120", "--training.eval_steps", "60", "--training.save_steps", "60"),
+    *("--training.max_steps", "60", "--training.eval_steps", "30", "--training.save_steps", "30"),
     *("--training.warmup_steps", "20", "--training.per_device_train_batch_size", "64", "--training.use_cpu", "true"),
-    *("--evaluation.n_resamples", "100", "--evaluation.max_pairs", "1500"),
+    *("--evaluation.n_resamples", "100", "--evaluation.max_pairs", "800"),
 ]
 
 
@@ -52,27 +52,6 @@ def test_model_folder_holds_what_a_stranger_needs(run):
         path.name for path in (model / "figures").iterdir()
     }
     assert str(run) not in (model / "README.md").read_text()
-
-
-def test_origins_form_fails_on_the_same_data_and_budget(run, tmp_path):
-    """One gene's identity short: where nothing is perturbed every gene gets the same number."""
-    flags = ["--data.pairs", str(run / "pairs"), "--model.architecture", "origin"]
-    flags += ["--evaluation.floors", "[mean]", "--output_dir", str(tmp_path / "origin")]
-    flags += ["--evaluation.splits", "[same_type, same_dataset]"]
-    assert train.main(["--config", "linear", *flags, *BUDGET]) == 0
-    for split in scores(tmp_path / "origin").values():
-        assert split["methods"]["gppc"]["r2"] <= 0
-    model = GppcForPerturbationPrediction.from_pretrained(tmp_path / "origin" / "model").eval()
-    folder = PairFolder(run / "pairs")
-    batch = PairCollator(folder.panels)(PairDataset(folder.split("test"), folder.pairings)[range(16)])
-    del batch["labels"]
-    with torch.inference_mode():
-        logits = model(**batch).logits
-    for row in range(16):
-        perturbed = batch["perturbation_ids"][row][batch["perturbation_mask"][row].bool()]
-        others = torch.ones(logits.shape[1], dtype=torch.bool)
-        others[perturbed] = False
-        assert logits[row, others].max() - logits[row, others].min() <= 1e-5 * logits.abs().max()
 
 
 def test_departed_model_tells_unperturbed_genes_apart(run):
