@@ -7,7 +7,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from data_scripts.cells.control_halves import control_halves, with_controls
-from data_scripts.cells.screen_cells import cells_digest, keep_genes, some_cells
+from data_scripts.cells.screen_cells import controls_digest, keep_genes, perturbed_digest, some_cells
 from data_scripts.cells.screen_splits import (
     Fold,
     combination_folds,
@@ -84,19 +84,21 @@ def divisions(screen: Screen, options: EvaluateOptions) -> list[tuple[Screen, Sc
         screen = keep_genes(screen, options.max_genes)
         return [(screen, screen)]
     halves = control_halves(screen, options.divisions, options.seed)
+    parts = [(with_controls(screen, first), with_controls(screen, second)) for first, second in halves]
     if options.folders and options.mode != "zero-shot":
-        stated = {(read_run(folder) or {}).get("screen", {}).get("control_part") for folder in options.folders}
-        if len(stated) > 1 or not all(isinstance(part, int) and 0 <= part < len(halves) for part in stated):
+        # Folders are judged by the controls that they were fitted without.
+        stated = {((read_run(folder) or {}).get("screen") or {}).get("controls_digest") for folder in options.folders}
+        parts = [part for part in parts if stated == {controls_digest(part[0])}]
+        if not parts:
             raise ValueError(
-                "`model` was fitted on all control cells of the screen: none is left to measure the truth with. Fit it with "
-                "`--screen.fold all`, which leaves half of them out, or give `controls` 'shared' for the biased form."
+                "`model` was not fitted on one half of the screen's control cells, as `divisions` "
+                f"{options.divisions} and `seed` {options.seed} divide them: no control cell is left to measure the "
+                "truth with. Fit it with `--screen.half_controls true` (as `--screen.fold all` does) and the same "
+                "`divisions` and `seed`, or give `controls` 'shared' for the biased form."
             )
-        halves = [halves[part] for part in stated]
-    found = []
-    for first, second in halves:
-        kept = keep_genes(screen, options.max_genes, first)
-        found.append((with_controls(kept, first), with_controls(kept, second)))
-    return found
+    # The genes are chosen on the controls that are read.
+    most = options.max_genes
+    return [(keep_genes(first, most), keep_genes(second, most, like=first)) for first, second in parts]
 
 
 def check_models(screen: Screen, options: EvaluateOptions) -> list[str]:
@@ -108,7 +110,7 @@ def check_models(screen: Screen, options: EvaluateOptions) -> list[str]:
     notes = []
     for folder in options.folders:
         run = read_run(folder)
-        guard_model(run, screen.name, cells_digest(screen), options.mode)
+        guard_model(run, screen.name, perturbed_digest(screen), options.mode)
         if run is None or "datasets" not in run:
             notes.append("What the model was trained on is not stated: leaks through pre-training were not checked.")
     return notes[:1]

@@ -19,11 +19,14 @@ class ScreenRunOptions(ScreenFitOptions):
         folds (`int`, *optional*, defaults to 5): Folds over perturbations.
         fold (`str` or `int`, *optional*): Fold that is left out, counted from 0; `"all"`: one model folder a fold. All
             perturbations are seen when absent.
+        half_controls (`bool`, *optional*): Leave half of the control cells out, so that `gppc evaluate` can measure the
+            truth from them; by default where a fold is left out and `controls` is `"disjoint"`.
     """
 
     train_on: str = "perturbations"
     folds: int = 5
     fold: str | int | None = None
+    half_controls: bool | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -37,5 +40,7 @@ class ScreenRunOptions(ScreenFitOptions):
                 f"`screen.fold` is {self.fold!r}; wanted 0 to {self.folds - 1} or {EVERY_FOLD!r} of {self.folds} "
                 "`screen.folds`."
             )
+        if self.half_controls is None:
+            self.half_controls = self.fold is not None and self.controls == "disjoint"
         if self.fold is not None and self.train_on == "controls":
             raise ValueError("`screen.fold` leaves perturbations out, but `screen.train_on` 'controls' reads none.")

@@ -8,7 +8,7 @@ import pytest
 from tiny_screens import make_adata
 
 import train
-from data_scripts.cells.screen_cells import cells_digest, some_cells
+from data_scripts.cells.screen_cells import perturbed_digest, some_cells
 from data_scripts.cells.screen_splits import group_folds, stated_fold
 from data_scripts.cells.screens import ScreenOptions, read_screen
 from data_scripts.pairs.leak_guards import guard_model, model_leaks
@@ -61,7 +61,7 @@ def evaluate(file, out, *arguments):
 def test_a_model_of_controls_is_scored_in_context(in_context, file, screen, tmp_path, capsys):
     run = read_run(in_context)
     assert run["screen"]["train_on"] == "controls" and run["screen"]["held_out_perturbations"] == []
-    assert run["datasets"] == ["screen"] and run["screen"]["cells_digest"] == cells_digest(screen)
+    assert run["datasets"] == ["screen"] and run["screen"]["cells_digest"] == perturbed_digest(screen)
     assert evaluate(file, tmp_path / "out", "--mode", "in-context", "--model", in_context) == 0
     summary = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     method = summary["methods"]["gppc"]
@@ -93,9 +93,9 @@ def test_models_of_folds_are_scored_on_what_they_did_not_see(folds, file, tmp_pa
 
 def test_shipped_configs_trip_no_guard(in_context, folds, screen):
     """What the screen configuration leaves passes in the mode it is for; the others read no screen at all."""
-    guard_model(read_run(in_context), screen.name, cells_digest(screen), "in-context")
+    guard_model(read_run(in_context), screen.name, perturbed_digest(screen), "in-context")
     for folder in folds:
-        guard_model(read_run(folder), screen.name, cells_digest(screen), "fine-tuned")
+        guard_model(read_run(folder), screen.name, perturbed_digest(screen), "fine-tuned")
     for path in CONFIGS.glob("*.yaml"):
         flags = ["--data.screen", "x.h5ad"] if path.stem == "screen" else []
         flags += ["--pairs.query.uri", "cells"] if path.stem in ("own", "pbmc") else []
