@@ -42,20 +42,19 @@ from pathlib import Path
 from accelerate import PartialState
 from transformers.utils import logging as transformers_logging
 
-from data_scripts.batches.data_collator import PairCollator
-from data_scripts.batches.pair_dataset import PairDataset
 from data_scripts.command_line import run_command
 from data_scripts.files import share_weights, write_json
 from data_scripts.pairs.pair_folder import PairFolder
 from gppc.run_options import RunOptions
-from gppc.train_command import read_command
+from gppc.train_command import LaunchOptions, read_command
+from hub_card.hub_upload import check_target
 from hub_card.model_card import write_model_card
 from hub_card.push import push_model
-from hub_card.push_during_training import HubPush, check_push
+from hub_card.push_during_training import HubPush
 from modeling_gppc import GppcForPerturbationPrediction
 from modeling_gppc.evaluation.plots import plot_learning_curve
 from modeling_gppc.evaluation.score_run import check_scoring, load_network_of, score_model
-from modeling_gppc.fitting.fit_linear_response import initialize_linear_response, keep_network_if_it_pays
+from modeling_gppc.fitting.fit_linear_response import keep_network_if_it_pays
 from modeling_gppc.inference.loading import feature_extractor_of
 from modeling_gppc.pipeline_gppc import PerturbationPredictionPipeline
 from modeling_gppc.training.checkpoints import last_checkpoint
@@ -63,52 +62,21 @@ from modeling_gppc.training.launch import broadcast_buffers, leave, main_first, 
 from modeling_gppc.training.run_facts import run_facts
 from modeling_gppc.training.run_folder import claim_folder
 from modeling_gppc.training.screen_run import fit_screen_run
-from modeling_gppc.training.stream_rows import open_stream
-from modeling_gppc.training.trainer import MODEL_FOLDER, GppcTrainer, make_trainer
+from modeling_gppc.training.trainer import MODEL_FOLDER, GppcTrainer
 
 
-def train(
-    options: RunOptions, folder: PairFolder, state: PartialState, resume: bool, push_to: str | None = None
-) -> GppcTrainer:
-    """Fits the linear response in closed form, then trains the network beside it; returns the finished trainer.
-
-    With `push_to`, every checkpoint's model is pushed to that repository while training goes on.
-    """
-    settings = options.training
-    # Where pairs are streamed, these rows are a sample of them.
-    rows = PairDataset(folder.split("train"), folder.pairings)
-    validation = PairDataset(folder.split("validation"), folder.pairings)
-    redraw = options.pairs.perturbation if settings.redraw_perturbations else None
-    stream, place = None, (state.process_index, state.num_processes)
-    if options.data.stream:
-        stream = open_stream(folder, settings, options.data.stream_pool_shards, options.seed, *place)
+def train(options: RunOptions, folder: PairFolder, state: PartialState, launch: LaunchOptions) -> GppcTrainer:
+    """Fits the linear response in closed form, then trains the network beside it; returns the finished trainer."""
     model = options.make_model(folder)
-    trainer = make_trainer(
-        model,
-        settings,
-        options.output_dir,
-        options.seed,
-        rows if stream is None else stream,
-        validation,
-        PairCollator(folder.panels, redraw, seed=options.seed, n_query_genes=settings.n_query_genes),
-        PairCollator(folder.panels),
-    )
-    checkpoint = last_checkpoint(options.output_dir) if resume else None
+    trainer = options.make_trainer(model, folder, (state.process_index, state.num_processes))
+    checkpoint = last_checkpoint(options.output_dir) if launch.resume else None
     if checkpoint is None:
         if state.is_main_process:
-            initialize_linear_response(
-                model,
-                rows,
-                validation,
-                folder.panels,
-                max_cells=settings.linear_start_cells,
-                n_iterations=settings.linear_start_iterations,
-                seed=options.seed,
-            )
+            options.fit_linear_response(model, folder)
         broadcast_buffers(state, model)
-    if push_to is not None:
-        facts = functools.partial(run_facts, trainer, folder, options.data, settings.start_from)
-        trainer.add_callback(HubPush(push_to, feature_extractor_of(folder), facts))
+    if launch.push_to_hub is not None and launch.hub_strategy == "every_save":
+        facts = functools.partial(run_facts, trainer, folder, options.data, options.training.start_from)
+        trainer.add_callback(HubPush(launch.push_to_hub, feature_extractor_of(folder), facts))
     trainer.train_or_load(checkpoint)
     kept = keep_network_if_it_pays(model, trainer.state.log_history)
     if not kept and state.is_main_process:
@@ -159,11 +127,12 @@ def run(words: Sequence[str]) -> None:
     if launch.sweep is not None:
         from gppc.sweep import run_sweep
 
-        out = run_sweep(options, RunOptions.make_model, launch.resume)
+        out = run_sweep(options, launch.resume)
         print(f"{(out / 'sweep.md').read_text()}\nSweep folder: {out}; best options: {out / 'best.yaml'}")
         return
     options.check_files()
-    check_push(launch.push_to_hub, launch.hub_strategy)
+    if launch.push_to_hub is not None:
+        check_target(launch.push_to_hub)
     with processes(options.training.use_cpu) as state:
         mine, content, data = state.is_main_process, dataclasses.asdict(options), options.data
         main_first(state, lambda: mine and claim_folder(content, launch.resume, state.num_processes))
@@ -180,8 +149,7 @@ def run(words: Sequence[str]) -> None:
             if mine:
                 print(folder.describe_splits())
             # 3. Training.
-            push_to = launch.push_to_hub if launch.hub_strategy == "every_save" else None
-            trainer = train(options, folder, state, launch.resume, push_to)
+            trainer = train(options, folder, state, launch)
             model = trainer.whole_model()
             # 4. What was learned is saved before it is scored.
             outs = [save(trainer, model, options, folder)] if mine else []

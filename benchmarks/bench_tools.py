@@ -1,8 +1,9 @@
-"""What benchmarks share: models as if fitted, random cells, a training step, clocks, child processes, tiny stores."""
+"""What benchmarks share: models as if fitted, random cells, child processes, tiny stores."""
 
 import argparse
 import json
 import math
+import multiprocessing
 import os
 import platform
 import resource
@@ -75,46 +76,19 @@ def random_pairs(genes: int, cells: int, seed: int = 0, share: float = EXPRESSED
     }
 
 
-def training_step(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, torch.Tensor], bf16: bool = False
-) -> None:
-    """What the Trainer does in a step: forward, backward, clipping, update."""
-    with torch.autocast(batch["labels"].device.type, dtype=torch.bfloat16, enabled=bf16):
-        loss = model(**batch).loss
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-
-
-def adamw(model: torch.nn.Module, fused: bool = True) -> torch.optim.Optimizer:
-    """The Trainer's default optimiser, fused."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.01, betas=(0.9, 0.98), fused=fused)
-
-
-def seconds_a_call(call: Callable[[], object], least: float = 2.0, most_calls: int = 200) -> float:
-    """Median wall time of a call, after one that is not counted, over at least `least` seconds or `most_calls`."""
-    call()
-    times: list[float] = []
-    began = time.perf_counter()
-    while len(times) < 3 or (time.perf_counter() - began < least and len(times) < most_calls):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-        if time.perf_counter() - began > 20 * least and times:
-            break
-    return float(np.median(times))
-
-
 def peak_rss_gb() -> float:
     """Most memory this process ever held, 10^9 bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def in_child(function: Callable[..., dict], **arguments) -> dict:
-    """What a function returns in a process of its own, with `peak_rss_gb`, which is that process's own."""
-    with ProcessPoolExecutor(1) as pool:
+    """What a function returns in a process of its own, with `peak_rss_gb`, which is that process's own.
+
+    It is forked from one that has only imported the package: no threads and no figures of this process are in it.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["modeling_gppc.modeling_gppc", "data_scripts.pairs.census_pairs"])
+    with ProcessPoolExecutor(1, context) as pool:
         result = pool.submit(function, **arguments).result()
         return {**result, "peak_rss_gb": pool.submit(peak_rss_gb).result()}
 

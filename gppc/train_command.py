@@ -58,6 +58,8 @@ def read_command(words: Sequence[str], description: str):
     launch, changes = from_mapping(LaunchOptions, part_of(changes, LaunchOptions)), part_of(changes, kind)
     if launch.sweep is not None:
         return launch, read_sweep(launch.sweep, changes)
+    if launch.push_to_hub is None and launch.hub_strategy != "end":
+        raise ValueError(f"`--hub_strategy` {launch.hub_strategy} needs `--push_to_hub REPO`.")
     options = run_options(launch.config, changes)
     if launch.push_to_hub is not None and options.data.screen is not None and options.screen.fold == EVERY_FOLD:
         raise ValueError(

@@ -57,17 +57,14 @@ def find_kind(kind: str, folder: Path | None) -> str:
         raise ValueError("`folder` is missing; wanted a model folder or a pairs folder (or --kind metric, demo).")
     if not folder.is_dir():
         raise ValueError(f"`folder` {folder} is not a folder.")
-    if kind != "auto":
-        return kind
-    is_model, is_pairs = (folder / "config.json").is_file(), (folder / "manifest.json").is_file()
-    if is_model and is_pairs:
-        raise ValueError(f"`folder` {folder} holds config.json and manifest.json; say --kind model or --kind dataset.")
-    if not is_model and not is_pairs:
+    files = {"model": "config.json", "dataset": "manifest.json"}
+    found = [name for name, file in files.items() if (folder / file).is_file()] if kind == "auto" else [kind]
+    if len(found) != 1:
         raise ValueError(
-            f"`folder` {folder} holds neither a config.json (a model) nor a manifest.json (pairs); name the folder "
-            "that training or `gppc build-pairs` wrote."
+            f"`folder` {folder} holds {'both' if found else 'neither'} a config.json (a model) {'and' if found else 'nor'} "
+            "a manifest.json (pairs); name a folder that training or `gppc build-pairs` wrote, or say --kind."
         )
-    return "model" if is_model else "dataset"
+    return found[0]
 
 
 def run(arguments: PushOptions) -> None:
@@ -80,6 +77,7 @@ def run(arguments: PushOptions) -> None:
         raise ValueError(f"`--evaluation` is for the card of a model; this is a {kind}.")
     # Only now: importing takes seconds, a mistyped argument should not.
     from hub_card.hub_upload import Retries
+    from hub_card.model_card import add_transfer
     from hub_card.push import push_dataset, push_demo, push_metric, push_model
 
     options = {
@@ -90,22 +88,18 @@ def run(arguments: PushOptions) -> None:
         "message": arguments.message,
         "retries": Retries(attempts=arguments.attempts),
     }
+    if arguments.evaluation:
+        add_transfer(folder, arguments.evaluation)
     if kind == "model":
-        if arguments.evaluation:
-            from hub_card.model_card import add_transfer
-
-            add_transfer(folder, arguments.evaluation)
         report = push_model(folder, arguments.repo_id, **options)
     elif kind == "dataset":
-        report = push_dataset(folder, arguments.repo_id, license=arguments.license, **options)
+        report = push_dataset(folder, arguments.repo_id, arguments.license, **options)
     elif kind == "metric":
         report = push_metric(arguments.repo_id, **options)
     else:
         report = push_demo(arguments.repo_id, model=arguments.model, **options)
-    changes = len(report.uploaded) + len(report.deleted)
-    state = f"{len(report.uploaded)} files sent, {len(report.deleted)} removed" if changes else "nothing to change"
-    lines = [f"{report.url} ({report.revision}, {report.commit[:8]}): {state}"]
+    changes = f"{len(report.uploaded)} files sent, {len(report.deleted)} removed"
+    state = changes if report.uploaded or report.deleted else "nothing to change"
+    print(f"{report.url} ({report.revision}, {report.commit[:8]}): {state}")
     if report.left_out:
-        shown = ", ".join(report.left_out[:5]) + (", ..." if len(report.left_out) > 5 else "")
-        lines.append(f"not uploaded: {shown}")
-    print("\n".join(lines))
+        print(f"not uploaded: {', '.join(report.left_out[:5])}{', ...' if len(report.left_out) > 5 else ''}")

@@ -9,58 +9,20 @@ from transformers import PreTrainedConfig
 if TYPE_CHECKING:
     # Never run. transformers copies the files that relative imports name, and tells saved folders apart by them: from
     # here they reach all code, so a model is saved with its pipeline, and other code means another configuration class.
+    from .feature_extraction_gppc import GppcFeatureExtractor  # noqa: F401
     from .modeling_gppc import GppcForPerturbationPrediction  # noqa: F401
     from .pipeline_gppc import PerturbationPredictionPipeline  # noqa: F401
 
 # How `transformers.pipeline` finds the pipeline in a saved folder.
 PIPELINES = {"perturbation-prediction": {"impl": "pipeline_gppc.PerturbationPredictionPipeline", "pt": ["AutoModel"]}}
 # Named sizes; what each costs is in docs/model.md.
+_FIELDS = ["hidden_size", "num_latents", "readout_size", "encoder_layers", "decoder_layers", "num_attention_heads"]
+_FIELDS += ["intermediate_size", "num_factors", "num_components", "num_references"]
 SIZES = {
-    "tiny": {
-        "hidden_size": 16,
-        "num_latents": 2,
-        "readout_size": 16,
-        "encoder_layers": 1,
-        "decoder_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 32,
-        "num_factors": 4,
-        "num_components": 2,
-        "num_references": 50,
-    },
-    "small": {
-        "hidden_size": 128,
-        "num_latents": 4,
-        "readout_size": 256,
-        "encoder_layers": 1,
-        "decoder_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 256,
-        "num_factors": 32,
-        "num_components": 32,
-    },
-    "base": {
-        "hidden_size": 512,
-        "num_latents": 16,
-        "readout_size": 1024,
-        "encoder_layers": 4,
-        "decoder_layers": 6,
-        "num_attention_heads": 8,
-        "intermediate_size": 2048,
-        "num_factors": 64,
-        "num_components": 64,
-    },
-    "large": {
-        "hidden_size": 1024,
-        "num_latents": 32,
-        "readout_size": 2048,
-        "encoder_layers": 8,
-        "decoder_layers": 12,
-        "num_attention_heads": 16,
-        "intermediate_size": 4096,
-        "num_factors": 128,
-        "num_components": 64,
-    },
+    "tiny": dict(zip(_FIELDS, (16, 2, 16, 1, 1, 2, 32, 4, 2, 50))),
+    "small": dict(zip(_FIELDS, (128, 4, 256, 1, 2, 4, 256, 32, 32, 1000))),
+    "base": dict(zip(_FIELDS, (512, 16, 1024, 4, 6, 8, 2048, 64, 64, 1000))),
+    "large": dict(zip(_FIELDS, (1024, 32, 2048, 8, 12, 16, 4096, 128, 64, 1000))),
 }
 
 

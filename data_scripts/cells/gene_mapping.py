@@ -1,7 +1,7 @@
 """The genes of a file, and Ensembl ids for those it names by symbol: tables, other files, and what stays unmapped."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -194,33 +194,32 @@ def check_species(organism: str, genes: FileGenes | None = None, where: str = "t
         )
 
 
-def shared_symbols(files: Iterable[FileGenes]) -> dict[str, str]:
-    """Symbol -> Ensembl id from the files that give both; a symbol with two ids keeps the first."""
-    table = pd.concat([genes.table for genes in files])
-    table = table[(table["symbol"] != "") & (table["id"] != "")].drop_duplicates("symbol")
-    return dict(zip(table["symbol"], table["id"]))
+def known_genes(tables: Iterable[pd.DataFrame], files: Iterable[FileGenes]) -> pd.DataFrame:
+    """What tables and files say of genes, the surest first; a column `source` tells `gene_table` from `other_file`.
+
+    Args:
+        tables (`Iterable[pd.DataFrame]`): From [`read_gene_table`], in the order in which they are believed.
+        files (`Iterable[FileGenes]`): Those that give both symbol and id of a gene say something to the others.
+    """
+    said = pd.concat([genes.table for genes in files])
+    said = said[(said["symbol"] != "") & (said["id"] != "")].assign(source="other_file")
+    return pd.concat([*(table.assign(source="gene_table") for table in tables), said], join="inner", ignore_index=True)
 
 
 def map_genes(
-    genes: FileGenes,
-    gene_table: pd.DataFrame | None = None,
-    shared: Mapping[str, str] | None = None,
-    *,
-    unmapped: str = "keep",
-    where: str = "the file",
+    genes: FileGenes, known: pd.DataFrame, *, unmapped: str = "keep", where: str = "the file"
 ) -> pd.DataFrame:
-    """Gives every gene of a file its `feature_id`.
+    """Gives every gene of a file its `feature_id`: the id that the file gives, else that of its symbol.
 
-    In this order: the id the file gives, the gene table, the other files of the call (`shared`). Two genes never share
-    an id: a symbol whose id another gene of the file holds already (an alias, most often) stays unmapped, so no counts
-    are added up that the file kept apart.
+    Two genes never share an id: a symbol whose id another gene of the file holds already (an alias, most often) stays
+    unmapped, so no counts are added up that the file kept apart.
 
     Args:
         genes ([`FileGenes`]): From [`read_file_genes`].
-        gene_table (`pd.DataFrame`, *optional*): From [`read_gene_table`].
-        shared (`Mapping[str, str]`, *optional*): From [`shared_symbols`].
+        known (`pd.DataFrame`): From [`known_genes`].
         unmapped (`str`, *optional*, defaults to `"keep"`): `keep` uses the name as id, `drop` leaves the gene out (its
             counts stay part of the library size), `error` raises.
+        where (`str`, *optional*): The file, for messages.
 
     Returns:
         `pd.DataFrame`, one row a gene: `name`, `feature_id` (empty where dropped), `feature_name`, `feature_type`,
@@ -231,28 +230,21 @@ def map_genes(
     """
     if unmapped not in UNMAPPED:
         raise ValueError(f"`unmapped` is {unmapped!r}; wanted one of {', '.join(UNMAPPED)}.")
-    if gene_table is None:
-        gene_table = pd.DataFrame({"symbol": [], "id": [], "length": [], "biotype": []}, dtype=object)
-    by_symbol = gene_table.drop_duplicates("symbol")
-    # A gene's first symbol is its approved one.
-    known = gene_table.drop_duplicates("id").set_index("id")
-    approved = known["symbol"].to_dict()
+    by_id = known.drop_duplicates("id").set_index("id")  # an id's first symbol is its approved one
     names, symbols, ids = (genes.table[column].tolist() for column in ("name", "symbol", "id"))
     how, notes = ["file" if identifier else "unmapped" for identifier in ids], [""] * len(ids)
     holder = {identifier: name for identifier, name in zip(ids, names) if identifier}
-    for source, mapping in (
-        ("gene_table", dict(zip(by_symbol["symbol"], by_symbol["id"]))),
-        ("other_file", shared or {}),
-    ):
-        waiting = [row for row, identifier in enumerate(ids) if not identifier and symbols[row] in mapping]
+    for source, said in known.drop_duplicates(["source", "symbol"]).groupby("source", sort=False):
+        id_of, approved = dict(zip(said["symbol"], said["id"])), by_id["symbol"].reindex(said["id"])
+        is_alias = dict(zip(said["symbol"], approved.to_numpy() != said["symbol"].to_numpy()))
+        waiting = [row for row, identifier in enumerate(ids) if not identifier and symbols[row] in id_of]
         # Approved symbols come before aliases, so that an alias never takes the id from the gene it belongs to.
-        for row in sorted(waiting, key=lambda row: approved.get(mapping[symbols[row]]) != symbols[row]):
-            identifier = mapping[symbols[row]]
+        for row in sorted(waiting, key=lambda row: is_alias[symbols[row]]):
+            identifier = id_of[symbols[row]]
             if identifier in holder:
                 notes[row] = f"{identifier} is held by {holder[identifier]}"
-                continue
-            ids[row], how[row], notes[row] = identifier, source, ""
-            holder[identifier] = names[row]
+            else:
+                ids[row], how[row], notes[row], holder[identifier] = identifier, source, "", names[row]
     missing = [row for row, identifier in enumerate(ids) if not identifier]
     if missing and unmapped == "error":
         examples = ", ".join(f"`{names[row]}`" for row in missing[:5])
@@ -264,14 +256,14 @@ def map_genes(
         raise ValueError(f"none of the {len(ids)} genes of {where} could be mapped; give a `gene_table` or keep them.")
     for row in missing:
         ids[row] = names[row] if unmapped == "keep" else ""
-    table, known = genes.table, known.reindex(ids).reset_index(drop=True)
+    table, more = genes.table, by_id.reindex(ids).reset_index(drop=True)
     return pd.DataFrame(
         {
             "name": names,
             "feature_id": ids,
-            "feature_name": _first(table["symbol"], known["symbol"].fillna(""), table["name"]),
-            "feature_type": _first(table["biotype"], known["biotype"].fillna("")),
-            "feature_length": _first(table["length"], known["length"].fillna(0)).astype(np.int64),
+            "feature_name": _first(table["symbol"], more["symbol"].fillna(""), table["name"]),
+            "feature_type": _first(table["biotype"], more["biotype"].fillna("")),
+            "feature_length": _first(table["length"], more["length"].fillna(0)).astype(np.int64),
             "mapped_by": how,
             "note": notes,
         }

@@ -29,7 +29,6 @@ class CensusSource:
         path (`str` or `Path`, *optional*): A file; see [`open_cells`] for its formats.
         rows (`np.ndarray`, *optional*): Only these cells, a mask of shape `(n_obs,)`.
         options ([`CensusReadOptions`], *optional*): What is where.
-        title (`str`, *optional*): Title of the data set for people.
     """
 
     adata: anndata.AnnData | None = None
@@ -38,7 +37,6 @@ class CensusSource:
     path: str | Path | None = None
     rows: np.ndarray | None = None
     options: CensusReadOptions = field(default_factory=CensusReadOptions)
-    title: str = ""
 
     def __post_init__(self):
         if sum(given is not None for given in (self.adata, self.load, self.path)) != 1:

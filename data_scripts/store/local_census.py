@@ -18,9 +18,9 @@ from data_scripts.cells.gene_mapping import (
     UNMAPPED,
     FileGenes,
     check_species,
+    known_genes,
     map_genes,
     read_gene_table,
-    shared_symbols,
 )
 from data_scripts.files import write_atomically
 from data_scripts.store import census_layout
@@ -147,7 +147,7 @@ def write_census(
             f"`store` {store} exists and is not a Census-like store; it is not overwritten, choose another."
         )
     paths = [gene_table] if isinstance(gene_table, (str, Path)) else gene_table or []
-    table = pd.concat(map(read_gene_table, paths)) if paths else None
+    tables = [read_gene_table(path) for path in paths]
     checked = [
         _check_source(source, organism, keep_obs)
         for source in tqdm(sources, desc="checking cells", unit="file", disable=not progress)
@@ -157,7 +157,7 @@ def write_census(
     kinds = sorted({part.source.options.value_kind for part in checked})
     if len(kinds) > 1:
         raise ValueError(f"`value_kind` of the sources is {' and '.join(kinds)}; a store holds one kind of values.")
-    var = _join_genes(checked, table, unmapped)
+    var = _join_genes(checked, tables, unmapped)
     partial, old = (store.with_name(f".{store.name}.{what}-{os.getpid()}") for what in ("partial", "old"))
     store.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(partial, ignore_errors=True)
@@ -191,11 +191,11 @@ def _check_source(source: CensusSource, organism: str, keep_obs: Sequence[str]) 
         return _Checked(source, obs, labels, cells.genes, library, cells.notes)
 
 
-def _join_genes(checked: Sequence[_Checked], table: pd.DataFrame | None, unmapped: str) -> pd.DataFrame:
+def _join_genes(checked: Sequence[_Checked], tables: Sequence[pd.DataFrame], unmapped: str) -> pd.DataFrame:
     """Maps the genes of all sources, gives them joint ids, and returns var."""
-    shared = shared_symbols(part.genes for part in checked)
+    known = known_genes(tables, [part.genes for part in checked])
     for part in checked:
-        part.mapping = map_genes(part.genes, table, shared, unmapped=unmapped, where=part.source.where)
+        part.mapping = map_genes(part.genes, known, unmapped=unmapped, where=part.source.where)
     genes = pd.concat([part.mapping for part in checked])
     genes = genes[genes["feature_id"] != ""].drop_duplicates("feature_id", ignore_index=True)
     index, previous = pd.Index(genes["feature_id"]), {}
@@ -312,7 +312,7 @@ def _dataset_table(checked: Sequence[_Checked], measured: dict[str, np.ndarray])
             source.dataset_id,
             {
                 "dataset_id": source.dataset_id,
-                "dataset_title": source.title or source.dataset_id,
+                "dataset_title": source.dataset_id,
                 "dataset_h5ad_path": Path(source.path or "").name,
                 "n_obs": 0,
                 "n_vars": len(measured[source.dataset_id]),

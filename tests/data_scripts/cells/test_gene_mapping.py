@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 
 from data_scripts.cells.gene_mapping import (
     check_species,
+    known_genes,
     map_genes,
     read_file_genes,
     read_gene_table,
-    shared_symbols,
     strip_version,
 )
 from data_scripts.cells.read_options import ReadOptions
@@ -159,7 +159,8 @@ def test_order_of_sources():
     """The file's own id, then the table, then the other files; approved symbols before aliases."""
     table = gene_table([("STAT1", STAT1), ("IRF1", IRF1), ("ISGF3", STAT1)])
     genes = read_file_genes(var(["ISGF3", "STAT1", "IRF1", CD4, "CLONE", "NOVEL"]))
-    mapping = map_genes(genes, table, {"CLONE": MOUSE, "IRF1": MOUSE})
+    other = read_file_genes(var([f"{MOUSE}.1", CD4], symbol=["CLONE", "IRF1"]))
+    mapping = map_genes(genes, known_genes([table], [genes, other]))
     assert mapping["feature_id"].tolist() == ["ISGF3", STAT1, IRF1, CD4, MOUSE, "NOVEL"]
     assert mapping["mapped_by"].tolist() == [
         "unmapped",
@@ -174,19 +175,22 @@ def test_order_of_sources():
 
 def test_unmapped_keep_drop_error():
     genes = read_file_genes(var(["STAT1", "NOVEL"], ensembl_id=[STAT1, ""]))
-    assert map_genes(genes)["feature_id"].tolist() == [STAT1, "NOVEL"]
-    assert map_genes(genes, unmapped="drop")["feature_id"].tolist() == [STAT1, ""]
+    known = known_genes([], [genes])
+    assert map_genes(genes, known)["feature_id"].tolist() == [STAT1, "NOVEL"]
+    assert map_genes(genes, known, unmapped="drop")["feature_id"].tolist() == [STAT1, ""]
     with pytest.raises(ValueError, match=r"1 of 2 genes without an Ensembl id \(e.g. `NOVEL`\)"):
-        map_genes(genes, unmapped="error")
+        map_genes(genes, known, unmapped="error")
     with pytest.raises(ValueError, match="none of the 1 genes"):
-        map_genes(read_file_genes(var(["NOVEL"])), unmapped="drop")
+        map_genes(read_file_genes(var(["NOVEL"])), known, unmapped="drop")
     with pytest.raises(ValueError, match="`unmapped` is 'skip'"):
-        map_genes(genes, unmapped="skip")
+        map_genes(genes, known, unmapped="skip")
 
 
-def test_shared_symbols_keep_the_first():
+def test_symbols_of_other_files_keep_the_first_id():
     files = [read_file_genes(var([STAT1], symbol=["S"])), read_file_genes(var([IRF1, "X"], symbol=["S", "Y"]))]
-    assert shared_symbols(files) == {"S": STAT1}
+    mapping = map_genes(read_file_genes(var(["S", "Y", IRF1])), known_genes([], files))
+    assert mapping["feature_id"].tolist() == [STAT1, "Y", IRF1]
+    assert mapping["feature_name"].tolist() == ["S", "Y", "S"]
 
 
 @given(
@@ -196,7 +200,8 @@ def test_shared_symbols_keep_the_first():
 def test_ids_stay_unique_and_nothing_is_lost(names, aliases):
     """Whatever the aliases say, no two columns of a file share an id and every column keeps one."""
     table = gene_table([(symbol, f"ENSG{number:011d}") for symbol, number in aliases.items()])
-    mapping = map_genes(read_file_genes(var(names)), table)
+    genes = read_file_genes(var(names))
+    mapping = map_genes(genes, known_genes([table], [genes]))
     assert mapping["name"].tolist() == names
     assert mapping["feature_id"].is_unique
     assert (mapping["feature_id"] != "").all()
