@@ -21,6 +21,8 @@ SHARED_POWERS = (0.0, 0.5, 1.0)
 WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.6)
 # Variance of a response that features of its target do not explain, in units of what they do.
 UNEXPLAINED = 1.0
+# Least size of a response relative to the blend: where no size is shown there is a direction all the same.
+LEAST_SCALE = 0.05
 Z90 = 1.6448536
 
 
@@ -188,7 +190,7 @@ def choose_blend(
         weights = np.maximum(np.linalg.norm(truth.delta[:, counted], axis=1), 1e-12) ** -power
         products += (guess * truth.delta)[:, counted].sum(axis=1) @ weights
         squares += (guess**2)[:, counted].sum(axis=1) @ weights
-    scale = max(float(products / max(squares, 1e-12)), 0.0)
+    scale = max(float(products / max(squares, 1e-12)), LEAST_SCALE if shrink else 0.0)
     return Blend(*chosen, scale, [truth.delta - scale * guess for guess, (_, truth) in zip(guesses, pairs)])
 
 
