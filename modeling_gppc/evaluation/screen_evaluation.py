@@ -16,6 +16,7 @@ from modeling_gppc.evaluation.screen_scores import (
     ScreenTruth,
     bootstrap_perturbations,
     compare_methods,
+    interval_of_mean,
     resampled_correlations,
     score_prediction,
     summarise_method,
@@ -76,6 +77,11 @@ def summarise(
     """Content of `evaluation.json`; docs/evaluation.md says what each entry is."""
     run = runs[0]
     screen, truth, predictions = run.screen, run.truth, run.predictions
+    drawn = [
+        resampled_correlations(one.screen, one.truth, one.predictions, seed=options.seed + place)
+        for place, one in enumerate(runs)
+    ]
+    mean = {name: np.mean([part[name] for part in drawn], axis=0) for name in predictions}
     methods = {}
     measured = np.array([screen.perturbations[label].measured for label in truth.labels])
     for name, prediction in predictions.items():
@@ -91,6 +97,7 @@ def summarise(
             )
         swapped = np.mean([swapped_pearson(one.predictions[name], one.truth) for one in runs], axis=0)
         entry = summarise_method(scores[name], swapped, null, options.seed)
+        entry["pearson_delta_ci95"] = interval_of_mean(mean[name], seed=options.seed)
         entry["reads_perturbed_cells"] = prediction.reads_perturbed_cells
         # Size of all responses together, which a few strong perturbations dominate instead of many weak ones.
         gaps = [((one.predictions[name].delta - one.truth.delta)[:, one.truth.mask] ** 2).sum() for one in runs]
@@ -105,11 +112,6 @@ def summarise(
     subject = MODEL if MODEL in predictions else None
     comparisons = {}
     if subject:
-        drawn = [
-            resampled_correlations(one.screen, one.truth, one.predictions, seed=options.seed + place)
-            for place, one in enumerate(runs)
-        ]
-        mean = {name: np.mean([part[name] for part in drawn], axis=0) for name in predictions}
         for name in predictions:
             if name not in (subject, "no_change", "target_only"):
                 comparisons[name] = compare_methods(mean[subject], mean[name], ceiling, options.seed)

@@ -332,6 +332,28 @@ def _directions(rows: np.ndarray) -> np.ndarray:
     return np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 1e-12)
 
 
+def interval_of_mean(correlations: np.ndarray, rows: np.ndarray | None = None, seed: int = 0) -> list[float]:
+    """95 % interval of a mean over perturbations, which are drawn with replacement together with the cells behind them.
+
+    The mean of the control cells errs for all perturbations alike; drawing perturbations alone would not see it. What
+    drawing cells adds is taken about its own mean: responses of drawn cells are noisier than those observed.
+
+    Args:
+        correlations (`np.ndarray`): From [`resampled_correlations`], or the difference of two, `(n_resamples + 1, P)`.
+        rows (`np.ndarray`, *optional*): Some of the perturbations.
+        seed (`int`, *optional*, defaults to 0): Of the bootstrap.
+    """
+    rows = np.arange(correlations.shape[1]) if rows is None else rows
+    if len(rows) < 2:
+        return [float("nan"), float("nan")]
+    point, drawn = correlations[0], correlations[1:]
+    drawn = drawn - drawn.mean(axis=0) + point
+    generator = np.random.default_rng(seed)
+    picks = rows[generator.integers(0, len(rows), size=(2_000, len(rows)))]
+    samples = drawn[generator.integers(0, len(drawn), size=2_000)[:, None], picks].mean(axis=1)
+    return metrics.percentile_interval(samples)
+
+
 def compare_methods(
     first: np.ndarray, second: np.ndarray, ceiling: np.ndarray, seed: int = 0
 ) -> dict[str, float | list[float]]:
@@ -346,22 +368,13 @@ def compare_methods(
         `dict` with `difference`, `ci95`, and the same for the perturbations whose ceiling exceeds 0.5 under
         `above_ceiling_half` (`n`, `difference`, `ci95`).
     """
-    point, drawn = (first - second)[0], (first - second)[1:]
+    gap = first - second
 
     def summarise(rows: np.ndarray) -> dict:
-        if len(rows) < 2:
-            difference = float(point[rows].mean()) if len(rows) else float("nan")
-            return {"n": len(rows), "difference": difference, "ci95": [float("nan"), float("nan")]}
-        generator = np.random.default_rng(seed)
-        picks = rows[generator.integers(0, len(rows), size=(2_000, len(rows)))]
-        samples = drawn[generator.integers(0, len(drawn), size=2_000)[:, None], picks].mean(axis=1)
-        return {
-            "n": len(rows),
-            "difference": float(point[rows].mean()),
-            "ci95": metrics.percentile_interval(samples),
-        }
+        difference = float(gap[0, rows].mean()) if len(rows) else float("nan")
+        return {"n": len(rows), "difference": difference, "ci95": interval_of_mean(gap, rows, seed)}
 
-    return summarise(np.arange(len(point))) | {"above_ceiling_half": summarise(np.flatnonzero(ceiling > 0.5))}
+    return summarise(np.arange(len(ceiling))) | {"above_ceiling_half": summarise(np.flatnonzero(ceiling > 0.5))}
 
 
 def summarise_method(

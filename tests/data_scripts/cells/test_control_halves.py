@@ -37,7 +37,7 @@ def test_halves_are_disjoint_whole_and_alike():
 
 def test_a_screen_with_some_controls_keeps_its_perturbed_cells():
     screen = a_screen()
-    first, second = control_halves(screen, 1)[0]
+    first, _ = control_halves(screen, 1)[0]
     part = with_controls(screen, first)
     assert part.is_control.sum() == len(first) and (~part.is_control).sum() == 40
     assert set(part.barcodes[part.is_control]) == set(screen.barcodes[first])
