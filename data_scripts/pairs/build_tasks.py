@@ -45,7 +45,6 @@ def count_part(out: str, identity: str, index: int) -> None:
     part = count_genes(
         stream,
         cells.table.column("dataset").to_numpy()[training],
-        np.ones(int(training.sum()), dtype=bool),
         cells.library[training],
         plan.gene_lengths,
         plan.measured.shape[1],

@@ -168,10 +168,9 @@ def linear_optimum(network: GeneNetwork, gene_ids: list[str]):
     from data_scripts.synthetic.best_predictor import optimum
 
     def predict(pairs: PairArrays) -> tuple[np.ndarray, np.ndarray]:
-        best = optimum(
-            network, pairs.source, pairs.source_measured, _revealed(pairs), list(pairs.pairing), gene_ids=gene_ids
-        )
-        return best.mean, np.maximum(best.variance, 1e-12)
+        known = (pairs.source, pairs.source_measured, _revealed(pairs), list(pairs.pairing))
+        mean, variance = optimum(network, *known, gene_ids=gene_ids)
+        return mean, np.maximum(variance, 1e-12)
 
     return predict
 

@@ -6,12 +6,12 @@ import anndata
 import numpy as np
 import pytest
 import scipy.sparse as sp
+from pair_writer import write_pair_folder
 from tiny_pairs import tiny_genes, tiny_rows
 from tiny_runs import write_run_pairs
 
 from data_scripts.options import from_mapping
 from data_scripts.pairs import census_pairs
-from data_scripts.pairs.pair_folder import write_pair_folder
 from data_scripts.store import local_census
 from gppc.run_options import RunOptions
 
