@@ -1,34 +1,16 @@
 """Trains a GPPC model, scores it beside its floors and leaves a folder that anyone can load.
 
-The embedded default, on real cells that need no download:
-
-    accelerate launch train.py
-
-Cells of your own, from AnnData files by way of a local store:
-
-    gppc make-census cells.soma FIRST.h5ad SECOND.h5ad
-    accelerate launch train.py --pairs.query.uri cells.soma
-
-Another shipped run, or your own YAML file; every option is also a flag:
-
-    accelerate launch train.py --config linear
-    accelerate launch train.py --config my.yaml --training.max_steps 5000 --output_dir runs/mine
-
-Cells of the public Census, written as pairs first, or straight from the store:
-
-    accelerate launch train.py --config census_naive_b
-    accelerate launch train.py --config census_naive_b --data.stream true
-
-A CRISPR screen, all its perturbations or, to be scored by `gppc evaluate`, one model a fold:
-
-    accelerate launch train.py --config screen --data.screen SCREEN.h5ad
-    accelerate launch train.py --config screen --data.screen SCREEN.h5ad --screen.fold all --output_dir runs/folds
+    accelerate launch train.py                                          # the default, on real cells that need no download
+    accelerate launch train.py --pairs.query.uri cells.soma             # cells that `gppc make-census` wrote
+    accelerate launch train.py --config my.yaml --training.max_steps 5000   # your own YAML file; every option is a flag
+    accelerate launch train.py --config linear                          # another shipped run
+    accelerate launch train.py --config census_naive_b                  # cells of the public Census, written as pairs first
+    accelerate launch train.py --config census_naive_b --data.stream true   # or straight from the store
+    accelerate launch train.py --data.screen SCREEN.h5ad                # all perturbations of a CRISPR screen
+    accelerate launch train.py --data.screen SCREEN.h5ad --screen.fold all  # one model a fold, for `gppc evaluate`
+    python train.py --sweep default                                     # a search of options (training/configs/sweeps)
 
 Go on after an interruption with the same command and --resume. Score a finished run again with `gppc score`.
-
-Search options, one short run after another (see modeling_gppc/training/configs/sweeps):
-
-    python train.py --sweep default
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """Training steps: speed, memory, growth with genes and what options cost; on a GPU the same; the named sizes.
 
     python benchmarks/bench_model_training.py --out training.json               # the CPU, a few minutes, two threads
-    python benchmarks/bench_model_training.py --gpu --profile profile.txt       # size `base` in bf16, about ten minutes
+    python benchmarks/bench_model_training.py --gpu --out gpu.json              # size `base` in bf16, about ten minutes
     python benchmarks/bench_model_training.py --sizes --measure tiny small      # the table of docs/model.md
     python benchmarks/bench_model_training.py --smoke
 
@@ -10,9 +10,9 @@ Operations are those of matrix products, counted by torch, and compared with the
 same device. An option is run beside the same step without it.
 """
 
+import math
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from bench_tools import (
@@ -27,7 +27,6 @@ from bench_tools import (
     write_result,
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_gppc import GppcConfig, GppcForPerturbationPrediction
@@ -43,11 +42,8 @@ WIDTH = {
     "hidden_dropout_prob": 0.1,
 }
 # Twice the tokens is what padding to the longest cell costs where it is twice the mean.
-CPU_OPTIONS = ({"share": 2 * EXPRESSED_SHARE}, {"fused": False}, {"bf16": True}, {"checkpointing": True})
+CPU_OPTIONS = ({"share": 2 * EXPRESSED_SHARE}, {"bf16": True}, {"checkpointing": True})
 GPU_OPTIONS = ({"checkpointing": True}, {"compiled": True})
-CELLS = (1_000_000, 10_000_000, 60_000_000)
-# Assumed where a size is not measured: an H100's dense bf16 rate as sold, and the share of it that training reaches.
-GPU_TFLOPS, GPU_SHARE, GPUS_OF_LARGE = 990.0, 0.25, 8
 
 
 def timed(call: Callable[[], object], least: float) -> tuple[float, float]:
@@ -71,7 +67,6 @@ def make_step(
     size: str | None = None,
     device: str = "cpu",
     share: float = EXPRESSED_SHARE,
-    fused: bool = True,
     bf16: bool = False,
     checkpointing: bool = False,
     compiled: bool = False,
@@ -82,7 +77,7 @@ def make_step(
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.01, betas=(0.9, 0.98), fused=fused)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.01, betas=(0.9, 0.98), fused=True)
     pairs = {name: tensor.to(device) for name, tensor in random_pairs(genes, batch, share=share).items()}
     run = torch.compile(model) if compiled else model
 
@@ -124,16 +119,6 @@ def matmul_rate(threads: int, least: float, device: str, length: int) -> dict:
     return {"rate": 2 * length**3 / timed(lambda: left @ right, least)[0]}
 
 
-def profiled(case: dict) -> str:
-    """Where the time of a step goes, the largest kernels first."""
-    step, device = make_step(**case), case["device"]
-    step()
-    with profile(activities=[getattr(ProfilerActivity, kind) for kind in {"CPU", device.upper()}]) as profiler:
-        step()
-    order = f"self_{device}_time_total"
-    return profiler.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=60)
-
-
 def count(size: str, genes: int, batch: int) -> dict:
     """Parameters and operations a pair, without doing them."""
     # Tensors without storage: `large` is counted on any machine.
@@ -148,39 +133,23 @@ def count(size: str, genes: int, batch: int) -> dict:
     }
 
 
-def duration(seconds: float) -> str:
-    """Seconds in the unit a person would use."""
-    for unit, length in (("days", 86_400), ("h", 3_600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{show(seconds / length)} {unit}"
-    return f"{show(seconds)} s"
-
-
 def table_of_sizes(sizes: list[str], measured: list[str], genes: int, batch: int, **settings) -> dict:
-    """Prints a row a named size; what is not measured is computed for a GPU."""
+    """Prints a row a named size."""
     rows = {}
-    print("| size | parameters | of them per gene | GFLOP a pair | pairs/s | 1M pairs | 10M | 60M | how |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("| size | parameters | of them per gene | GFLOP a pair | pairs/s on this CPU |\n|---|---|---|---|---|")
     for size in sizes:
         row = rows[size] = count(size, genes, batch)
         if size in measured:
-            rate = in_child(measure, size=size, genes=genes, batch=batch, **settings)["cells_per_second"]
-            how = f"measured, {settings['threads']} CPU threads"
-        else:
-            gpus = GPUS_OF_LARGE if size == "large" else 1
-            rate = gpus * GPU_TFLOPS * 1e12 * GPU_SHARE / row["flop_per_pair"]
-            how = f"computed, {gpus} GPU at {GPU_SHARE:.0%} of {GPU_TFLOPS:g} TFLOP/s"
-        row |= {"pairs_per_second": rate, "how": how}
-        times = " | ".join(duration(cells / rate) for cells in CELLS)
+            row |= in_child(measure, size=size, genes=genes, batch=batch, **settings)
         print(
             f"| `{size}` | {row['parameters'] / 1e6:,.1f} M | {row['parameters_of_genes'] / genes:,.0f} | "
-            f"{show(row['flop_per_pair'] / 1e9)} | {show(rate)} | {times} | {how} |",
+            f"{show(row['flop_per_pair'] / 1e9)} | {show(row.get('cells_per_second', math.nan))} |",
             flush=True,
         )
     return rows
 
 
-def steps(gpu: bool, smoke: bool, profile_file: str | None, **settings) -> dict:
+def steps(gpu: bool, smoke: bool, **settings) -> dict:
     """Prints speed and memory, growth with genes and what options cost."""
     base = {"device": "cpu", "genes": 2_000, "batch": 16}
     many, genes, options, length = [{"genes": 20_000}], (1_000, 2_000, 5_000, 10_000, 20_000), CPU_OPTIONS, 2_048
@@ -220,8 +189,6 @@ def steps(gpu: bool, smoke: bool, profile_file: str | None, **settings) -> dict:
         (name,) = option
         result["options"][name] = without[clock] / found[clock]
         print(f"{name}: {result['options'][name]:.2f} x the steps a second{'' if gpu else ' of CPU'} without")
-    if profile_file is not None:
-        Path(profile_file).write_text(profiled(base))
     return result
 
 
@@ -232,7 +199,6 @@ def main() -> None:
     parser.add_argument("--measure", nargs="*", default=[], choices=list(SIZES), help="sizes that are run on this CPU")
     parser.add_argument("--seconds", type=float, default=4.0, help="least measured time of each")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--profile", help="text file for the profile of a step")
     parser.add_argument("--out", help="JSON file")
     arguments = parser.parse_args()
     if arguments.gpu and not torch.cuda.is_available():
@@ -247,7 +213,7 @@ def main() -> None:
             names, measured, size = ["tiny", "small"], ["tiny"], {"genes": 60, "batch": 4}
         result["sizes"] = table_of_sizes(names, measured, **size, **settings)
     if not arguments.sizes:
-        result |= steps(arguments.gpu, arguments.smoke, arguments.profile, **settings)
+        result |= steps(arguments.gpu, arguments.smoke, **settings)
     write_result(result, arguments.out)
 
 

@@ -7,7 +7,8 @@ import multiprocessing
 import os
 import platform
 import resource
-import time
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -100,14 +101,7 @@ def exponent(sizes: list[float], seconds: list[float]) -> float:
 
 def machine() -> dict:
     """What the figures were measured on."""
-    return {
-        "cpu": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 2),
-        "torch": torch.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-    }
+    return {"cpu": platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()[0], "torch": torch.__version__}
 
 
 def write_result(result: dict, out: str | None) -> None:
@@ -130,6 +124,23 @@ def pair_options(store: Path | str, **options) -> PairOptions:
     """Options of pairs of a store's cells, as in YAML, without held-out splits."""
     query = {"uri": str(store), **options.pop("query", {})}
     return from_mapping(PairOptions, {"query": query, "splits": {"rules": []}, **options})
+
+
+def run_training(out: Path | str, config: str, flags: dict[str, object], processes: int = 1) -> list[dict]:
+    """Runs `train.py` on one thread a process, with little evaluation; returns its log.
+
+    Raises:
+        RuntimeError: With the end of what it said, if it failed.
+    """
+    flags = {"output_dir": out, "evaluation.max_pairs": 16, "evaluation.floors": "[mean]", **flags}
+    words = ["--config", config, *(str(word) for name, value in flags.items() for word in (f"--{name}", value))]
+    world = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *(world if processes > 1 else []), "train.py", *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"`train.py` failed: {done.stderr[-2000:]}")
+    return json.loads((Path(out) / "model" / "training_log.json").read_text())
 
 
 def parser_of(doc: str) -> argparse.ArgumentParser:

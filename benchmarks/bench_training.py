@@ -12,17 +12,13 @@ shards.
 """
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
-from pathlib import Path
+
+from bench_tools import run_training
 
 from gppc.run_options import parse_options
 
-ROOT = Path(__file__).parents[1]
 KEYS = ("cells_per_second", "tokens_per_second", "data_wait_share", "tflop_per_second", "peak_memory_gb")
 SMOKE = {
     "data.synthetic": "{form: linear, n_genes: 30, n_regulators: 4, n_cells: 600, n_donors: 20, n_datasets: 2}",
@@ -34,7 +30,7 @@ def flags_of(arguments: argparse.Namespace) -> dict[str, object]:
     """Options of all runs: where the pairs come from, and a single evaluation, at the end."""
     every = {f"training.{name}_steps": arguments.steps for name in ("max", "eval", "save")}
     every |= {"training.logging_steps": max(arguments.steps // 6, 1), "training.use_cpu": str(arguments.cpu).lower()}
-    every |= {"training.max_validation_pairs": 256, "evaluation.max_pairs": 16, "evaluation.floors": "[mean]"}
+    every["training.max_validation_pairs"] = 256
     if arguments.smoke:
         return every | SMOKE
     if arguments.pairs:
@@ -45,15 +41,7 @@ def flags_of(arguments: argparse.Namespace) -> dict[str, object]:
 def run(config: str, flags: dict[str, object], processes: int) -> dict:
     """One run of `train.py` in so many processes; medians of its log."""
     with tempfile.TemporaryDirectory() as out:
-        words = ["--config", config, "--output_dir", out]
-        words += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-        world = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        command = [sys.executable, *(world if processes > 1 else []), str(ROOT / "train.py"), *words]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"`train.py` failed: {done.stderr[-2000:]}")
-        log = json.loads((Path(out) / "model" / "training_log.json").read_text())
+        log = run_training(out, config, flags, processes)
     entries = [entry for entry in log if "cells_per_second" in entry][2:]
     return {key: statistics.median(entry[key] for entry in entries) for key in KEYS}
 

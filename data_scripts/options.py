@@ -125,19 +125,6 @@ def from_mapping(cls: type, mapping: Mapping, where: str = ""):
     return cls(**arguments)
 
 
-def join_options(mapping: Mapping, *classes: type) -> list:
-    """Builds several dataclasses from one mapping; a key goes to every class that has a field of that name.
-
-    Raises:
-        ValueError: As [`from_mapping`].
-    """
-    known = [field.name for cls in classes for field in dataclasses.fields(cls)]
-    for key in mapping:
-        if key not in known:
-            raise ValueError(f"`{key}` is not an option{close_matches(str(key), known)}")
-    return [from_mapping(cls, part_of(mapping, cls)) for cls in classes]
-
-
 def part_of(mapping: Mapping, cls: type) -> dict:
     """The entries of a mapping that are named like fields of a dataclass."""
     return {field.name: mapping[field.name] for field in dataclasses.fields(cls) if field.name in mapping}

@@ -27,8 +27,6 @@ from modeling_gppc.training.start_from import check_start, start_from
 from modeling_gppc.training.stream_rows import open_stream, sample_rows
 from modeling_gppc.training.trainer import GppcTrainer, make_trainer
 
-# The runs that are meant without `--config`: of the example cells, of a screen, and of any other cells that are named.
-DEFAULT_CONFIG, SCREEN_CONFIG, OWN_CONFIG = "default", "screen", "own"
 # What the data decide, not the person who starts a run.
 DERIVED_MODEL_FIELDS = ("vocab_size", "pairings")
 # Where cells may come from; exactly one of these is given.
@@ -164,11 +162,7 @@ class RunOptions:
         initialize_linear_response(model, *row_sets(folder), folder.panels, cells, iterations, self.seed)
 
     def check_files(self) -> None:
-        """Looks at the files and folders that the options name, without reading cells.
-
-        Raises:
-            ValueError: If one is missing or something else.
-        """
+        """Looks at the files and folders that the options name, without reading cells; raises `ValueError`."""
         check_files(self.data, self.pairs)
         if self.training.start_from is not None:
             check_start(self.training.start_from)
@@ -197,8 +191,7 @@ def run_options(config: str | None, changes: Mapping) -> RunOptions:
         ValueError: For an unknown file, option or value, naming the option and close matches.
     """
     given = sources_of(changes)
-    own = SCREEN_CONFIG if "data.screen" in given else OWN_CONFIG
-    path = find_config(config or (own if given else DEFAULT_CONFIG))
+    path = find_config(config or ("screen" if "data.screen" in given else "own" if given else "default"))
     mapping = read_yaml(path)
     for name in SOURCES if given else ():
         mapping = merge(mapping, nested(name, None))

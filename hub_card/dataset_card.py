@@ -9,7 +9,6 @@ from string import Template
 import pyarrow.parquet as pq
 from datasets import DatasetInfo, Features, SplitDict, SplitInfo
 from datasets.info import DatasetInfosDict
-from datasets.utils.metadata import MetadataConfigs
 from huggingface_hub import DatasetCard, DatasetCardData
 
 from data_scripts.pairs.pair_folder import MANIFEST, PairFolder, read_table, write_table_atomically
@@ -91,39 +90,25 @@ def describe_part(schema, splits: Mapping[str, list[Path]]) -> DatasetInfo:
     )
 
 
-def render_dataset_card(manifest: Mapping, files: Mapping[str, Path | bytes], license: str = "other") -> str:
-    """Renders the card of staged files; see [`stage_dataset`].
-
-    Args:
-        manifest (`Mapping`): The manifest that is uploaded.
-        files (`Mapping[str, Path | bytes]`): The files that are uploaded.
-        license (`str`, *optional*, defaults to `"other"`): Licence identifier of the Hub.
-
-    Returns:
-        `str`: The Markdown text with its metadata block.
-    """
+def render_dataset_card(manifest: Mapping, files: Mapping[str, Path | bytes], license: str) -> str:
+    """The Markdown text, with its metadata block, of what [`stage_dataset`] uploads: manifest and files."""
     shards = {split: manifest["splits"].get(split, {}).get("shards") for split in SPLITS}
     parts = {name: {"train": [files.get(f"{name}.parquet")]} for name in SCHEMAS}
     parts["default"] = {split: [files[shard["file"]] for shard in found] for split, found in shards.items() if found}
     infos = DatasetInfosDict({name: describe_part(SCHEMAS[name], splits) for name, splits in parts.items()})
     counts = {name: {split: part.num_examples for split, part in info.splits.items()} for name, info in infos.items()}
     order = len(str(sum(counts["default"].values()))) - 3
+    paths = {name: {"train": f"{name}.parquet"} for name in SCHEMAS}
+    paths["default"] = {split: f"{split}/*.parquet" for split in parts["default"]}
+    files_of = {name: [{"split": split, "path": path} for split, path in paths[name].items()] for name in SCHEMAS}
     data = DatasetCardData(
+        configs=[{"config_name": name, "data_files": found} for name, found in files_of.items()],
         license=license,
         pretty_name=f"GPPC cell pairs ({manifest.get('organism', 'homo_sapiens').replace('_', ' ')})",
         size_categories=[f"{LIMITS[order - 1]}<n<{LIMITS[order]}" if order > 0 else "n<1K"],
         tags=["biology", "single-cell", "gene-expression", "gppc"],
     )
     infos.to_dataset_card_data(data)
-    paths = {name: {"train": f"{name}.parquet"} for name in SCHEMAS}
-    paths["default"] = {split: f"{split}/*.parquet" for split in parts["default"]}
-    MetadataConfigs(
-        {
-            name: {"data_files": [{"split": split, "path": path} for split, path in splits.items()]}
-            | ({"default": True} if name == "default" else {})
-            for name, splits in paths.items()
-        }
-    ).to_dataset_card_data(data)
     query = manifest.get("options", {}).get("query", {})
     release = query.get("census_version")
     facts = {

@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 HTTP_ERROR = HfHubHTTPError.__bases__[0]
 # 409 and 412 mean that somebody else committed meanwhile: compare again, then commit.
 TRANSIENT = {408, 409, 412, 425, 429, 500, 502, 503, 504}
+LONGEST_WAIT = 60.0  # seconds between two attempts
 # Files the Hub itself, or its form for new repositories, puts into an empty repository.
 NEUTRAL_FILES = (".gitattributes", "README.md")
 
@@ -29,8 +30,6 @@ class Retries:
     """How often and how patiently to try again after dropped connections, 429 and 5xx."""
 
     attempts: int = 6
-    first_wait: float = 1.0
-    longest_wait: float = 60.0
     sleep: Callable[[float], None] = time.sleep
 
     def __post_init__(self):
@@ -143,7 +142,7 @@ class Push:
 
     def attempt(self, step: Callable):
         """Runs a step, again after failures that pass, and turns the others into one line."""
-        wait = self.retries.first_wait
+        wait = 1.0
         for number in range(1, self.retries.attempts + 1):
             try:
                 return step()
@@ -160,7 +159,7 @@ class Push:
                         f"{one_line(cause)}); nothing is lost: run the same command again."
                     ) from error
                 asked = "" if answer is None else answer.headers.get("Retry-After", "")
-                pause = min(max(wait, float(asked) if asked.isdigit() else 0.0), self.retries.longest_wait)
+                pause = min(max(wait, float(asked) if asked.isdigit() else 0.0), LONGEST_WAIT)
                 logger.warning("%s; attempt %d in %.0f s", one_line(cause), number + 1, pause)
                 self.retries.sleep(pause)
                 wait *= 2

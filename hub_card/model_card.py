@@ -126,11 +126,7 @@ def score_text(results: Mapping | None, run: Mapping) -> str:
 def method_table(methods: Mapping, metrics: Mapping[str, str], subject: str, notes: Mapping[str, str]) -> str:
     """A Markdown table: methods down, the metrics that were computed across, with their intervals.
 
-    Args:
-        methods (`Mapping`): Name -> scores, by metric; `METRIC_ci95` is an interval.
-        metrics (`Mapping[str, str]`): Metric -> heading.
-        subject (`str`): The method that is the model.
-        notes (`Mapping[str, str]`): Flag among the scores -> what stands behind the name where it is set.
+    `notes` names flags among the scores, and what stands behind the name of a method where one is set.
     """
     metrics = {name: text for name, text in metrics.items() if any(s.get(name) is not None for s in methods.values())}
     lines = [["method", *metrics.values()], ["---"] * (1 + len(metrics))]

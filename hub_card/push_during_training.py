@@ -20,7 +20,6 @@ from modeling_gppc.pipeline_gppc import PerturbationPredictionPipeline
 logger = logging.getLogger(__name__)
 # Where the files of an upload wait, in the run's folder: the checkpoint itself may be gone before they are sent.
 STAGED = ".hub"
-VALIDATION = ("eval_mse", "eval_linear_mse", "eval_r2")
 
 
 class HubPush(TrainerCallback):
@@ -65,8 +64,7 @@ class HubPush(TrainerCallback):
             model = GppcForPerturbationPrediction.from_pretrained(checkpoint)
             PerturbationPredictionPipeline(model=model, feature_extractor=self.extractor).save_pretrained(folder)
         last = next((entry for entry in reversed(state.log_history) if "eval_mse" in entry), {})
-        validation = {name: last[name] for name in VALIDATION if name in last}
-        unfinished = {"step": state.global_step, "max_steps": state.max_steps, **validation}
+        unfinished = {**last, "step": state.global_step, "max_steps": state.max_steps}
         write_json({**self.facts(), "unfinished": unfinished}, folder / "run.json")
         write_model_card(folder)
 

@@ -158,12 +158,12 @@ def test_chances_of_queries(n_genes, data):
 def test_weights_make_the_loss_that_of_all_genes():
     rng = np.random.default_rng(0)
     predicted = torch.from_numpy(rng.normal(0, 1, (len(ROWS), N_GENES)).astype(np.float32))
-    rows = range(len(ROWS))
-    whole = PairCollator(PANELS)(dataset().__getitems__(rows))["labels"]
+    rows = dataset().__getitems__(range(len(ROWS)))
+    whole = PairCollator(PANELS)(rows)["labels"]
     full = (predicted - whole)[whole != X].square().mean().item()
     losses = []
     for seed in range(4000):
-        batch = PairCollator(PANELS, n_query_genes=3, seed=seed)(dataset().__getitems__(rows))
+        batch = PairCollator(PANELS, n_query_genes=3, seed=seed)(rows)
         scored = batch["labels"] != X
         error = torch.where(scored, predicted[:, batch["query_ids"]] - batch["labels"], torch.zeros(()))
         losses.append(((error.square() * batch["label_weights"]).sum() / scored.sum()).item())
