@@ -16,9 +16,9 @@ import pyarrow as pa
 from data_scripts.files import write_json
 from data_scripts.pairs.build_tasks import build_shard, count_part, load_part, run_tasks, shard_done
 from data_scripts.pairs.gene_selection import find_genes, read_gene_list, select_genes
-from data_scripts.pairs.pair_folder import MANIFEST, PairFolder, finish_pair_folder, read_table
+from data_scripts.pairs.pair_folder import PairFolder, finish_pair_folder, read_table
 from data_scripts.pairs.pair_options import PairOptions
-from data_scripts.pairs.pair_plan import WORK, PairPlan, check_folder, digest_of, plan_identity, query_for, write_array
+from data_scripts.pairs.pair_plan import PairPlan, check_folder, digest_of, plan_identity, query_for, write_array
 from data_scripts.pairs.schema import GENE_SCHEMA, PAIR_SCHEMA, SPLITS
 from data_scripts.store.freed_memory import return_freed_memory
 
@@ -310,6 +310,3 @@ class CensusPairs(datasets.ArrowBasedBuilder):
         for shard in shards:
             for index, batch in enumerate(read_table(shard).to_batches()):
                 yield f"{Path(shard).name}-{index}", pa.Table.from_batches([batch])
-
-
-__all__ = ["MANIFEST", "WORK", "CensusPairs", "CensusPairsConfig", "build_pairs"]
