@@ -12,6 +12,7 @@ import pyarrow as pa
 import torch
 
 from data_scripts.files import write_json
+from data_scripts.options import Count, Seed, check_numbers
 from data_scripts.pairs.build_tasks import open_plan
 from data_scripts.pairs.pair_plan import PairPlan, digest_of
 from data_scripts.pairs.pair_shard import ShardRows, read_shard_values
@@ -35,16 +36,14 @@ class StreamOptions:
     """
 
     split: str = "train"
-    batch_size: int = 128
-    pool_shards: int = 2
-    seed: int = 0
+    batch_size: Count = 128
+    pool_shards: Count = 2
+    seed: Seed = 0
 
     def __post_init__(self):
         if self.split not in SPLITS:
             raise ValueError(f"`split` is {self.split!r}; wanted one of {', '.join(SPLITS)}.")
-        for name in ("batch_size", "pool_shards"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; wanted at least 1.")
+        check_numbers(self)
 
 
 class _Reader(torch.utils.data.IterableDataset):
