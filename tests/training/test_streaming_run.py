@@ -169,9 +169,9 @@ def test_a_killed_run_goes_on(store, streamed, tmp_path, name, call):
 
 def test_a_checkpoint_holds_the_place_in_the_stream(streamed):
     newest = max(streamed.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]))
-    state = json.loads((newest / f"pair_stream-{0}.json").read_text())
+    state = json.loads((newest / "pair_stream-0.json").read_text())
     listed = json.loads((newest / "checkpoint.json").read_text())
-    assert f"pair_stream-{0}.json" in listed and state["positions"][0][0] in (2, 3)
+    assert "pair_stream-0.json" in listed and state["positions"][0][0] in (2, 3)
 
 
 def test_workers_give_the_same_pairs_and_the_same_model(store, tmp_path):
