@@ -1,40 +1,22 @@
 """Trains a GPPC model, scores it beside its floors and leaves a folder that anyone can load.
 
-The embedded default, on real cells that need no download:
-
-    accelerate launch train.py
-
-Cells of your own, from AnnData files by way of a local store:
-
-    gppc make-census cells.soma FIRST.h5ad SECOND.h5ad
-    accelerate launch train.py --pairs.query.uri cells.soma
-
-Another shipped run, or your own YAML file; every option is also a flag:
-
-    accelerate launch train.py --config linear
-    accelerate launch train.py --config my.yaml --training.max_steps 5000 --output_dir runs/mine
-
-Cells of the public Census, written as pairs first, or straight from the store:
-
-    accelerate launch train.py --config census_naive_b
-    accelerate launch train.py --config census_naive_b --data.stream true
-
-A CRISPR screen, all its perturbations or, to be scored by `gppc evaluate`, one model a fold:
-
-    accelerate launch train.py --config screen --data.screen SCREEN.h5ad
-    accelerate launch train.py --config screen --data.screen SCREEN.h5ad --screen.fold all --output_dir runs/folds
+    accelerate launch train.py                                          # the default, on real cells that need no download
+    accelerate launch train.py --pairs.query.uri cells.soma             # cells that `gppc make-census` wrote
+    accelerate launch train.py --config my.yaml --training.max_steps 5000   # your own YAML file; every option is a flag
+    accelerate launch train.py --config linear                          # another shipped run
+    accelerate launch train.py --config census_naive_b                  # cells of the public Census, written as pairs first
+    accelerate launch train.py --config census_naive_b --data.stream true   # or straight from the store
+    accelerate launch train.py --data.screen SCREEN.h5ad                # all perturbations of a CRISPR screen
+    accelerate launch train.py --data.screen SCREEN.h5ad --screen.fold all  # one model a fold, for `gppc evaluate`
+    python train.py --sweep default                                     # a search of options (training/configs/sweeps)
 
 Go on after an interruption with the same command and --resume. Score a finished run again with `gppc score`.
-
-Search options, one short run after another (see modeling_gppc/training/configs/sweeps):
-
-    python train.py --sweep default
 """
 
 import dataclasses
+import functools
 import json
 import os
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,83 +24,46 @@ from pathlib import Path
 from accelerate import PartialState
 from transformers.utils import logging as transformers_logging
 
-from data_scripts.batches.data_collator import PairCollator
-from data_scripts.batches.pair_dataset import PairDataset
-from data_scripts.command_line import help_text, read_flags, run_command
+from data_scripts.command_line import run_command
 from data_scripts.files import share_weights, write_json
-from data_scripts.options import from_mapping, part_of
 from data_scripts.pairs.pair_folder import PairFolder
-from gppc.run_options import LaunchOptions, RunOptions, run_options
+from gppc.run_options import RunOptions
+from gppc.train_command import LaunchOptions, read_command
+from hub_card.hub_upload import check_target
 from hub_card.model_card import write_model_card
 from hub_card.push import push_model
-from hub_card.push_during_training import HubPush, check_push
+from hub_card.push_during_training import HubPush
 from modeling_gppc import GppcForPerturbationPrediction
 from modeling_gppc.evaluation.plots import plot_learning_curve
 from modeling_gppc.evaluation.score_run import check_scoring, load_network_of, score_model
-from modeling_gppc.fitting.fit_linear_response import initialize_linear_response, keep_network_if_it_pays
+from modeling_gppc.fitting.fit_linear_response import keep_network_if_it_pays
 from modeling_gppc.inference.loading import feature_extractor_of
 from modeling_gppc.pipeline_gppc import PerturbationPredictionPipeline
 from modeling_gppc.training.checkpoints import last_checkpoint
-from modeling_gppc.training.launch import broadcast_buffers, leave, main_first, start_processes
+from modeling_gppc.training.launch import broadcast_buffers, leave, main_first, processes
 from modeling_gppc.training.run_facts import run_facts
 from modeling_gppc.training.run_folder import claim_folder
 from modeling_gppc.training.screen_run import fit_screen_run
-from modeling_gppc.training.stream_rows import open_stream
-from modeling_gppc.training.trainer import MODEL_FOLDER, GppcTrainer, make_trainer
+from modeling_gppc.training.trainer import MODEL_FOLDER, GppcTrainer
 
 
-def train(
-    options: RunOptions, folder: PairFolder, state: PartialState, resume: bool, push_to: str | None = None
-) -> GppcTrainer:
-    """Fits the linear response in closed form, then trains the network beside it; returns the finished trainer.
-
-    With `push_to`, every checkpoint's model is pushed to that repository while training goes on.
-    """
-    settings = options.training
-    # Where pairs are streamed, these rows are a sample of them.
-    rows = PairDataset(folder.split("train"), folder.pairings)
-    validation = PairDataset(folder.split("validation"), folder.pairings)
-    redraw = options.pairs.perturbation if settings.redraw_perturbations else None
-    stream = None
-    if options.data.stream:
-        place = (state.process_index, state.num_processes)
-        stream = open_stream(folder, settings, options.data.stream_pool_shards, options.seed, *place)
+def train(options: RunOptions, folder: PairFolder, state: PartialState, launch: LaunchOptions) -> GppcTrainer:
+    """Fits the linear response in closed form, then trains the network beside it; returns the finished trainer."""
     model = options.make_model(folder)
-    trainer = make_trainer(
-        model,
-        settings,
-        options.output_dir,
-        options.seed,
-        rows if stream is None else stream,
-        validation,
-        PairCollator(folder.panels, redraw, seed=options.seed, n_query_genes=settings.n_query_genes),
-        PairCollator(folder.panels),
-    )
-    checkpoint = last_checkpoint(options.output_dir) if resume else None
+    trainer = options.make_trainer(model, folder, (state.process_index, state.num_processes))
+    checkpoint = last_checkpoint(options.output_dir) if launch.resume else None
     if checkpoint is None:
         if state.is_main_process:
-            initialize_linear_response(
-                model,
-                rows,
-                validation,
-                folder.panels,
-                max_cells=settings.linear_start_cells,
-                n_iterations=settings.linear_start_iterations,
-                seed=options.seed,
-            )
+            options.fit_linear_response(model, folder)
         broadcast_buffers(state, model)
-    if push_to is not None:
-        trainer.add_callback(HubPush(push_to, feature_extractor_of(folder), lambda: facts(trainer, options, folder)))
+    if launch.push_to_hub is not None and launch.hub_strategy == "every_save":
+        facts = functools.partial(run_facts, trainer, folder, options.data, options.training.start_from)
+        trainer.add_callback(HubPush(launch.push_to_hub, feature_extractor_of(folder), facts))
     trainer.train_or_load(checkpoint)
     kept = keep_network_if_it_pays(model, trainer.state.log_history)
     if not kept and state.is_main_process:
         print("The network did not pay on validation cells; the model is its linear response alone.")
     return trainer
-
-
-def facts(trainer: GppcTrainer, options: RunOptions, folder: PairFolder) -> dict:
-    """What the card says about the run, as of now."""
-    return run_facts(trainer, folder, options.data, options.training.start_from, command())
 
 
 def save(trainer: GppcTrainer, model: GppcForPerturbationPrediction, options: RunOptions, folder: PairFolder) -> Path:
@@ -128,7 +73,7 @@ def save(trainer: GppcTrainer, model: GppcForPerturbationPrediction, options: Ru
     # Writes model and feature extractor with their code and the pipeline's.
     PerturbationPredictionPipeline(model=model, feature_extractor=extractor, device=model.device).save_pretrained(out)
     share_weights(out)
-    write_json(facts(trainer, options, folder), out / "run.json")
+    write_json(run_facts(trainer, folder, options.data, options.training.start_from), out / "run.json")
     write_json(trainer.state.log_history, out / "training_log.json")
     plot_learning_curve(trainer.state.log_history, out / "figures" / "learning_curve.png")
     write_model_card(out)
@@ -146,80 +91,58 @@ def score(model: GppcForPerturbationPrediction, options: RunOptions, folder: Pai
         raise
 
 
-def run_screen(options: RunOptions) -> None:
-    """Fits a CRISPR screen and writes a model folder with its card, or one a fold."""
-    data = options.data
-    for out in fit_screen_run(data.screen, data.screen_options, options.screen, options.output_dir):
-        run = json.loads((out / "run.json").read_text())
-        write_json(run | {"command": command(), "seed": options.screen.seed}, out / "run.json")
-        write_model_card(out)
-        print(f"Model folder: {out}")
-
-
-def command() -> str:
-    """The command that started the run."""
-    return shlex.join(["accelerate", "launch", "train.py", *sys.argv[1:]])
-
-
 def main(argv: list[str] | None = None) -> int:
     """Runs one training; bad input ends with one line and exit status 2, an interruption with 130."""
     words = sys.argv[1:] if argv is None else argv
     return run_command("train.py", lambda: run(words))
 
 
-def run(words: Sequence[str]) -> int | None:
-    """Runs what the words of a command line say."""
-    kind = RunOptions
-    if any(word.partition("=")[0] == "--sweep" for word in words):
-        from gppc.sweep import SweepOptions, read_sweep, run_sweep
-
-        kind = SweepOptions
-    if {"-h", "--help"} & set(words):
-        print(help_text("train.py", __doc__, LaunchOptions, kind))
-        return 0
-    changes = read_flags(words, LaunchOptions, kind)
-    launch, changes = from_mapping(LaunchOptions, part_of(changes, LaunchOptions)), part_of(changes, kind)
+def run(words: Sequence[str]) -> None:
+    """Does what the words of a command line ask for."""
+    # 1. Everything that can be known is checked before anything long.
+    asked = read_command(words, __doc__)
+    if isinstance(asked, str):
+        print(asked)
+        return
+    launch, options = asked
     transformers_logging.set_verbosity_error()
     if launch.sweep is not None:
-        out = run_sweep(read_sweep(launch.sweep, changes), RunOptions.make_model, launch.resume)
+        from gppc.sweep import run_sweep
+
+        out = run_sweep(options, launch.resume)
         print(f"{(out / 'sweep.md').read_text()}\nSweep folder: {out}; best options: {out / 'best.yaml'}")
-        return 0
-    # 1. Everything that can be known is checked before anything long.
-    options = run_options(launch.config, changes)
+        return
     options.check_files()
-    check_push(launch.push_to_hub, launch.hub_strategy)
-    state = start_processes(options.training.use_cpu)
-    try:
-        mine, content = state.is_main_process, dataclasses.asdict(options)
+    if launch.push_to_hub is not None:
+        check_target(launch.push_to_hub)
+    with processes(options.training.use_cpu) as state:
+        mine, content, data = state.is_main_process, dataclasses.asdict(options), options.data
         main_first(state, lambda: mine and claim_folder(content, launch.resume, state.num_processes))
-        if options.data.screen is not None:
+        if data.screen is not None:
+            # Fitted in closed form, one model or one a fold; `gppc evaluate` scores them.
+            fitted = fit_screen_run(data.screen, data.screen_options, options.screen, options.output_dir)
+            outs = list(fitted) if mine else []
+            for out in outs:
+                write_model_card(out)
+        else:
+            # 2. Cells become pairs, and what depends on the cells is checked.
+            folder = main_first(state, lambda: options.prepare_pairs(progress=mine))
+            check_scoring(folder, options.evaluation)
             if mine:
-                run_screen(options)
-            return 0
-        # 2. Cells become pairs, and what depends on the cells is checked.
-        folder = main_first(state, lambda: options.prepare_pairs(progress=mine))
-        check_scoring(folder, options.evaluation)
-        if mine:
-            print(folder.describe_splits())
-        # 3. Training.
-        push_to = launch.push_to_hub if launch.hub_strategy == "every_save" else None
-        trainer = train(options, folder, state, launch.resume, push_to)
-        model = trainer.whole_model()
-        if mine:
+                print(folder.describe_splits())
+            # 3. Training.
+            trainer = train(options, folder, state, launch)
+            model = trainer.whole_model()
             # 4. What was learned is saved before it is scored.
-            out = save(trainer, model, options, folder)
-            # 5. Scores, and the way to others.
-            score(model, options, folder, out)
+            outs = [save(trainer, model, options, folder)] if mine else []
+            for out in outs:
+                score(model, options, folder, out)
+        # 5. The way to others.
+        for out in outs:
             print(f'Model folder: {out}\nLoad it with AutoModel.from_pretrained("{out}", trust_remote_code=True)')
             if launch.push_to_hub is not None:
                 print(json.dumps(push_model(out, launch.push_to_hub).__dict__, default=str))
         state.wait_for_everyone()
-    finally:
-        # Among several, `leave` ends the process: its group's end joins Gloo's threads and holds the interpreter's lock,
-        # which these may be waiting for.
-        if state.num_processes == 1:
-            state.destroy_process_group()
-    return 0
 
 
 if __name__ == "__main__":

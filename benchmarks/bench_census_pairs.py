@@ -9,18 +9,15 @@ round of each counts, since other work on the machine only ever slows a round do
 """
 
 import argparse
-import json
-import resource
-import subprocess
-import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import cellxgene_census
 import numpy as np
 import tiledbsoma
-from bench_tools import exponent, pair_options, parser_of, smoke_store
+from bench_tools import exponent, in_child, pair_options, parser_of, smoke_store
 
 from data_scripts.pairs.census_pairs import build_pairs
 from data_scripts.store.census_query import TILEDB_CONFIG
@@ -31,19 +28,10 @@ ORGANISM = "homo_sapiens"
 DRAIN_CONFIG = {"soma.init_buffer_bytes": 128 * 1024**2}
 
 
-class Clock:
-    """Wall and CPU seconds (all threads and ended children) since it was made."""
-
-    def __init__(self):
-        self.wall, self.cpu = time.perf_counter(), self.cpu_seconds()
-
-    @staticmethod
-    def cpu_seconds() -> float:
-        own, children = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-        return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
-
-    def read(self) -> dict[str, float]:
-        return {"seconds": time.perf_counter() - self.wall, "cpu": self.cpu_seconds() - self.cpu}
+def clock() -> Callable[[], dict[str, float]]:
+    """A function that returns wall and CPU seconds (all threads) from now on."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    return lambda: {"seconds": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
 
 
 def cells_query(census, n_cells: int):
@@ -57,20 +45,20 @@ def drain(store: str, n_cells: int, as_built: bool = False, **_) -> dict:
     if as_built:
         keep_freed_memory()
     with cellxgene_census.open_soma(uri=store, tiledb_config=TILEDB_CONFIG if as_built else DRAIN_CONFIG) as census:
-        clock = Clock()
+        read = clock()
         with cells_query(census, n_cells) as query:
             for _table in query.X("raw").tables():
                 pass
-        return {"cells": n_cells, **clock.read()}
+        return {"cells": n_cells, **read()}
 
 
-def ours(store: str, n_cells: int, num_proc: int, out: str | None, **options) -> dict:
+def ours(store: str, n_cells: int, **options) -> dict:
     """`build_pairs` at a given panel: read, checked, normalised, matched, sampled, written."""
     options = pair_options(store, query={"obs_filter": f"soma_joinid < {n_cells}"}, **options)
-    with tempfile.TemporaryDirectory(dir=out or Path(store).parent) as folder:
-        clock = Clock()
-        pairs = build_pairs(options, Path(folder) / "out", num_proc=num_proc, progress=False)
-        measured = clock.read()
+    with tempfile.TemporaryDirectory(dir=Path(store).parent) as folder:
+        read = clock()
+        pairs = build_pairs(options, Path(folder) / "out", progress=False)
+        measured = read()
         shards = [shard for entry in pairs.manifest["splits"].values() for shard in entry["shards"]]
         per_pair = sum(shard["n_bytes"] for shard in shards) / sum(shard["n_rows"] for shard in shards)
         of_dense = per_pair / (2 * 4 * len(pairs.gene_ids))
@@ -85,7 +73,7 @@ def origin(store: str, n_cells: int, panel: dict, **_) -> dict:
     with cellxgene_census.open_soma(uri=store) as census:
         var = census["census_data"][ORGANISM].ms["RNA"].var.read(column_names=["feature_id"]).concat().to_pandas()
         columns = np.flatnonzero(var["feature_id"].isin(Path(panel["file"]).read_text().split()))
-        clock, n_seen = Clock(), 0
+        read, n_seen = clock(), 0
         with cells_query(census, n_cells) as query:
             for counts, _obs in ExperimentDataset(
                 query, layer_name="raw", obs_column_names=["soma_joinid", "dataset_id"], batch_size=128, shuffle=True
@@ -97,56 +85,47 @@ def origin(store: str, n_cells: int, panel: dict, **_) -> dict:
                         gene = rng.choice(differing)
                         _row = (before, after, gene, after[gene] - before[gene])
                 n_seen += len(values)
-        return {"cells": n_seen, **clock.read()}
+        return {"cells": n_seen, **read()}
 
 
-WAYS = {"drain": drain, "ours": ours, "origin": origin}
-
-
-def measure(way: str, **settings) -> dict:
-    """Runs one way in a process of its own; adds its peak memory."""
-    command = [sys.executable, __file__, "--way", way, "--settings", json.dumps(settings)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    if done.returncode:
-        raise RuntimeError(f"{way} failed: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def panel_file(store: str, n_genes: int) -> str:
-    """The genes with most expressing cells, one a line."""
+def panel_file(store: str, n_genes: int) -> dict:
+    """A file of the genes with most expressing cells, one a line."""
     with cellxgene_census.open_soma(uri=store) as census:
         var = census["census_data"][ORGANISM].ms["RNA"].var.read().concat().to_pandas()
     path = Path(store).parent / f"panel-{n_genes}.txt"
     chosen = var.sort_values("nnz", ascending=False, kind="stable")["feature_id"].iloc[:n_genes]
     path.write_text("\n".join(chosen) + "\n")
-    return str(path)
+    return {"file": str(path)}
 
 
 def best(rounds: list[dict], label: str) -> dict:
     """The fastest round, with the least CPU time and the most memory of all; printed."""
     result = min(rounds, key=lambda result: result["seconds"])
-    result |= {"cpu": min(r["cpu"] for r in rounds), "peak_mb": max(r["peak_mb"] for r in rounds)}
+    result |= {"cpu": min(r["cpu"] for r in rounds), "peak_rss_gb": max(r["peak_rss_gb"] for r in rounds)}
     wall, cpu = result["cells"] / result["seconds"], result["cells"] / result["cpu"]
     size = f", {result['bytes_per_pair']:,.0f} bytes a pair" if "bytes_per_pair" in result else ""
-    print(f"{label:<42}{wall:>9,.0f} cells/s{cpu:>9,.0f} /CPU-s {result['peak_mb']:>7,.0f} MB peak{size}", flush=True)
+    print(
+        f"{label:<42}{wall:>9,.0f} cells/s{cpu:>9,.0f} /CPU-s {result['peak_rss_gb']:>6.2f} GB peak{size}", flush=True
+    )
     return result
 
 
 def run_all(store: str, arguments: argparse.Namespace) -> None:
     """Prints every way, then growth with cells and the size of all genes."""
-    common = {"store": store, "out": arguments.out, "num_proc": arguments.num_proc, "n_cells": arguments.cells}
-    common |= {"panel": {"rule": "file", "file": panel_file(store, arguments.genes)}, "file_format": "arrow"}
-    common |= {"shard_cells": arguments.shard_cells, "matching": {"pairs_per_cell": arguments.pairs_per_cell}}
+    panel = in_child(panel_file, store=store, n_genes=arguments.genes)["file"]
+    common = {"store": store, "n_cells": arguments.cells, "panel": {"rule": "file", "file": panel}}
+    common |= {"file_format": "arrow", "shard_cells": arguments.shard_cells}
+    common |= {"matching": {"pairs_per_cell": arguments.pairs_per_cell}}
     ways = {
-        "drain X('raw').tables()": ("drain", {}),
-        "drain, with the build's settings": ("drain", {"as_built": True}),
-        f"ours, {arguments.genes} genes": ("ours", {}),
-        "origin's way": ("origin", {}),
+        "drain X('raw').tables()": (drain, {}),
+        "drain, with the build's settings": (drain, {"as_built": True}),
+        f"ours, {arguments.genes} genes": (ours, {}),
+        "origin's way": (origin, {}),
     }
     results: dict[str, list[dict]] = {label: [] for label in ways}
     for _ in range(arguments.rounds):
         for label, (way, settings) in ways.items():
-            results[label].append(measure(way, **common | settings))
+            results[label].append(in_child(way, **common | settings))
     reading, as_built, own, old = (best(rounds, label) for label, rounds in results.items())
     for unit, key in (("wall time", "seconds"), ("CPU time", "cpu")):
         rate, *rates = (result["cells"] / result[key] for result in (own, old, reading, as_built))
@@ -157,13 +136,12 @@ def run_all(store: str, arguments: argparse.Namespace) -> None:
     parts = [int(arguments.cells * share) for share in (1 / 16, 1 / 4, 1 / 2, 1)]
     times = []
     for part in parts:
-        rounds = [measure("ours", **common | {"n_cells": part}) for _ in range(arguments.rounds)]
+        rounds = [in_child(ours, **common | {"n_cells": part}) for _ in range(arguments.rounds)]
         times.append(best(rounds, f"ours, {part:,} cells")["cpu"])
     print(f"exponent of CPU time over cells: {exponent(parts, times):.3f}  (wanted <= 1.05)")
     wide = {"n_cells": min(arguments.cells, 20_000), "panel": {"rule": "all"}}
-    for file_format in ("arrow", "parquet"):
-        found = best([measure("ours", **common | wide | {"file_format": file_format})], f"all genes, {file_format}")
-        print(f"    {found['of_dense']:.4f} of dense float32 (wanted <= 0.125)")
+    found = best([in_child(ours, **common | wide | {"file_format": "parquet"})], "all genes, parquet")
+    print(f"    {found['of_dense']:.4f} of dense float32 (wanted <= 0.125)")
 
 
 def main() -> None:
@@ -171,21 +149,11 @@ def main() -> None:
     parser.add_argument("--store", type=Path)
     parser.add_argument("--cells", type=int, default=100_000)
     parser.add_argument("--genes", type=int, default=2_000)
-    parser.add_argument("--out", help="folder to write to, e.g. /dev/shm; default beside the store")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--num-proc", type=int, default=1)
     parser.add_argument("--shard-cells", type=int, default=16_384)
     parser.add_argument("--pairs-per-cell", type=int, default=2, help="the origin's way makes half a pair a cell")
-    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
-    parser.add_argument("--settings", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.way:
-        result = WAYS[arguments.way](**json.loads(arguments.settings))
-        own, children = (resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-        processes = json.loads(arguments.settings)["num_proc"]
-        result["peak_mb"] = (own + (children * processes if processes > 1 else 0)) / 1024
-        print(json.dumps(result))
-    elif arguments.smoke:
+    if arguments.smoke:
         arguments.cells, arguments.genes, arguments.rounds, arguments.shard_cells = 600, 50, 1, 300
         with tempfile.TemporaryDirectory() as folder:
             run_all(str(smoke_store(folder, n_cells=600, n_genes=120)), arguments)

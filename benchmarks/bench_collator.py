@@ -7,10 +7,8 @@ python benchmarks/bench_collator.py --store STORE --randomness --shard-cells 204
 python benchmarks/bench_collator.py --smoke
 """
 
-import argparse
 import tempfile
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +22,7 @@ from data_scripts.batches.stream_pairs import PairStream, StreamOptions
 from data_scripts.pairs.census_pairs import build_pairs, plan_pairs
 from data_scripts.pairs.pair_options import PairOptions
 
-BATCH, BLOCK = 128, 2_048
+BATCH = 128
 
 
 def torch_format_batch(rows: dict, panels: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -47,16 +45,8 @@ def torch_format_batch(rows: dict, panels: torch.Tensor) -> dict[str, torch.Tens
     }
 
 
-def rate(batches: Iterable, n_rows: int) -> float:
-    """Rows a second."""
-    began = time.perf_counter()
-    for _ in batches:
-        pass
-    return n_rows / (time.perf_counter() - began)
-
-
 def compare(options: PairOptions, scratch: Path, n_batches: int, rounds: int) -> None:
-    """Prints rows a second of every way to batches."""
+    """Prints rows a second of every way to batches, the best of the rounds."""
     pairs = build_pairs(options, scratch / "out", progress=False)
     table = pairs.split("train")
     order = np.random.default_rng(0).permutation(table.num_rows)[: n_batches * BATCH]
@@ -64,71 +54,42 @@ def compare(options: PairOptions, scratch: Path, n_batches: int, rounds: int) ->
     ours, panels = PairDataset(table, pairs.pairings), torch.from_numpy(pairs.panels)
     names = [name for name in table.column_names if "gene_ids" in name or "values" in name or "panel" in name]
     theirs = pairs.dataset("train").select_columns(names).with_format("torch")
-    n_queries = max(1, len(pairs.gene_ids) // 8)
-    redraw = options.perturbation
-    collators = {
-        "PairDataset, genes as stored": PairCollator(pairs.panels),
-        "PairDataset, genes redrawn": PairCollator(pairs.panels, redraw=redraw),
-        f"PairDataset, redrawn, {n_queries:,} queried": PairCollator(pairs.panels, redraw, n_query_genes=n_queries),
+    stored, redrawn = PairCollator(pairs.panels), PairCollator(pairs.panels, redraw=options.perturbation)
+    ways = {
+        'with_format("torch"), genes as stored': lambda rows: torch_format_batch(theirs[rows], panels),
+        "PairDataset, genes as stored": lambda rows: stored(ours.__getitems__(rows)),
+        "PairDataset, genes redrawn": lambda rows: redrawn(ours.__getitems__(rows)),
     }
-    ways = {'with_format("torch"), genes as stored': lambda rows: torch_format_batch(theirs[rows], panels)}
-    ways |= {name: lambda rows, call=call: call(ours.__getitems__(rows)) for name, call in collators.items()}
-    rates = {name: [] for name in ways}
+    best = dict.fromkeys(ways, 0.0)
     for _ in range(rounds):
         for name, way in ways.items():
-            rates[name].append(rate(map(way, order), order.size))
+            began = time.perf_counter()
+            for rows in order:
+                way(rows)
+            best[name] = max(best[name], order.size / (time.perf_counter() - began))
     size = table.nbytes / table.num_rows
     print(f"{table.num_rows:,} pairs, {len(pairs.gene_ids):,} genes, {size:,.0f} bytes a pair, batches of {BATCH}")
-    best = {name: max(found) for name, found in rates.items()}
     for name, value in best.items():
         print(f"  {name:<46}{value:>10,.0f} rows/s{value / next(iter(best.values())):>7.1f} x", flush=True)
 
 
-def entropy(labels: np.ndarray) -> float:
-    """Of the shares of a batch's labels."""
-    shares = np.unique(labels, return_counts=True)[1] / len(labels)
-    return float(-(shares * np.log(shares)).sum())
-
-
-def randomness(batches: list[np.ndarray], cells: np.ndarray, labels: np.ndarray) -> float:
-    """Mean entropy of cells' labels within batches, over that of batches drawn from all cells."""
-    rng = np.random.default_rng(0)
-    perfect = np.mean([entropy(labels[rng.choice(cells, len(batch), replace=False)]) for batch in batches])
-    return float(np.mean([entropy(labels[batch]) for batch in batches]) / max(perfect, 1e-12))
+def entropy(batches: list[np.ndarray], block: int) -> float:
+    """Mean entropy of the blocks of consecutive cells within batches."""
+    shares = [np.unique(batch // block, return_counts=True)[1] / len(batch) for batch in batches]
+    return float(np.mean([-(share * np.log(share)).sum() for share in shares]))
 
 
 def measure_randomness(options: PairOptions, scratch: Path, pools: list[int]) -> None:
-    """Prints how near a perfect shuffle the batches of a folder and of streams are."""
-    table = build_pairs(options, scratch / "out", progress=False).split("train")
-    cells = table.column("source_soma_joinid").to_numpy()
-    # A label a join id; those that no pair has are never asked for.
-    contexts = np.zeros(cells.max() + 1, dtype=object)
-    contexts[cells] = [f"{a}|{b}" for a, b in zip(*(table.column(n).to_pylist() for n in ("dataset_id", "cell_type")))]
-    contexts = np.unique(contexts.astype(str), return_inverse=True)[1]
+    """Prints how near a perfect shuffle the batches of streams are."""
     plan = plan_pairs(options, scratch / "plan", progress=False)
-
-    def report(name: str, batches: list[np.ndarray]) -> None:
-        found = [randomness(batches, cells, labels) for labels in (contexts, np.arange(len(contexts)) // BLOCK)]
-        print(f"  {name:<56}{found[0]:>8.3f}{found[1]:>8.3f}", flush=True)
-
-    print(f"entropy of a batch over a perfect shuffle's: contexts, blocks of {BLOCK:,} cells")
-    order = np.random.default_rng(0).permutation(cells)
-    report("folder, shuffled rows", np.array_split(order, max(1, len(order) // BATCH)))
+    print(f"entropy of a batch over a perfect shuffle's: blocks of {options.shard_cells:,} cells")
     for pool in pools or sorted({1, 2, max(1, plan.n_shards // 2), plan.n_shards}):
         stream = PairStream(plan.out, StreamOptions(batch_size=BATCH, pool_shards=pool))
-        seen = [batch.column("source_soma_joinid").to_numpy() for batch in stream]
-        report(f"stream, {pool} of {plan.n_shards} shards", [ids for ids in seen if len(ids) > 1])
-
-
-def run(store: Path, arguments: argparse.Namespace, scratch: Path) -> None:
-    """What was asked for; both in smoke mode."""
-    panel = {"n_genes": arguments.genes} if arguments.genes else {"rule": "all"}
-    query = {"obs_filter": f"soma_joinid < {arguments.cells}"}
-    options = pair_options(store, query=query, panel=panel, shard_cells=arguments.shard_cells)
-    if arguments.smoke or not arguments.randomness:
-        compare(options, scratch / "speed", arguments.batches, arguments.rounds)
-    if arguments.smoke or arguments.randomness:
-        measure_randomness(options, scratch / "randomness", arguments.pools)
+        batches = [batch.column("source_soma_joinid").to_numpy() for batch in stream]
+        cells = np.random.default_rng(0).permutation(np.concatenate(batches))
+        perfect = entropy(np.array_split(cells, len(batches)), options.shard_cells)
+        found = entropy(batches, options.shard_cells) / perfect
+        print(f"  stream, {pool} of {plan.n_shards} shards: {found:.3f}", flush=True)
 
 
 def main() -> None:
@@ -146,11 +107,17 @@ def main() -> None:
     if arguments.store is None and not arguments.smoke:
         parser.error("give --store STORE (see above) or --smoke")
     with tempfile.TemporaryDirectory(dir=None if arguments.smoke else arguments.store.parent) as folder:
-        store = arguments.store
+        store, scratch = arguments.store, Path(folder)
         if arguments.smoke:
             arguments.cells, arguments.genes, arguments.batches, arguments.rounds = 600, 40, 4, 1
             store, arguments.shard_cells = smoke_store(folder, n_cells=600, n_genes=60), 150
-        run(store, arguments, Path(folder))
+        panel = {"n_genes": arguments.genes} if arguments.genes else {"rule": "all"}
+        query = {"obs_filter": f"soma_joinid < {arguments.cells}"}
+        options = pair_options(store, query=query, panel=panel, shard_cells=arguments.shard_cells)
+        if arguments.smoke or not arguments.randomness:
+            compare(options, scratch, arguments.batches, arguments.rounds)
+        if arguments.smoke or arguments.randomness:
+            measure_randomness(options, scratch, arguments.pools)
 
 
 if __name__ == "__main__":

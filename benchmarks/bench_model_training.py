@@ -1,100 +1,219 @@
-"""Training steps of the shipped architecture: speed, memory, growth with genes, what options cost.
+"""Training steps: speed, memory, growth with genes and what options cost; on a GPU the same; the named sizes.
 
-    python benchmarks/bench_model_training.py --out training.json    # a few minutes, two threads
+    python benchmarks/bench_model_training.py --out training.json               # the CPU, a few minutes, two threads
+    python benchmarks/bench_model_training.py --gpu --out gpu.json              # size `base` in bf16, about ten minutes
+    python benchmarks/bench_model_training.py --sizes --measure tiny small      # the table of docs/model.md
     python benchmarks/bench_model_training.py --smoke
 
-Cells/s at 2,000 genes; memory of a step of 16 pairs at 20,000 genes; how the time a cell grows with genes; CPU time of a
-step with an option of training beside one without. Each measurement has a process of its own. A step is forward,
-backward, clipping and fused AdamW on pairs that lie in memory.
+A step is forward, backward, clipping and AdamW on pairs that lie in memory; each measurement has a process of its own.
+Operations are those of matrix products, counted by torch, and compared with the rate of one large matrix product on the
+same device. An option is run beside the same step without it.
 """
 
+import math
 import time
+from collections.abc import Callable
 
 import torch
 from bench_tools import (
     EXPRESSED_SHARE,
-    adamw,
     exponent,
     fitted_like_model,
     in_child,
     machine,
     parser_of,
     random_pairs,
-    seconds_a_call,
     show,
-    training_step,
     write_result,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
-from modeling_gppc import GppcConfig
+from modeling_gppc import GppcConfig, GppcForPerturbationPrediction
+from modeling_gppc.configuration_gppc import SIZES
 
+# The shipped architecture, where no named size is asked for.
 WIDTH = {
     "hidden_size": 128,
     "num_attention_heads": 4,
     "intermediate_size": 256,
     "encoder_layers": 1,
     "decoder_layers": 2,
+    "hidden_dropout_prob": 0.1,
 }
-# Options of training; twice the tokens is what padding to the longest cell costs where it is twice the mean.
-OPTIONS = ({"share": 2 * EXPRESSED_SHARE}, {"fused": False}, {"bf16": True}, {"checkpointing": True})
-SCALING = (1_000, 2_000, 5_000, 10_000, 20_000)
+# Twice the tokens is what padding to the longest cell costs where it is twice the mean.
+CPU_OPTIONS = ({"share": 2 * EXPRESSED_SHARE}, {"bf16": True}, {"checkpointing": True})
+GPU_OPTIONS = ({"checkpointing": True}, {"compiled": True})
 
 
-def measure(
+def timed(call: Callable[[], object], least: float) -> tuple[float, float]:
+    """Median wall and mean CPU seconds of a call, after three that are not counted, over at least `least` seconds."""
+    wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
+    for _ in range(3):
+        call()
+    wait()
+    times, cpu = [], time.process_time()
+    while len(times) < 3 or sum(times) < least:
+        start = time.perf_counter()
+        call()
+        wait()
+        times.append(time.perf_counter() - start)
+    return sorted(times)[len(times) // 2], (time.process_time() - cpu) / len(times)
+
+
+def make_step(
     genes: int,
     batch: int,
-    least: float,
-    threads: int,
+    size: str | None = None,
+    device: str = "cpu",
     share: float = EXPRESSED_SHARE,
-    fused: bool = True,
     bf16: bool = False,
     checkpointing: bool = False,
-) -> dict:
-    """Wall and CPU seconds of a training step."""
-    torch.set_num_threads(threads)
-    model = fitted_like_model(GppcConfig(vocab_size=genes, hidden_dropout_prob=0.1, **WIDTH)).train()
+    compiled: bool = False,
+) -> Callable[[], None]:
+    """What the Trainer does in a step, on one batch."""
+    config = GppcConfig(vocab_size=genes, **WIDTH) if size is None else GppcConfig.from_size(size, vocab_size=genes)
+    model = fitted_like_model(config).train().to(device)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    optimizer, pairs = adamw(model, fused), random_pairs(genes, batch, share=share)
-    seconds = seconds_a_call(lambda: training_step(model, optimizer, pairs, bf16), least)
-    start = time.process_time()
-    for _ in range(3):
-        training_step(model, optimizer, pairs, bf16)
-    cpu = (time.process_time() - start) / 3
-    return {"seconds": seconds, "cpu_seconds": cpu, "cells_per_second": batch / seconds}
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.01, betas=(0.9, 0.98), fused=True)
+    pairs = {name: tensor.to(device) for name, tensor in random_pairs(genes, batch, share=share).items()}
+    run = torch.compile(model) if compiled else model
+
+    def step() -> None:
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=bf16):
+            loss = run(**pairs).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def measure(threads: int, least: float, **case) -> dict:
+    """Speed and memory of a step; one that does not fit on the GPU says so."""
+    torch.set_num_threads(threads)
+    try:
+        # A compiled step hides its operations: an eager one of the same settings has as many.
+        with FlopCounterMode(display=False) as counter:
+            make_step(**case | {"compiled": False})()
+        seconds, cpu = timed(make_step(**case), least)
+    except torch.OutOfMemoryError:
+        return {"error": "does not fit"}
+    return {
+        "seconds": seconds,
+        "cpu_seconds": cpu,
+        "cells_per_second": case["batch"] / seconds,
+        "flop_per_second": counter.get_total_flops() / seconds,
+        "peak_gpu_gb": torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_initialized() else 0.0,
+    }
+
+
+def matmul_rate(threads: int, least: float, device: str, length: int) -> dict:
+    """Operations a second of a product of two square matrices: bf16 on a GPU, float32 on a CPU."""
+    torch.set_num_threads(threads)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    left, right = (torch.randn(length, length, device=device, dtype=dtype) for _ in range(2))
+    return {"rate": 2 * length**3 / timed(lambda: left @ right, least)[0]}
+
+
+def count(size: str, genes: int, batch: int) -> dict:
+    """Parameters and operations a pair, without doing them."""
+    # Tensors without storage: `large` is counted on any machine.
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, FlopCounterMode(display=False) as counter:
+        model = GppcForPerturbationPrediction(GppcConfig.from_size(size, vocab_size=genes)).train()
+        pairs = {name: fake.from_tensor(tensor) for name, tensor in random_pairs(genes, batch, share=0.0).items()}
+        model(**pairs).loss.backward()
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters_of_genes": sum(p.numel() for p in model.parameters() if genes in p.shape),
+        "flop_per_pair": counter.get_total_flops() / batch,
+    }
+
+
+def table_of_sizes(sizes: list[str], measured: list[str], genes: int, batch: int, **settings) -> dict:
+    """Prints a row a named size."""
+    rows = {}
+    print("| size | parameters | of them per gene | GFLOP a pair | pairs/s on this CPU |\n|---|---|---|---|---|")
+    for size in sizes:
+        row = rows[size] = count(size, genes, batch)
+        if size in measured:
+            row |= in_child(measure, size=size, genes=genes, batch=batch, **settings)
+        print(
+            f"| `{size}` | {row['parameters'] / 1e6:,.1f} M | {row['parameters_of_genes'] / genes:,.0f} | "
+            f"{show(row['flop_per_pair'] / 1e9)} | {show(row.get('cells_per_second', math.nan))} |",
+            flush=True,
+        )
+    return rows
+
+
+def steps(gpu: bool, smoke: bool, **settings) -> dict:
+    """Prints speed and memory, growth with genes and what options cost."""
+    base = {"device": "cpu", "genes": 2_000, "batch": 16}
+    many, genes, options, length = [{"genes": 20_000}], (1_000, 2_000, 5_000, 10_000, 20_000), CPU_OPTIONS, 2_048
+    wide = {"batch": 128}
+    if gpu:
+        base = {"device": "cuda", "genes": 20_000, "batch": 256, "size": "base", "bf16": True}
+        many, genes = [{"batch": batch} for batch in (64, 128, 512, 1_024)], (2_000, 5_000, 10_000, 20_000)
+        options, length, wide = GPU_OPTIONS, 16_384, {}
+    if smoke:
+        base |= {"genes": 64, "batch": 4}
+        many, genes, options, length, wide = [], (50, 100), CPU_OPTIONS[:1], 64, {}
+    rate = in_child(matmul_rate, device=base["device"], length=length, **settings)["rate"]
+    print(f"{show(rate / 1e12)} TFLOP/s of matrix products")
+    runs = []
+
+    def run(**changes) -> dict:
+        case = base | changes
+        found = in_child(measure, **case, **settings)
+        runs.append(case | found)
+        memory = found.get("peak_gpu_gb") or found["peak_rss_gb"]
+        text = found.get("error") or (
+            f"{show(found['cells_per_second'])} cells/s, {show(found['flop_per_second'] / 1e12)} TFLOP/s "
+            f"({found['flop_per_second'] / rate:.1%} of matrix products), {memory:.2f} GB"
+        )
+        print(f"{', '.join(f'{key} {value}' for key, value in case.items())}: {text}", flush=True)
+        return found
+
+    for changes in [{}, *many]:
+        run(**changes)
+    growth = [run(genes=number, batch=base["batch"] if gpu else 4 * base["batch"]) for number in genes]
+    result = {"matmul_per_second": rate, "runs": runs, "options": {}}
+    result["exponent"] = exponent(genes, [1 / found["cells_per_second"] for found in growth])
+    print(f"time a cell ~ genes^{result['exponent']:.2f}")
+    clock = "seconds" if gpu else "cpu_seconds"
+    for option in options:
+        without, found = (run(**wide, **changes) for changes in ({}, option))
+        (name,) = option
+        result["options"][name] = without[clock] / found[clock]
+        print(f"{name}: {result['options'][name]:.2f} x the steps a second{'' if gpu else ' of CPU'} without")
+    return result
 
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--genes", type=int, default=2_000, help="genes of speed and options")
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--gpu", action="store_true", help="on the GPU: size `base`, 20,000 genes, bf16")
+    parser.add_argument("--sizes", action="store_true", help="parameters, operations and times of the named sizes")
+    parser.add_argument("--measure", nargs="*", default=[], choices=list(SIZES), help="sizes that are run on this CPU")
     parser.add_argument("--seconds", type=float, default=4.0, help="least measured time of each")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", help="JSON file")
     arguments = parser.parse_args()
-    scaling = SCALING
+    if arguments.gpu and not torch.cuda.is_available():
+        parser.error("there is no GPU")
+    settings = {"threads": arguments.threads, "least": arguments.seconds}
     if arguments.smoke:
-        arguments.genes, arguments.batch, arguments.seconds, arguments.threads, scaling = 64, 4, 0.1, 1, (50, 100)
-    runs = []
-
-    def run(genes: int, batch: int, **option) -> dict:
-        settings = {"genes": genes, "batch": batch, **option}
-        found = in_child(measure, least=arguments.seconds, threads=arguments.threads, **settings)
-        name = ", ".join(f"{key} {value}" for key, value in settings.items())
-        print(f"{name}: {show(found['cells_per_second'])} cells/s, {found['peak_rss_gb']:.2f} GB", flush=True)
-        runs.append({**settings, **found})
-        return found
-
-    run(arguments.genes, arguments.batch)
-    run(scaling[-1], arguments.batch)
-    seconds = [1 / run(genes, 4 * arguments.batch)["cells_per_second"] for genes in scaling]
-    result = {"machine": machine(), "runs": runs, "exponent": exponent(scaling, seconds), "options": {}}
-    print(f"time a cell ~ genes^{result['exponent']:.2f}")
-    for option in OPTIONS:
-        without, found = (run(arguments.genes, 8 * arguments.batch, **settings) for settings in ({}, option))
-        (name,) = option
-        result["options"][name] = without["cpu_seconds"] / found["cpu_seconds"]
-        print(f"{name}: {result['options'][name]:.2f} x the steps a CPU second without")
+        settings = {"threads": 1, "least": 0.05}
+    result = {"machine": machine()}
+    if arguments.sizes or arguments.smoke:
+        names, measured, size = list(SIZES), arguments.measure, {"genes": 20_000, "batch": 128}
+        if arguments.smoke:
+            names, measured, size = ["tiny", "small"], ["tiny"], {"genes": 60, "batch": 4}
+        result["sizes"] = table_of_sizes(names, measured, **size, **settings)
+    if not arguments.sizes:
+        result |= steps(arguments.gpu, arguments.smoke, **settings)
     write_result(result, arguments.out)
 
 

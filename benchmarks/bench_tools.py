@@ -1,12 +1,14 @@
-"""What benchmarks share: models as if fitted, random cells, a training step, clocks, child processes, tiny stores."""
+"""What benchmarks share: models as if fitted, random cells, child processes, tiny stores."""
 
 import argparse
 import json
 import math
+import multiprocessing
 import os
 import platform
 import resource
-import time
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -75,46 +77,19 @@ def random_pairs(genes: int, cells: int, seed: int = 0, share: float = EXPRESSED
     }
 
 
-def training_step(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, torch.Tensor], bf16: bool = False
-) -> None:
-    """What the Trainer does in a step: forward, backward, clipping, update."""
-    with torch.autocast(batch["labels"].device.type, dtype=torch.bfloat16, enabled=bf16):
-        loss = model(**batch).loss
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-
-
-def adamw(model: torch.nn.Module, fused: bool = True) -> torch.optim.Optimizer:
-    """The Trainer's default optimiser, fused."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.01, betas=(0.9, 0.98), fused=fused)
-
-
-def seconds_a_call(call: Callable[[], object], least: float = 2.0, most_calls: int = 200) -> float:
-    """Median wall time of a call, after one that is not counted, over at least `least` seconds or `most_calls`."""
-    call()
-    times: list[float] = []
-    began = time.perf_counter()
-    while len(times) < 3 or (time.perf_counter() - began < least and len(times) < most_calls):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-        if time.perf_counter() - began > 20 * least and times:
-            break
-    return float(np.median(times))
-
-
 def peak_rss_gb() -> float:
     """Most memory this process ever held, 10^9 bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def in_child(function: Callable[..., dict], **arguments) -> dict:
-    """What a function returns in a process of its own, with `peak_rss_gb`, which is that process's own."""
-    with ProcessPoolExecutor(1) as pool:
+    """What a function returns in a process of its own, with `peak_rss_gb`, which is that process's own.
+
+    It is forked from one that has only imported the package: no threads and no figures of this process are in it.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["modeling_gppc.modeling_gppc", "data_scripts.pairs.census_pairs"])
+    with ProcessPoolExecutor(1, context) as pool:
         result = pool.submit(function, **arguments).result()
         return {**result, "peak_rss_gb": pool.submit(peak_rss_gb).result()}
 
@@ -126,14 +101,7 @@ def exponent(sizes: list[float], seconds: list[float]) -> float:
 
 def machine() -> dict:
     """What the figures were measured on."""
-    return {
-        "cpu": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 2),
-        "torch": torch.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-    }
+    return {"cpu": platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()[0], "torch": torch.__version__}
 
 
 def write_result(result: dict, out: str | None) -> None:
@@ -156,6 +124,23 @@ def pair_options(store: Path | str, **options) -> PairOptions:
     """Options of pairs of a store's cells, as in YAML, without held-out splits."""
     query = {"uri": str(store), **options.pop("query", {})}
     return from_mapping(PairOptions, {"query": query, "splits": {"rules": []}, **options})
+
+
+def run_training(out: Path | str, config: str, flags: dict[str, object], processes: int = 1) -> list[dict]:
+    """Runs `train.py` on one thread a process, with little evaluation; returns its log.
+
+    Raises:
+        RuntimeError: With the end of what it said, if it failed.
+    """
+    flags = {"output_dir": out, "evaluation.max_pairs": 16, "evaluation.floors": "[mean]", **flags}
+    words = ["--config", config, *(str(word) for name, value in flags.items() for word in (f"--{name}", value))]
+    world = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *(world if processes > 1 else []), "train.py", *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"`train.py` failed: {done.stderr[-2000:]}")
+    return json.loads((Path(out) / "model" / "training_log.json").read_text())
 
 
 def parser_of(doc: str) -> argparse.ArgumentParser:

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from data_scripts.options import join_options, merge, read_yaml
+from data_scripts.options import from_mapping, merge, nested, part_of, read_yaml
 from modeling_gppc.normalization_gppc import close_matches
 
 # `metadata` of a dataclass field whose value may stand on the command line without its flag, in the order of the fields.
@@ -156,10 +156,7 @@ def read_flags(words: Sequence[str], *classes: type) -> dict:
         raise ValueError(f"`{loose[0]}` is not a flag; wanted `--name value`, e.g. `--{next(iter(flags))} VALUE`.")
     changes: dict = {}
     for name in sorted(given, key=lambda name: name.count(".")):
-        value = _read(name, *given[name])
-        for key in reversed(name.split(".")):
-            value = {key: value}
-        changes = merge(changes, value)
+        changes = merge(changes, nested(name, _read(name, *given[name])))
     return changes
 
 
@@ -199,14 +196,13 @@ def _read(name: str, hint, texts: list[str]):
     for text in texts:
         label, equals, entry = text.partition("=")
         if text[:1] == ("[" if container is list else "{"):
-            read = _read_yaml(name, text)
+            value = _read_yaml(name, text)  # all of it, whatever came before
         elif container is list:
-            read = [_read(name, inner[0], [text])]
+            value.append(_read(name, inner[0], [text]))
         elif label and equals:
-            read = {label: _read(name, inner[1], [entry])}
+            value[label] = _read(name, inner[1], [entry])
         else:
             raise ValueError(f"`{name}` is {text!r}; wanted NAME=VALUE.")
-        value = value + read if container is list else value | read
     return value
 
 
@@ -221,14 +217,19 @@ def read_options(words: Sequence[str], *classes: type) -> list:
     """Options of a command line: defaults, overridden by the YAML file that `--config` names, overridden by flags.
 
     Returns:
-        `list`: An object of each class.
+        `list`: An object of each class; an option of several classes goes to all of them.
 
     Raises:
         ValueError: For an unknown, missing or wrong option.
     """
     changes = read_flags(words, ConfigFile, *classes)
     config = changes.pop("config", None)
-    return join_options(merge({} if config is None else read_yaml(config), changes), *classes)
+    mapping = merge({} if config is None else read_yaml(config), changes)
+    known = [field.name for cls in classes for field in dataclasses.fields(cls)]
+    for key in mapping:
+        if key not in known:
+            raise ValueError(f"`{key}` is not an option{close_matches(str(key), known)}")
+    return [from_mapping(cls, part_of(mapping, cls)) for cls in classes]
 
 
 def run_command(name: str, command: Callable[[], int | None]) -> int:

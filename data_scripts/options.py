@@ -1,5 +1,6 @@
 """Strict reading of option dataclasses from YAML or JSON mappings."""
 
+import contextlib
 import copy
 import dataclasses
 import math
@@ -91,9 +92,7 @@ def read_yaml(path: str | Path) -> dict:
     except yaml.YAMLError as error:
         raise ValueError(f"`config` {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise ValueError(
-            f"`config` {path} holds {type(content).__name__}; wanted a mapping of option names to values."
-        )
+        raise ValueError(f"`config` {path} holds {type(content).__name__}; wanted a mapping of options to values.")
     return content
 
 
@@ -110,7 +109,7 @@ def from_mapping(cls: type, mapping: Mapping, where: str = ""):
     Raises:
         ValueError: For an unknown key (with close matches) or a value of another type, naming the dotted key.
     """
-    prefix = f"{where}." if where else ""
+    prefix = where and f"{where}."
     if not isinstance(mapping, Mapping):
         raise ValueError(f"`{where}` is {mapping!r}; wanted a mapping of option names to values.")
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
@@ -126,22 +125,16 @@ def from_mapping(cls: type, mapping: Mapping, where: str = ""):
     return cls(**arguments)
 
 
-def join_options(mapping: Mapping, *classes: type) -> list:
-    """Builds several dataclasses from one mapping; a key goes to every class that has a field of that name.
-
-    Raises:
-        ValueError: As [`from_mapping`].
-    """
-    known = [field.name for cls in classes for field in dataclasses.fields(cls)]
-    for key in mapping:
-        if key not in known:
-            raise ValueError(f"`{key}` is not an option{close_matches(str(key), known)}")
-    return [from_mapping(cls, part_of(mapping, cls)) for cls in classes]
-
-
 def part_of(mapping: Mapping, cls: type) -> dict:
     """The entries of a mapping that are named like fields of a dataclass."""
     return {field.name: mapping[field.name] for field in dataclasses.fields(cls) if field.name in mapping}
+
+
+def nested(name: str, value) -> dict:
+    """`{"a": {"b": value}}` of the dotted name `a.b`."""
+    for key in reversed(name.split(".")):
+        value = {key: value}
+    return value
 
 
 def merge(base: Mapping, changes: Mapping) -> dict:
@@ -158,13 +151,11 @@ def _convert(hint, value, where: str):
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        errors = []
-        for option in (argument for argument in arguments if argument is not type(None)):
-            try:
-                return _convert(option, value, where)
-            except ValueError as error:
-                errors.append(str(error))
-        raise ValueError(errors[0])
+        kinds = [argument for argument in arguments if argument is not type(None)]
+        for kind in kinds:
+            with contextlib.suppress(ValueError):
+                return _convert(kind, value, where)
+        return _convert(kinds[0], value, where)  # raises what is wrong for the first
     if origin is typing.Literal:
         if value not in arguments:
             raise ValueError(f"`{where}` is {value!r}; wanted one of {', '.join(map(repr, arguments))}.")
@@ -182,13 +173,9 @@ def _convert(hint, value, where: str):
         return {str(name): _convert(arguments[1], entry, f"{where}.{name}") for name, entry in value.items()}
     if hint is typing.Any:
         return value
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is float and isinstance(value, str):
-        try:  # YAML 1.1 reads 1e-3 as text
+    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError):  # YAML 1.1 reads 1e-3 as text
             return float(value)
-        except ValueError:
-            pass
     if not isinstance(value, hint) or (hint in (int, float) and isinstance(value, bool)):
         raise ValueError(f"`{where}` is {value!r} ({type(value).__name__}); wanted {hint.__name__}.")
     return value

@@ -12,15 +12,12 @@ COMMANDS = {
     "make-census": ("data_scripts.store.local_census_cli", "write AnnData files into a local store in Census layout"),
     "make-synthetic": (
         "data_scripts.synthetic.synthetic_cli",
-        "write cells from a known gene network into a local store",
+        "write cells of a known gene network into a local store",
     ),
     "build-pairs": ("data_scripts.pairs.build_pairs_cli", "turn a Census query into pair rows (Arrow / Parquet)"),
     "predict": ("modeling_gppc.inference.predict_cli", "predict expression after perturbations of an AnnData's cells"),
     "score": ("gppc.score_cli", "score a trained run on its test pairs again"),
-    "evaluate": (
-        "modeling_gppc.evaluation.evaluate_cli",
-        "score predicted responses of a CRISPR screen beside every baseline",
-    ),
+    "evaluate": ("modeling_gppc.evaluation.evaluate_cli", "score responses of a CRISPR screen beside every baseline"),
     "push": ("hub_card.push_cli", "upload a model, pairs, the metric or the demo to the Hub"),
 }
 HELP = {"-h", "--help"}

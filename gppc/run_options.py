@@ -5,40 +5,47 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from transformers import set_seed
 
+from data_scripts.batches.data_collator import PairCollator
+from data_scripts.batches.pair_dataset import PairDataset
 from data_scripts.command_line import read_flags
-from data_scripts.options import Seed, check_numbers, from_mapping, merge, read_yaml
+from data_scripts.options import Seed, check_numbers, from_mapping, merge, nested, read_yaml
 from data_scripts.pairs.pair_folder import PairFolder
 from data_scripts.pairs.pair_options import PairOptions
 from modeling_gppc.configuration_gppc import SIZES, GppcConfig
 from modeling_gppc.evaluation.score_options import EvaluationOptions
+from modeling_gppc.fitting.fit_linear_response import initialize_linear_response
 from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
 from modeling_gppc.normalization_gppc import close_matches
 from modeling_gppc.training.arguments import DataOptions, TrainingOptions, find_config
 from modeling_gppc.training.prepare_data import check_files, prepare_pairs
 from modeling_gppc.training.screen_run_options import ScreenRunOptions
 from modeling_gppc.training.start_from import check_start, start_from
-from modeling_gppc.training.stream_rows import sample_rows
+from modeling_gppc.training.stream_rows import open_stream, sample_rows
+from modeling_gppc.training.trainer import GppcTrainer, make_trainer
 
-# The runs that are meant without `--config`: of the example cells, and of cells that a flag names.
-DEFAULT_CONFIG, OWN_CONFIG = "default", "own"
 # What the data decide, not the person who starts a run.
 DERIVED_MODEL_FIELDS = ("vocab_size", "pairings")
 # Where cells may come from; exactly one of these is given.
-DATA_SOURCES = ("pairs", "example", "files", "synthetic", "screen")
-QUERY_SOURCES = ("uri", "census_version")
-NO_SOURCE = {"data": dict.fromkeys(DATA_SOURCES), "pairs": {"query": dict.fromkeys(QUERY_SOURCES)}}
+SOURCES = (
+    *("data.pairs", "data.example", "data.files", "data.synthetic", "data.screen"),
+    *("pairs.query.uri", "pairs.query.census_version"),
+)
 
 
 def sources_of(mapping: Mapping) -> dict[str, Any]:
     """Dotted name -> value of every source of cells that the options of a run name."""
-    data, query = mapping.get("data") or {}, (mapping.get("pairs") or {}).get("query") or {}
-    found = {f"data.{name}": data.get(name) for name in DATA_SOURCES}
-    found |= {f"pairs.query.{name}": query.get(name) for name in QUERY_SOURCES}
-    return {name: value for name, value in found.items() if value is not None}
+    found = {}
+    for name in SOURCES:
+        value: Any = mapping
+        for key in name.split("."):
+            value = (value or {}).get(key)
+        if value is not None:
+            found[name] = value
+    return found
 
 
 # What `model` may say: `size`, and every field of `GppcConfig` that the data do not decide.
@@ -56,29 +63,6 @@ ModelOptions.__doc__ = (
     f"One of {', '.join(SIZES)}, see docs/model.md. The other options override what it says."
     + inspect.cleandoc(GppcConfig.__doc__).partition("Args:")[2]
 )
-
-
-@dataclass
-class LaunchOptions:
-    """
-    What is run.
-
-    Args:
-        config (`str`, *optional*): YAML file of the options below, or the name of a shipped one; a flag overrides the file.
-            Without it `own` where a flag names cells, else `default`.
-        resume (`bool`, *optional*, defaults to `False`): Go on from the last checkpoint of the same run.
-        push_to_hub (`str`, *optional*): Hub repository that the finished model is pushed to.
-        hub_strategy (`str`, *optional*, defaults to `"end"`): Push at the end only, or the model of every saved
-            checkpoint as well.
-        sweep (`str`, *optional*): Search options instead of training once: a YAML file, or the name of a shipped one;
-            `--sweep NAME --help` lists its options.
-    """
-
-    config: str | None = None
-    resume: bool = False
-    push_to_hub: str | None = None
-    hub_strategy: Literal["end", "every_save"] = "end"
-    sweep: str | None = None
 
 
 @dataclass
@@ -116,8 +100,7 @@ class RunOptions:
         if len(given) != 1:
             got = " and ".join(f"`{name}`" for name in given) or "none"
             raise ValueError(
-                f"`data`: cells come from {got}; wanted exactly one of `data.pairs`, `data.example`, `data.files`, "
-                "`data.synthetic`, `data.screen`, `pairs.query.uri`, `pairs.query.census_version`."
+                f"`data`: cells come from {got}; wanted exactly one of {', '.join(f'`{name}`' for name in SOURCES)}."
             )
         if self.data.stream and not self.training.redraw_perturbations:
             raise ValueError(
@@ -158,25 +141,41 @@ class RunOptions:
             return start_from(self.training.start_from, config, folder.gene_ids, folder.gene_symbols)
         return GppcForPerturbationPrediction(config)
 
-    def check_files(self) -> None:
-        """Looks at the files and folders that the options name, without reading cells.
+    def make_trainer(
+        self, model: GppcForPerturbationPrediction, folder: PairFolder, place: tuple[int, int] = (0, 1)
+    ) -> GppcTrainer:
+        """A trainer of a model; `place` is the process's index and the number of processes, which share a stream."""
+        settings = self.training
+        redraw = self.pairs.perturbation if settings.redraw_perturbations else None
+        rows, validation = row_sets(folder)
+        if self.data.stream:
+            rows = open_stream(folder, settings, self.data.stream_pool_shards, self.seed, *place)
+        collator = PairCollator(folder.panels, redraw, seed=self.seed, n_query_genes=settings.n_query_genes)
+        validation_collator = PairCollator(folder.panels)
+        return make_trainer(
+            model, settings, self.output_dir, self.seed, rows, validation, collator, validation_collator
+        )
 
-        Raises:
-            ValueError: If one is missing or something else.
-        """
+    def fit_linear_response(self, model: GppcForPerturbationPrediction, folder: PairFolder) -> None:
+        """The closed-form start; of streamed pairs it reads the sample of rows that the folder holds."""
+        cells, iterations = self.training.linear_start_cells, self.training.linear_start_iterations
+        initialize_linear_response(model, *row_sets(folder), folder.panels, cells, iterations, self.seed)
+
+    def check_files(self) -> None:
+        """Looks at the files and folders that the options name, without reading cells; raises `ValueError`."""
         check_files(self.data, self.pairs)
         if self.training.start_from is not None:
             check_start(self.training.start_from)
 
     def prepare_pairs(self, progress: bool = True) -> PairFolder:
         """Makes or opens the pairs of the run; see [`~training.prepare_data.prepare_pairs`]."""
-        return prepare_pairs(
-            self.data,
-            self.pairs,
-            self.output_dir,
-            train_rows=sample_rows(self.pairs, self.training) if self.data.stream else None,
-            progress=progress,
-        )
+        sample = sample_rows(self.pairs, self.training) if self.data.stream else None
+        return prepare_pairs(self.data, self.pairs, self.output_dir, train_rows=sample, progress=progress)
+
+
+def row_sets(folder: PairFolder) -> tuple[PairDataset, PairDataset]:
+    """The training and validation pairs that a folder holds."""
+    return tuple(PairDataset(folder.split(name), folder.pairings) for name in ("train", "validation"))
 
 
 def run_options(config: str | None, changes: Mapping) -> RunOptions:
@@ -184,15 +183,18 @@ def run_options(config: str | None, changes: Mapping) -> RunOptions:
 
     Args:
         config (`str`, *optional*): The file, or the name of a shipped one. Without one it is `own` where the changes name
-            a source of cells (the folder of the run is then named after that source), else `default`.
+            a source of cells (the folder of the run is then named after that source; `screen` where they name a screen),
+            else `default`.
         changes (`Mapping`): Option names to values, nested.
 
     Raises:
         ValueError: For an unknown file, option or value, naming the option and close matches.
     """
     given = sources_of(changes)
-    path = find_config(config or (OWN_CONFIG if given else DEFAULT_CONFIG))
-    mapping = merge(read_yaml(path), NO_SOURCE) if given else read_yaml(path)
+    path = find_config(config or ("screen" if "data.screen" in given else "own" if given else "default"))
+    mapping = read_yaml(path)
+    for name in SOURCES if given else ():
+        mapping = merge(mapping, nested(name, None))
     source = next(iter(given.values()), None) if config is None else None
     source = source[0] if isinstance(source, list) and source else source
     mapping.setdefault("output_dir", f"runs/{Path(source).stem if isinstance(source, str) else path.stem}")

@@ -1,7 +1,6 @@
 """Search of options of a run with Optuna: one short training after another, resumable."""
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,16 +9,12 @@ import yaml
 from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
-from data_scripts.batches.data_collator import PairCollator
-from data_scripts.batches.pair_dataset import PairDataset
 from data_scripts.files import write_text
-from data_scripts.options import from_mapping, merge, read_yaml
+from data_scripts.options import from_mapping, merge, nested, read_yaml
 from data_scripts.pairs.pair_folder import PairFolder
 from gppc.run_options import RunOptions
-from modeling_gppc.fitting.fit_linear_response import initialize_linear_response
 from modeling_gppc.training.arguments import find_config
 from modeling_gppc.training.run_folder import first_difference
-from modeling_gppc.training.trainer import make_trainer
 
 try:
     import optuna
@@ -73,10 +68,11 @@ class SweepOptions:
         path = find_config(self.config)
         mapping = merge({"output_dir": f"runs/{path.stem}", **read_yaml(path)}, self.options)
         for name, value in values.items():
-            section, _, option = name.partition(".")
-            if section not in ("training", "model"):
+            if name.partition(".")[0] not in ("training", "model"):
                 raise ValueError(f"`space.{name}` cannot be searched; wanted `training.*` or `model.*`.")
-            mapping = merge(mapping, {section: {option: value}})
+            mapping = merge(mapping, nested(name, value))
+        if self.output_dir is not None:
+            mapping["output_dir"] = self.output_dir
         return from_mapping(RunOptions, mapping)
 
 
@@ -123,7 +119,7 @@ class ReportToOptuna(TrainerCallback):
             raise optuna.TrialPruned
 
 
-def run_trial(trial: optuna.Trial, sweep: SweepOptions, folder: PairFolder, make_model: Callable) -> float:
+def run_trial(trial: optuna.Trial, sweep: SweepOptions, folder: PairFolder) -> float:
     """Trains with a trial's options, keeping nothing; returns the validation error of the best evaluation.
 
     Raises:
@@ -131,32 +127,25 @@ def run_trial(trial: optuna.Trial, sweep: SweepOptions, folder: PairFolder, make
     """
     try:
         options = sweep.run_options(trial.params)
-        model = make_model(options, folder)
+        model = options.make_model(folder)
     except ValueError as error:
         raise optuna.TrialPruned(str(error)) from error
-    settings = options.training
-    rows, validation = (PairDataset(folder.split(name), folder.pairings) for name in ("train", "validation"))
-    redraw = options.pairs.perturbation if settings.redraw_perturbations else None
-    collator = PairCollator(folder.panels, redraw, seed=options.seed, n_query_genes=settings.n_query_genes)
-    trainer = make_trainer(
-        model, settings, sweep.output_dir, options.seed, rows, validation, collator, PairCollator(folder.panels)
-    )
+    trainer = options.make_trainer(model, folder)
     trainer.args.save_strategy, trainer.args.load_best_model_at_end = SaveStrategy.NO, False
     trainer.add_callback(ReportToOptuna(trial))
-    cells, iterations = settings.linear_start_cells, settings.linear_start_iterations
-    initialize_linear_response(model, rows, validation, folder.panels, cells, iterations, options.seed)
+    options.fit_linear_response(model, folder)
     trainer.train()
     return min(entry["eval_mse"] for entry in trainer.state.log_history if "eval_mse" in entry)
 
 
-def run_sweep(sweep: SweepOptions, make_model: Callable, resume: bool) -> Path:
+def run_sweep(sweep: SweepOptions, resume: bool) -> Path:
     """Runs the trials that are still to do, and writes `sweep.md` and `best.yaml`.
 
-    The first trial is the run as it is configured: the table tells whether its options hold. Every trial is in a database as soon as it ends; one that was interrupted does not count.
+    The first trial is the run as it is configured: the table tells whether its options hold. Every trial is in a
+    database as soon as it ends; one that was interrupted does not count.
 
     Args:
         sweep ([`SweepOptions`]): What is searched.
-        make_model (`Callable`): Options of a run and the pairs to a model with fresh weights.
         resume (`bool`): Whether to go on with the sweep that the folder holds; more trials may be asked for.
 
     Returns:
@@ -177,14 +166,14 @@ def run_sweep(sweep: SweepOptions, make_model: Callable, resume: bool) -> Path:
     if study.trials and not resume:
         raise ValueError(f"`output_dir` {out} already holds this sweep; add `--resume` to go on with it.")
     study.set_user_attr("sweep", mine)
-    folder = dataclasses.replace(sweep.run_options({}), output_dir=str(out)).prepare_pairs()
+    folder = sweep.run_options({}).prepare_pairs()
     # A resumed search does not draw what was drawn before.
     study.sampler = optuna.samplers.TPESampler(seed=sweep.seed + len(study.trials))
     space = {name: distribution(name, values) for name, values in sweep.space.items()}
     while (done := len(study.get_trials(states=ENDED))) < sweep.n_trials:
         trial = study.ask(space if done else None)
         try:
-            study.tell(trial, run_trial(trial, sweep, folder, make_model))
+            study.tell(trial, run_trial(trial, sweep, folder))
         except optuna.TrialPruned:
             study.tell(trial, state=PRUNED)
     write_report(study, list(space), out)
@@ -205,6 +194,5 @@ def write_report(study: optuna.Study, names: list[str], out: Path) -> None:
     write_text("".join(f"| {' | '.join(row)} |\n" for row in rows), out / "sweep.md")
     best: dict[str, Any] = {}
     for name, value in trials[0].params.items() if trials else ():
-        section, option = name.split(".")
-        best.setdefault(section, {})[option] = value
+        best = merge(best, nested(name, value))
     write_text(yaml.safe_dump(best, sort_keys=False), out / "best.yaml")

@@ -1,6 +1,5 @@
 """Uploads a set of files as one commit: resumable, repeatable, nothing half done."""
 
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -8,16 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils.sha import git_hash
 
+from hub_card.model_card import PLACEHOLDER
 from hub_card.upload_scan import is_allowed, scan_files
 
 logger = logging.getLogger(__name__)
@@ -25,10 +20,9 @@ logger = logging.getLogger(__name__)
 HTTP_ERROR = HfHubHTTPError.__bases__[0]
 # 409 and 412 mean that somebody else committed meanwhile: compare again, then commit.
 TRANSIENT = {408, 409, 412, 425, 429, 500, 502, 503, 504}
+LONGEST_WAIT = 60.0  # seconds between two attempts
 # Files the Hub itself, or its form for new repositories, puts into an empty repository.
 NEUTRAL_FILES = (".gitattributes", "README.md")
-NO_TOKEN = "no access token: run `hf auth login` or set HF_TOKEN to a token with write access."
-OFFLINE = "the client is offline; unset HF_HUB_OFFLINE to push."
 
 
 @dataclass(frozen=True)
@@ -36,46 +30,11 @@ class Retries:
     """How often and how patiently to try again after dropped connections, 429 and 5xx."""
 
     attempts: int = 6
-    first_wait: float = 1.0
-    longest_wait: float = 60.0
     sleep: Callable[[float], None] = time.sleep
 
     def __post_init__(self):
         if self.attempts < 1:
             raise ValueError(f"`attempts` is {self.attempts}; wanted at least 1.")
-
-
-@dataclass(frozen=True)
-class Upload:
-    """What to put where.
-
-    Args:
-        files (`Mapping[str, Path | bytes]`): Path in the repository -> file or content.
-        repo_id (`str`): `name` or `namespace/name`.
-        kind (`str`): `model`, `dataset` or `space`.
-        patterns (`tuple[str, ...]`): The allow-list; remote files that match it and are no longer local are removed.
-        marker (`str`): File by which a repository is known to be of this sort; one that holds other content is
-            refused.
-        private (`bool`, *optional*, defaults to `True`): Visibility of a new repository.
-        revision (`str`, *optional*, defaults to `"main"`): Branch; created when absent.
-        tag (`str`, *optional*): Tag for the result.
-        create (`bool`, *optional*, defaults to `True`): Create the repository when it is absent.
-        message (`str`, *optional*): Title of the commit.
-        space_sdk (`str`, *optional*): For Spaces.
-    """
-
-    files: Mapping[str, Path | bytes]
-    repo_id: str
-    kind: str
-    patterns: tuple[str, ...]
-    marker: str
-    private: bool = True
-    revision: str = "main"
-    tag: str | None = None
-    create: bool = True
-    message: str = "Upload with gppc push"
-    space_sdk: str | None = None
-    left_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,12 +46,12 @@ class PushReport:
     revision: str
     commit: str
     url: str
-    uploaded: list[str] = field(default_factory=list)
-    deleted: list[str] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)
+    uploaded: list[str]
+    deleted: list[str]
+    left_out: list[str]
 
 
-def check_target(repo_id: str) -> None:
+def check_target(repo_id: str, token: str | None = None) -> None:
     """Finds out, without the network, whether something could be pushed to a repository.
 
     Raises:
@@ -103,181 +62,168 @@ def check_target(repo_id: str) -> None:
     except HFValidationError as error:
         raise ValueError(f"`repo_id` is {repo_id!r}: {one_line(error)}") from error
     if constants.HF_HUB_OFFLINE:
-        raise ValueError(OFFLINE)
-    if get_token() is None:
-        raise ValueError(NO_TOKEN)
+        raise ValueError("the client is offline; unset HF_HUB_OFFLINE to push.")
+    if not (token or get_token()):
+        raise ValueError("no access token: run `hf auth login` or set HF_TOKEN to a token with write access.")
 
 
-def push(upload: Upload, *, token: str | None = None, endpoint: str | None = None, retries: Retries | None = None):
-    """Brings a repository to the given files with at most one commit.
+@dataclass
+class Push:
+    """
+    Brings a repository to the given files with at most one commit; [`run`] does it.
 
     The remote state is read before every attempt: what is there already is not sent again, and a commit whose answer
     was lost is recognised instead of being repeated. Nothing local is changed.
 
     Args:
-        upload ([`Upload`]): The files and their place.
+        files (`Mapping[str, Path | bytes]`): Path in the repository -> file or content; the card is among them.
+        repo_id (`str`): `name` or `namespace/name`.
+        kind (`str`): `model`, `dataset` or `space`.
+        patterns (`tuple[str, ...]`): The allow-list; remote files that match it and are no longer local are removed.
+        marker (`str`): File by which a repository is known to be of this sort; one that holds other content is
+            refused.
+        left_out (`list[str]`, *optional*): Names of the files that stay, for the report.
+        private (`bool`, *optional*, defaults to `True`): Visibility of a new repository.
+        revision (`str`, *optional*, defaults to `"main"`): Branch; created when absent.
+        tag (`str`, *optional*): Tag for the result.
+        create (`bool`, *optional*, defaults to `True`): Create the repository when it is absent.
+        message (`str`, *optional*): Title of the commit.
         token (`str`, *optional*): Access token; defaults to the one of `hf auth login` or `HF_TOKEN`.
         endpoint (`str`, *optional*): The Hub; defaults to `HF_ENDPOINT`.
         retries ([`Retries`], *optional*): Patience.
-
-    Returns:
-        [`PushReport`]
-
-    Raises:
-        ValueError: If a file may not be uploaded, the token is refused, the repository is gated, absent or holds other
-            content, or is public where a private one was asked for. One line that says what to do.
-        ConnectionError: If the Hub did not answer until the last attempt.
     """
-    token = token or get_token()
-    strangers = [name for name in upload.files if not is_allowed(name, upload.patterns)]
-    if strangers:
-        raise ValueError(f"`{strangers[0]}` is not a file of a {upload.kind} repository; nothing was uploaded.")
-    scan_files(upload.files, [token] if token else [])
-    if token is None:
-        raise ValueError(NO_TOKEN)
-    session = _Session(upload, HfApi(endpoint=endpoint, token=token), retries or Retries())
-    return session.run()
 
-
-class _Session:
-    """One push; every step is repeatable."""
-
-    def __init__(self, upload: Upload, api: HfApi, retries: Retries):
-        self.upload, self.api, self.retries = upload, api, retries
-        self.repo_id = upload.repo_id
-        # What was sent stays in the report when the answer to the commit was lost.
-        self.uploaded: list[str] = []
-        self.deleted: list[str] = []
+    files: Mapping[str, Path | bytes]
+    repo_id: str
+    kind: str
+    patterns: tuple[str, ...]
+    marker: str
+    left_out: list[str] = field(default_factory=list)
+    private: bool = True
+    revision: str = "main"
+    tag: str | None = None
+    create: bool = True
+    message: str = "Upload with gppc push"
+    token: str | None = None
+    endpoint: str | None = None
+    retries: Retries = field(default_factory=Retries)
 
     def run(self) -> PushReport:
-        upload = self.upload
+        """Checks the files, then uploads them.
+
+        Raises:
+            ValueError: If a file may not be uploaded, the token is refused, the repository is gated, absent or holds
+                other content, or is public where a private one was asked for. One line that says what to do.
+            ConnectionError: If the Hub did not answer until the last attempt.
+        """
+        strangers = [name for name in self.files if not is_allowed(name, self.patterns)]
+        if strangers:
+            raise ValueError(f"`{strangers[0]}` is not a file of a {self.kind} repository; nothing was uploaded.")
+        card = self.files["README.md"]
+        text = card.decode() if isinstance(card, bytes) else card.read_text()
+        self.files = {**self.files, "README.md": text.replace(PLACEHOLDER, self.repo_id).encode()}
+        token = self.token or get_token()
+        scan_files(self.files, [token] if token else [])
+        check_target(self.repo_id, token)
+        self.api = HfApi(endpoint=self.endpoint, token=token)
+        # What was sent stays in the report when the answer to the commit was lost.
+        self.uploaded, self.deleted = [], []
         if "/" not in self.repo_id:
             self.repo_id = f"{self.attempt(self.api.whoami)['name']}/{self.repo_id}"
+        self.where = {"repo_id": self.repo_id, "repo_type": self.kind}
         self.attempt(self.open_repository)
         commit = self.attempt(self.commit_once)
-        if upload.tag is not None:
+        if self.tag is not None:
             self.attempt(lambda: self.set_tag(commit))
-        prefix = {"model": "", "dataset": "datasets/", "space": "spaces/"}[upload.kind]
+        prefix = "" if self.kind == "model" else f"{self.kind}s/"
         url = f"{self.api.endpoint}/{prefix}{self.repo_id}"
-        return PushReport(
-            self.repo_id,
-            upload.kind,
-            upload.revision,
-            commit,
-            url,
-            sorted(self.uploaded),
-            sorted(self.deleted),
-            list(upload.left_out),
-        )
+        changes = (sorted(self.uploaded), sorted(self.deleted), self.left_out)
+        return PushReport(self.repo_id, self.kind, self.revision, commit, url, *changes)
 
     def attempt(self, step: Callable):
         """Runs a step, again after failures that pass, and turns the others into one line."""
-        wait = self.retries.first_wait
+        wait = 1.0
         for number in range(1, self.retries.attempts + 1):
             try:
                 return step()
-            except HFValidationError as error:
-                raise ValueError(f"`repo_id` is {self.repo_id!r}: {one_line(error)}") from error
-            except OfflineModeIsEnabled as error:
-                raise ValueError(OFFLINE) from error
             except (HTTP_ERROR, OSError, RuntimeError) as error:
                 cause = http_cause(error)
                 if cause is None:
                     raise
-                if not is_transient(cause):
-                    raise ValueError(self.explain(cause)) from error
+                answer = cause.response if isinstance(cause, HfHubHTTPError) else None
+                if answer is not None and answer.status_code not in TRANSIENT:
+                    raise ValueError(self.explain(cause, answer.status_code)) from error
                 if number == self.retries.attempts:
                     raise ConnectionError(
                         f"the Hub at {self.api.endpoint} did not take the upload in {number} attempts (last: "
                         f"{one_line(cause)}); nothing is lost: run the same command again."
                     ) from error
-                pause = min(max(wait, retry_after(cause)), self.retries.longest_wait)
+                asked = "" if answer is None else answer.headers.get("Retry-After", "")
+                pause = min(max(wait, float(asked) if asked.isdigit() else 0.0), LONGEST_WAIT)
                 logger.warning("%s; attempt %d in %.0f s", one_line(cause), number + 1, pause)
                 self.retries.sleep(pause)
                 wait *= 2
 
     def open_repository(self) -> None:
         """Finds or creates the repository and the branch."""
-        upload, kind = self.upload, self.upload.kind
         try:
-            info = self.api.repo_info(self.repo_id, repo_type=kind)
-        except GatedRepoError:
-            raise
-        except RepositoryNotFoundError:
-            if not upload.create:
+            info = self.api.repo_info(**self.where)
+        except RepositoryNotFoundError as error:
+            if isinstance(error, GatedRepoError) or not self.create:
                 raise
-            self.api.create_repo(
-                self.repo_id, repo_type=kind, private=upload.private, exist_ok=True, space_sdk=upload.space_sdk
-            )
-            info = self.api.repo_info(self.repo_id, repo_type=kind)
-        if upload.private and not info.private:
+            sdk = "gradio" if self.kind == "space" else None
+            self.api.create_repo(**self.where, private=self.private, exist_ok=True, space_sdk=sdk)
+            info = self.api.repo_info(**self.where)
+        if self.private and not info.private:
             raise ValueError(
                 f"`repo_id` {self.repo_id} exists and is public, but a private upload was asked for; pass --public "
                 "(`private=False`) if that is meant, or choose another name."
             )
-        if upload.revision != "main":
-            branches = {branch.name for branch in self.api.list_repo_refs(self.repo_id, repo_type=kind).branches}
-            if upload.revision not in branches:
-                self.api.create_branch(self.repo_id, repo_type=kind, branch=upload.revision, exist_ok=True)
+        if self.revision not in ("main", *(branch.name for branch in self.api.list_repo_refs(**self.where).branches)):
+            self.api.create_branch(**self.where, branch=self.revision, exist_ok=True)
 
     def commit_once(self) -> str:
         """Compares the branch with the local files and commits the difference, if there is one."""
-        upload, kind = self.upload, self.upload.kind
-        head = self.api.repo_info(self.repo_id, repo_type=kind, revision=upload.revision).sha
-        entries = self.api.list_repo_tree(self.repo_id, recursive=True, repo_type=kind, revision=head)
-        # Folders have no blob.
-        remote = {entry.path: entry for entry in entries if getattr(entry, "blob_id", None)}
+        head = self.api.repo_info(**self.where, revision=self.revision).sha
+        entries = self.api.list_repo_tree(**self.where, recursive=True, revision=head)
+        remote = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
         self.check_content(remote)
-        changed = [name for name, source in upload.files.items() if not same_content(source, remote.get(name))]
-        gone = [name for name in remote if is_allowed(name, upload.patterns) and name not in upload.files]
-        if not changed and not gone:
+        added = [CommitOperationAdd(name, source) for name, source in self.files.items()]
+        added = [operation for operation in added if not same_content(operation, remote.get(operation.path_in_repo))]
+        gone = [name for name in remote if is_allowed(name, self.patterns) and name not in self.files]
+        if not added and not gone:
             return head
-        self.uploaded, self.deleted = changed, gone
-        operations = [
-            CommitOperationAdd(name, source if isinstance(source, bytes) else str(source))
-            for name, source in ((name, upload.files[name]) for name in changed)
-        ]
-        operations += [CommitOperationDelete(name) for name in gone]
-        return self.api.create_commit(
-            self.repo_id,
-            operations,
-            commit_message=upload.message,
-            repo_type=kind,
-            revision=upload.revision,
-            parent_commit=head,
-        ).oid
+        self.uploaded, self.deleted = [operation.path_in_repo for operation in added], gone
+        operations = [*added, *map(CommitOperationDelete, gone)]
+        commit = {"commit_message": self.message, "revision": self.revision, "parent_commit": head}
+        return self.api.create_commit(**self.where, operations=operations, **commit).oid
 
     def check_content(self, remote: Iterable[str]) -> None:
         """Refuses a repository that holds something else, so that no push writes over it."""
         others = sorted(name for name in remote if name not in NEUTRAL_FILES)
-        if others and self.upload.marker not in others:
+        if self.marker in others:
+            others = [name for name in others if not is_allowed(name, self.patterns)]
+        if others:
             raise ValueError(
-                f"`repo_id` {self.repo_id} holds other content (e.g. `{others[0]}`, and no `{self.upload.marker}`); "
-                "choose another name, or delete that repository first if it is not needed. Nothing was changed."
-            )
-        strangers = [name for name in others if not is_allowed(name, self.upload.patterns)]
-        if strangers:
-            raise ValueError(
-                f"`repo_id` {self.repo_id} holds other content (e.g. `{strangers[0]}`, no file of a gppc push); choose "
-                "another name, or remove that file there first. Nothing was changed."
+                f"`repo_id` {self.repo_id} holds other content (e.g. `{others[0]}`, wanted that of a gppc push, with "
+                f"`{self.marker}`); choose another name, or delete that content there first if it is not needed. "
+                "Nothing was changed."
             )
 
     def set_tag(self, commit: str) -> None:
         """Tags the commit; a tag that is there already must name the same one."""
-        tags = {tag.name: tag for tag in self.api.list_repo_refs(self.repo_id, repo_type=self.upload.kind).tags}
-        found = tags.get(self.upload.tag)
-        if found is None:
-            self.api.create_tag(self.repo_id, tag=self.upload.tag, revision=commit, repo_type=self.upload.kind)
-        elif found.target_commit != commit:
+        tags = {tag.name: tag.target_commit for tag in self.api.list_repo_refs(**self.where).tags}
+        if self.tag not in tags:
+            self.api.create_tag(**self.where, tag=self.tag, revision=commit)
+        elif tags[self.tag] != commit:
             raise ValueError(
-                f"`tag` {self.upload.tag} of {self.repo_id} names another commit ({found.target_commit[:8]}); choose "
-                f"another tag. The files are uploaded as {commit[:8]}."
+                f"`tag` {self.tag} of {self.repo_id} names another commit ({tags[self.tag][:8]}); choose another tag. "
+                f"The files are uploaded as {commit[:8]}."
             )
 
-    def explain(self, error: Exception) -> str:
+    def explain(self, error: Exception, status: int) -> str:
         """One line for an answer that trying again will not change."""
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        where = f"{self.upload.kind} `{self.repo_id}`"
+        where = f"{self.kind} `{self.repo_id}`"
         if isinstance(error, GatedRepoError):
             return f"{where} is gated: ask for access on {self.api.endpoint}/{self.repo_id}, then push again."
         if isinstance(error, RepositoryNotFoundError):
@@ -285,13 +231,8 @@ class _Session:
                 f"{where} was not found, or your token may not see it: create it, allow its creation (without "
                 "--no-create), or check the name and the token (`hf auth whoami`)."
             )
-        if isinstance(error, RevisionNotFoundError):
-            return f"`revision` {self.upload.revision} of {where} was not found; check its name."
         if status == 401:
-            return (
-                f"the token was refused by {self.api.endpoint} (401): run `hf auth login`, or set HF_TOKEN to a valid "
-                "token with write access."
-            )
+            return f"the token was refused by {self.api.endpoint} (401): run `hf auth login`, or set HF_TOKEN anew."
         if status == 403:
             return (
                 f"the token may not write to {where} (403): use a token with write access, or a repository of your "
@@ -300,26 +241,14 @@ class _Session:
         return f"the Hub refused {where}: {one_line(error)}"
 
 
-def same_content(source: Path | bytes, remote) -> bool:
-    """Whether a remote file holds these bytes, by the hash that the Hub keeps of it."""
-    if remote is None:
-        return False
-    size = len(source) if isinstance(source, bytes) else source.stat().st_size
-    if size != remote.size:
+def same_content(operation: CommitOperationAdd, remote: RepoFile | None) -> bool:
+    """Whether a remote file holds the bytes that would be added, by the hash that the Hub keeps of it."""
+    if remote is None or remote.size != operation.upload_info.size:
         return False
     if remote.lfs is not None:
-        digest = hashlib.sha256()
-        wanted = remote.lfs.sha256
-    else:
-        digest = hashlib.sha1(b"blob %d\0" % size)
-        wanted = remote.blob_id
-    if isinstance(source, bytes):
-        digest.update(source)
-    else:
-        with source.open("rb") as file:
-            while chunk := file.read(2**20):
-                digest.update(chunk)
-    return digest.hexdigest() == wanted
+        return remote.lfs.sha256 == operation.upload_info.sha256.hex()
+    with operation.as_file() as file:
+        return remote.blob_id == git_hash(file.read())
 
 
 def http_cause(error: BaseException) -> Exception | None:
@@ -335,20 +264,6 @@ def http_cause(error: BaseException) -> Exception | None:
             return None
         current = current.__cause__ or current.__context__
     return error if isinstance(error, RuntimeError) else None
-
-
-def is_transient(error: Exception) -> bool:
-    """Whether the same request may succeed later."""
-    if isinstance(error, HfHubHTTPError):
-        return getattr(error.response, "status_code", None) in TRANSIENT
-    return True
-
-
-def retry_after(error: Exception) -> float:
-    """Seconds the server asked to wait, 0 where it did not say."""
-    response = getattr(error, "response", None)
-    text = response.headers.get("Retry-After", "") if response is not None else ""
-    return float(text) if text.isdigit() else 0.0
 
 
 def one_line(error: BaseException) -> str:

@@ -3,22 +3,23 @@
 import json
 import math
 import re
-import struct
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from string import Template
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from safetensors import safe_open
 
 from data_scripts.files import write_json, write_text
 from modeling_gppc.evaluation.transfer_scorecard import TRANSFER_FILE, transfer_scorecard
 from modeling_gppc.normalization_gppc import close_matches
 
 TEMPLATES = Path(__file__).parent / "templates"
+TEXTS = yaml.safe_load((TEMPLATES / "texts.yaml").read_text())
 # Stands for the repository's name until a push replaces it in what it uploads.
 PLACEHOLDER = "USER/REPOSITORY"
 MODEL_METHOD = "gppc"
-LABELLED = " (labels)"
 METRICS = {
     "mse": "mean squared error",
     "r2": "r2 against the gene mean",
@@ -33,10 +34,6 @@ TRANSFER = {
     "matched_minus_shuffled": "correlation beyond shuffled targets",
     "coverage90": "share inside the predicted 90 % interval",
 }
-SCREEN_TEXT = (
-    "Fitted on a CRISPR screen: there are no pairs of cells to score it on. `gppc evaluate --mode fine-tuned` scores models "
-    "of folds of the same screen on perturbations that they did not see.\n"
-)
 # What `run.json` must say: key -> (type, what it is). `None` is allowed where a fact was not measured.
 RUN_FACTS = {
     "store": (str, "name or version of the store of cells, such as a Census version"),
@@ -69,7 +66,7 @@ def read_json(path: Path) -> dict:
         content = json.loads(path.read_text())
     except FileNotFoundError:
         raise ValueError(f"`folder` {path.parent} holds no `{path.name}`; wanted the folder a run wrote.") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ValueError(f"`{path.name}` in {path.parent} is not valid JSON: {error}.") from error
     if not isinstance(content, dict):
         raise ValueError(f"`{path.name}` in {path.parent} holds {type(content).__name__}; wanted a mapping.")
@@ -88,21 +85,10 @@ def read_results(path: Path) -> dict:
     if results.get("schema_version") != 1 or not isinstance(results.get("splits"), dict) or not results["splits"]:
         raise ValueError(f"`{path.name}` in {path.parent} has no `schema_version` 1 with `splits`; train again.")
     for split, content in results["splits"].items():
-        missing = [key for key in ("n_pairs", "n_genes", "methods") if key not in content]
-        if missing:
-            raise ValueError(f"`{path.name}`: split `{split}` lacks {', '.join(f'`{key}`' for key in missing)}.")
+        for key in ("n_pairs", "n_genes", "methods"):
+            if key not in content:
+                raise ValueError(f"`{path.name}`: split `{split}` lacks `{key}`; train again.")
     return results
-
-
-def read_transfer(path: Path) -> dict:
-    """Reads and checks the scorecard on real screens; see [`~transfer_scorecard.transfer_scorecard`]."""
-    transfer = read_json(path)
-    if transfer.get("schema_version") != 1 or not isinstance(transfer.get("screens"), list):
-        raise ValueError(
-            f"`{path.name}` in {path.parent} has no `schema_version` 1 with `screens`; write it with "
-            "`gppc push MODEL --evaluation DIR`."
-        )
-    return transfer
 
 
 def check_run(run: Mapping) -> None:
@@ -123,77 +109,63 @@ def shown(value: float | int | None) -> str:
     return f"{value:.4f}" if abs(value) < 1e4 else f"{value:.3e}"
 
 
-def progress_text(unfinished: Mapping) -> str:
-    """What stands instead of scores while training goes on."""
-    text = (
-        f"Training is not finished: this is step {shown(unfinished['step'])} of {shown(unfinished['max_steps'])}. "
-        "Scores on test cells beside the floors come with the finished model."
-    )
-    if "eval_mse" in unfinished:
-        text += (
-            f" Last validation: mean squared error {shown(unfinished['eval_mse'])} (linear response alone "
-            f"{shown(unfinished['eval_linear_mse'])}), r2 against the gene mean {shown(unfinished['eval_r2'])}."
+def score_text(results: Mapping | None, run: Mapping) -> str:
+    """One table a split, or why there is none: training goes on, there are no pairs, or nobody scored the model."""
+    if results is not None:
+        return "\n".join(
+            f"**{split}** ({shown(content['n_pairs'])} pairs, {shown(content['n_genes'])} genes)\n\n"
+            + method_table(content["methods"], METRICS, MODEL_METHOD, {"uses_labels": "labels"})
+            for split, content in results["splits"].items()
         )
-    return f"{text}\n"
+    if unfinished := run.get("unfinished"):
+        text = TEXTS["unfinished"] + (TEXTS["validated"] if "eval_mse" in unfinished else "")
+        return Template(text).substitute({name: shown(value) for name, value in unfinished.items()})
+    return TEXTS["screen" if run.get("screen") else "not_scored"]
 
 
-NOT_SCORED = "This checkpoint has not been scored yet: `gppc score` does it beside the pairs that it was trained on.\n"
+def method_table(methods: Mapping, metrics: Mapping[str, str], subject: str, notes: Mapping[str, str]) -> str:
+    """A Markdown table: methods down, the metrics that were computed across, with their intervals.
 
-
-def score_tables(results: Mapping) -> str:
-    """One Markdown table a split: methods down, the [`METRICS`] that were computed across, with their intervals."""
-    tables = []
-    for split, content in results["splits"].items():
-        methods = content["methods"]
-        metrics = [metric for metric in METRICS if any(scores.get(metric) is not None for scores in methods.values())]
-        tables.append(f"**{split}** ({shown(content['n_pairs'])} pairs, {shown(content['n_genes'])} genes)\n")
-        tables.append("| method | " + " | ".join(METRICS[metric] for metric in metrics) + " |")
-        tables.append("|---|" + "---|" * len(metrics))
-        for method, scores in methods.items():
-            name = f"**{method}**" if method == MODEL_METHOD else method
-            cells = [_with_interval(scores, metric) for metric in metrics]
-            tables.append(f"| {name}{LABELLED if scores.get('uses_labels') else ''} | " + " | ".join(cells) + " |")
-        tables.append("")
-    return "\n".join(tables)
-
-
-def _with_interval(scores: Mapping, metric: str) -> str:
-    interval = scores.get(f"{metric}_ci95")
-    text = shown(scores.get(metric))
-    return text if not interval or text == "-" else f"{text} [{shown(interval[0])}, {shown(interval[1])}]"
+    `notes` names flags among the scores, and what stands behind the name of a method where one is set.
+    """
+    metrics = {name: text for name, text in metrics.items() if any(s.get(name) is not None for s in methods.values())}
+    lines = [["method", *metrics.values()], ["---"] * (1 + len(metrics))]
+    for name, scores in methods.items():
+        label = f"**{name}**" if name == subject else name
+        label += "".join(f" ({note})" for flag, note in notes.items() if scores.get(flag))
+        cells = [shown(scores.get(metric)) for metric in metrics]
+        for column, metric in enumerate(metrics):
+            interval = scores.get(f"{metric}_ci95")
+            if interval and cells[column] != "-":
+                cells[column] += f" [{shown(interval[0])}, {shown(interval[1])}]"
+        lines.append([label, *cells])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def evaluation_entries(results: Mapping, dataset_name: str) -> list[EvalResult]:
     """The `model-index`: every finite score of the model and of the floors, with its interval as `args`."""
-    entries = []
-    for split, content in results["splits"].items():
-        for method, scores in content["methods"].items():
-            for metric, meaning in METRICS.items():
-                value = scores.get(metric)
-                if value is None or not math.isfinite(value):
-                    continue
-                interval = scores.get(f"{metric}_ci95")
-                entries.append(
-                    EvalResult(
-                        task_type="perturbation-prediction",
-                        task_name="Expression after imposed expression changes",
-                        dataset_type="cell-pairs",
-                        dataset_name=dataset_name,
-                        dataset_split=split,
-                        metric_type=metric,
-                        metric_value=value,
-                        metric_name=meaning if method == MODEL_METHOD else f"{meaning} (floor: {method})",
-                        metric_args={"ci95": list(interval)} if interval else None,
-                    )
-                )
-    return entries
+    return [
+        EvalResult(
+            task_type="perturbation-prediction",
+            task_name="Expression after imposed expression changes",
+            dataset_type="cell-pairs",
+            dataset_name=dataset_name,
+            dataset_split=split,
+            metric_type=metric,
+            metric_value=scores[metric],
+            metric_name=meaning if method == MODEL_METHOD else f"{meaning} (floor: {method})",
+            metric_args={"ci95": list(interval)} if (interval := scores.get(f"{metric}_ci95")) else None,
+        )
+        for split, content in results["splits"].items()
+        for method, scores in content["methods"].items()
+        for metric, meaning in METRICS.items()
+        if shown(scores.get(metric)) != "-"
+    ]
 
 
-def count_parameters(path: Path) -> int:
-    """Number of values in a safetensors file, read from its header."""
-    with path.open("rb") as file:
-        header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
-    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+def fact_rows(facts: Mapping) -> str:
+    """Rows of a Markdown table of two columns."""
+    return "\n".join(f"| {label} | {str(value).replace('|', '&#124;')} |" for label, value in facts.items())
 
 
 def _facts(run: Mapping, config: Mapping, folder: Path) -> str:
@@ -207,65 +179,38 @@ def _facts(run: Mapping, config: Mapping, folder: Path) -> str:
     known = {"pairings": config.get("pairings"), **run}
     weights = folder / "model.safetensors"
     if "parameters" not in known and weights.is_file():
-        known["parameters"] = count_parameters(weights)
+        with safe_open(weights, "numpy") as file:
+            names = file.keys()
+            known["parameters"] = sum(math.prod(file.get_slice(name).get_shape()) for name in names)
     for key, label in OPTIONAL_FACTS.items():
-        value = known.get(key)
-        if value:
+        if value := known.get(key):
             text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
             rows[label] = portable(text) if isinstance(text, str) else shown(text)
-    rows["seed"] = str(run["seed"])
-    rows["command"] = f"`{portable(run['command'])}`"
-    return "\n".join(f"| {label} | {str(value).replace('|', '&#124;')} |" for label, value in rows.items())
+    return fact_rows({**rows, "seed": run["seed"], "command": f"`{portable(run['command'])}`"})
 
 
-def _cost(run: Mapping) -> str:
-    flop = "not counted" if run["flop"] is None else f"about {run['flop']:.3g} floating-point operations"
-    count = run.get("processes")
-    processes = f" on {count} process{'es' if count > 1 else ''}" if count else ""
-    return (
-        f"Training took {run['seconds']:,.0f} s{processes}; its cost whatever the hardware: {flop}. "
-        "Energy was not measured."
-    )
-
-
-def _figures(folder: Path) -> str:
-    figures = sorted((folder / "figures").glob("*.png"))
-    return "".join(f"![{path.stem.replace('_', ' ')}](figures/{path.name})\n\n" for path in figures)
-
-
-def transfer_tables(transfer: Mapping) -> str:
-    """One Markdown table a screen: the model first, then the baselines by correlation, with intervals."""
-    lines = [
-        "Responses (perturbed minus control means) to real perturbations that this checkpoint was not trained on, "
-        "perturbed genes left out of the scores; intervals are over perturbations.\n"
-    ]
-    for screen in transfer["screens"]:
-        methods, subject = screen["methods"], screen["subject"]
-        metrics = [name for name in TRANSFER if any(scores.get(name) is not None for scores in methods.values())]
-        lines.append(
-            f"**{portable(screen['screen'])}**, {screen['mode']} ({shown(screen['n_perturbations'])} perturbations, "
-            f"{shown(screen['n_genes'])} genes; a replicate would correlate {shown(screen['split_half_pearson'])})\n"
-        )
-        lines.append("| method | " + " | ".join(TRANSFER[metric] for metric in metrics) + " |")
-        lines.append("|---|" + "---|" * len(metrics))
-        order = sorted(methods, key=lambda name: (name != subject, -(methods[name].get("pearson_delta") or 0)))
-        for name in order:
-            label = f"**{name}**" if name == subject else name
-            label += " (perturbed cells)" if methods[name]["reads_perturbed_cells"] else ""
-            cells = [_with_interval(methods[name], metric) for metric in metrics]
-            lines.append(f"| {label} | " + " | ".join(cells) + " |")
-        lines.append("")
-    return "\n".join(lines)
-
-
-def _transfer(folder: Path) -> str:
+def transfer_text(folder: Path) -> str:
+    """One table a screen of `transfer.json`: the model first, then the baselines by correlation."""
     path = folder / TRANSFER_FILE
-    if path.is_file():
-        return transfer_tables(read_transfer(path))
-    return (
-        "This checkpoint was not scored on a real perturbation screen when the card was written: how far it carries "
-        "over to real interventions is not known. Score it on a screen like yours before relying on it.\n"
-    )
+    if not path.is_file():
+        return TEXTS["no_transfer"]
+    transfer = read_json(path)
+    if transfer.get("schema_version") != 1 or not isinstance(transfer.get("screens"), list):
+        raise ValueError(
+            f"`{path.name}` in {path.parent} has no `schema_version` 1 with `screens`; write it with "
+            "`gppc push MODEL --evaluation DIR`."
+        )
+    parts = []
+    for screen in transfer["screens"]:
+        subject, methods = screen["subject"], screen["methods"]
+        order = sorted(methods, key=lambda name: (name != subject, -(methods[name].get("pearson_delta") or 0)))
+        methods = {name: methods[name] for name in order}
+        parts.append(
+            f"**{portable(screen['screen'])}**, {screen['mode']} ({shown(screen['n_perturbations'])} perturbations, "
+            f"{shown(screen['n_genes'])} genes; a replicate would correlate {shown(screen['split_half_pearson'])})\n\n"
+            + method_table(methods, TRANSFER, subject, {"reads_perturbed_cells": "perturbed cells"})
+        )
+    return "\n".join(parts)
 
 
 def render_model_card(folder: str | Path) -> str:
@@ -289,10 +234,8 @@ def render_model_card(folder: str | Path) -> str:
     preprocessor = read_json(folder / "preprocessor_config.json")
     run = read_json(folder / "run.json")
     check_run(run)
-    unfinished = run.get("unfinished")
-    scored = not unfinished and (folder / "results.json").is_file()
+    scored = not run.get("unfinished") and (folder / "results.json").is_file()
     results = read_results(folder / "results.json") if scored else None
-    why = SCREEN_TEXT if run.get("screen") else NOT_SCORED
     name = portable(str(run.get("name") or "GPPC"))
     data = ModelCardData(
         license="apache-2.0",
@@ -312,12 +255,17 @@ def render_model_card(folder: str | Path) -> str:
         facts=_facts(run, config, folder),
         normalization=normalization,
         target_sum=target_sum,
-        scores=score_tables(results) if results else progress_text(unfinished) if unfinished else why,
-        figures=_figures(folder),
-        transfer=_transfer(folder),
+        scores=score_text(results, run),
+        figures="".join(
+            f"![{path.stem.replace('_', ' ')}](figures/{path.name})\n\n"
+            for path in sorted((folder / "figures").glob("*.png"))
+        ),
+        transfer=transfer_text(folder),
         vocab_size=shown(len(preprocessor.get("gene_ids", ()))),
         organism=preprocessor.get("organism", "homo_sapiens").replace("_", " "),
-        cost=_cost(run),
+        seconds=f"{run['seconds']:,.0f}",
+        processes=run.get("processes", 1),
+        flop="not counted" if run["flop"] is None else f"about {run['flop']:.3g}",
         version=run.get("version", "0.1.0"),
     )
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}"))

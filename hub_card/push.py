@@ -5,15 +5,14 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from hub_card.hub_upload import PushReport, Retries, Upload, push
-from hub_card.model_card import PLACEHOLDER, read_json
+from hub_card.hub_upload import Push, PushReport
+from hub_card.model_card import read_json
 from hub_card.upload_scan import DATASET_FILES, MODEL_FILES, SPACE_FILES, select_files
 
 SPACES = Path(__file__).parent / "spaces"
-METRIC_SCRIPT = "gppc_metrics.py"
 
 
-def push_model(folder: str | Path, repo_id: str, *, private: bool = True, revision: str = "main", **options):
+def push_model(folder: str | Path, repo_id: str, **options) -> PushReport:
     """Uploads a model folder: weights, travelling code, vocabulary and normalisation, scores, figures and card.
 
     Optimiser state, checkpoints, logs and anything else outside the allow-list stay where they are.
@@ -21,32 +20,24 @@ def push_model(folder: str | Path, repo_id: str, *, private: bool = True, revisi
     Args:
         folder (`str` or `Path`): What training wrote.
         repo_id (`str`): `name` or `namespace/name`.
-        private (`bool`, *optional*, defaults to `True`): Visibility of a new repository.
-        revision (`str`, *optional*, defaults to `"main"`): Branch; created when absent.
-        **options: See [`push_folder`].
+        **options: `private` (`bool`, defaults to `True`), `revision`, `tag` and `message` (`str`), `create` (`bool`),
+            `token` and `endpoint` (`str`) and `retries`, as of [`~hub_upload.Push`].
 
     Returns:
         [`~hub_upload.PushReport`]
 
     Raises:
-        ValueError: If the folder lacks what loading needs; else as [`~hub_upload.push`].
+        ValueError: If the folder lacks what loading needs; else as [`~hub_upload.Push.run`].
     """
     folder = Path(folder)
-    files, left_out = select_files(_existing(folder), MODEL_FILES)
+    if not folder.is_dir():
+        raise ValueError(f"`folder` {folder} is not a folder; wanted the one that training wrote.")
+    files, left_out = select_files(folder, MODEL_FILES)
     check_model(folder, files)
-    upload = {"kind": "model", "patterns": MODEL_FILES, "marker": "configuration_gppc.py"}
-    return push_folder(files, repo_id, upload, left_out, private=private, revision=revision, **options)
+    return Push(files, repo_id, "model", MODEL_FILES, "configuration_gppc.py", left_out, **options).run()
 
 
-def push_dataset(
-    folder: str | Path,
-    repo_id: str,
-    *,
-    private: bool = True,
-    revision: str = "main",
-    license: str = "other",
-    **options,
-) -> PushReport:
+def push_dataset(folder: str | Path, repo_id: str, license: str = "other", **options) -> PushReport:
     """Uploads a pairs folder: Parquet shards, gene and panel tables, manifest with the splits, card.
 
     Arguments, result and errors as [`push_model`]; `license` is the Hub's identifier of the data's licence.
@@ -55,76 +46,27 @@ def push_dataset(
 
     with tempfile.TemporaryDirectory(prefix="gppc-push-") as staging:
         files = stage_dataset(folder, staging, license)
-        upload = {"kind": "dataset", "patterns": DATASET_FILES, "marker": "manifest.json"}
-        return push_folder(files, repo_id, upload, [], private=private, revision=revision, **options)
+        return Push(files, repo_id, "dataset", DATASET_FILES, "manifest.json", **options).run()
 
 
-def push_metric(repo_id: str, *, private: bool = True, revision: str = "main", **options) -> PushReport:
+def push_metric(repo_id: str, **options) -> PushReport:
     """Uploads the metric as a Space that `evaluate.load(repo_id)` reads; arguments as [`push_model`].
 
     `evaluate` looks for a script of the Space's own name, so the script is uploaded under that name.
     """
-    script = f"{repo_id.rsplit('/', 1)[-1]}.py"
-    files, _ = select_files(SPACES / "gppc_metrics", SPACE_FILES)
-    files = {script if name == METRIC_SCRIPT else name: path for name, path in files.items()}
-    if script != METRIC_SCRIPT:
-        module = script.removesuffix(".py")
-        app = files["app.py"].read_text().replace(METRIC_SCRIPT.removesuffix(".py"), module)
-        files["app.py"] = app.encode()
-    upload = {"kind": "space", "patterns": SPACE_FILES, "marker": script, "space_sdk": "gradio"}
-    return push_folder(files, repo_id, upload, [], private=private, revision=revision, **options)
+    name = repo_id.rpartition("/")[2]
+    return _push_space("gppc_metrics", ("gppc_metrics", name), repo_id, f"{name}.py", options)
 
 
-def push_demo(repo_id: str, *, model: str, private: bool = True, revision: str = "main", **options) -> PushReport:
+def push_demo(repo_id: str, *, model: str, **options) -> PushReport:
     """Uploads the demo Space, which lets people ask the model repository `model`; arguments as [`push_model`]."""
-    files, _ = select_files(SPACES / "gppc_demo", SPACE_FILES)
-    files = {name: path.read_text().replace("USER/MODEL", model).encode() for name, path in files.items()}
-    upload = {"kind": "space", "patterns": SPACE_FILES, "marker": "app.py", "space_sdk": "gradio"}
-    return push_folder(files, repo_id, upload, [], private=private, revision=revision, **options)
+    return _push_space("gppc_demo", ("USER/MODEL", model), repo_id, "app.py", options)
 
 
-def push_folder(
-    files: Mapping[str, Path | bytes],
-    repo_id: str,
-    upload: Mapping,
-    left_out: list[str],
-    *,
-    private: bool,
-    revision: str,
-    tag: str | None = None,
-    create: bool = True,
-    message: str = "Upload with gppc push",
-    token: str | None = None,
-    endpoint: str | None = None,
-    retries: Retries | None = None,
-) -> PushReport:
-    """Uploads files whose card names the repository.
-
-    Args:
-        tag (`str`, *optional*): Tag for the result.
-        create (`bool`, *optional*, defaults to `True`): Create the repository when it is absent.
-        message (`str`, *optional*): Title of the commit.
-        token, endpoint, retries: See [`~hub_upload.push`].
-    """
-    card = files["README.md"]
-    text = card.decode() if isinstance(card, bytes) else card.read_text()
-    files = {**files, "README.md": text.replace(PLACEHOLDER, repo_id).encode()}
-    return push(
-        Upload(
-            files=files,
-            repo_id=repo_id,
-            private=private,
-            revision=revision,
-            tag=tag,
-            create=create,
-            message=message,
-            left_out=tuple(left_out),
-            **upload,
-        ),
-        token=token,
-        endpoint=endpoint,
-        retries=retries,
-    )
+def _push_space(space: str, change: tuple[str, str], repo_id: str, marker: str, options: Mapping) -> PushReport:
+    files, _ = select_files(SPACES / space, SPACE_FILES)
+    files = {name.replace(*change): path.read_text().replace(*change).encode() for name, path in files.items()}
+    return Push(files, repo_id, "space", SPACE_FILES, marker, **options).run()
 
 
 def check_model(folder: Path, files: Mapping[str, Path]) -> None:
@@ -132,36 +74,26 @@ def check_model(folder: Path, files: Mapping[str, Path]) -> None:
     config = read_json(folder / "config.json")
     if config.get("model_type") != "gppc":
         raise ValueError(f"`folder` {folder} holds a `{config.get('model_type')}` model; wanted a gppc model.")
-    for name, remedy in (
-        ("README.md", "render it with `hub_card.model_card.write_model_card(folder)`"),
-        ("preprocessor_config.json", "save the feature extractor beside the model"),
-    ):
-        if name not in files:
-            raise ValueError(f"`folder` {folder} holds no `{name}`; {remedy}.")
-    weights = {"model.safetensors"}
-    if "model.safetensors.index.json" in files:
-        weights = set(json.loads(files["model.safetensors.index.json"].read_text())["weight_map"].values())
+    if "README.md" not in files:
+        raise ValueError(
+            f"`folder` {folder} holds no `README.md`; render it with `hub_card.model_card.write_model_card(folder)`."
+        )
+    index = files.get("model.safetensors.index.json")
+    weights = {"model.safetensors"} if index is None else set(json.loads(index.read_text())["weight_map"].values())
     if missing := sorted(weights - set(files)):
         raise ValueError(f"`folder` {folder} holds no `{missing[0]}`; save the model with `save_pretrained` first.")
-    preprocessor = read_json(folder / "preprocessor_config.json")
-    auto_map = {**config.get("auto_map", {}), **preprocessor.get("auto_map", {})}
-    wanted = {entry.split("--")[-1].split(".")[0] + ".py" for entry in auto_map.values() if isinstance(entry, str)}
-    if "perturbation-prediction" not in config.get("custom_pipelines", {}):
+    auto_map = {**config.get("auto_map", {}), **read_json(folder / "preprocessor_config.json").get("auto_map", {})}
+    pipelines = config.get("custom_pipelines", {})
+    if "perturbation-prediction" not in pipelines:
         raise ValueError(
             f"`folder` {folder} was saved without its pipeline; save with `model.save_pretrained(folder)`."
         )
-    for task in config["custom_pipelines"].values():
-        wanted.add(task["impl"].split("--")[-1].split(".")[0] + ".py")
     if not any("AutoModel" in key for key in auto_map) or "AutoFeatureExtractor" not in auto_map:
         raise ValueError(
             f"`folder` {folder} was saved without its code (no `auto_map`); save model and feature extractor with the "
             "`gppc` package's classes, which register for it."
         )
+    classes = [*filter(None, auto_map.values()), *(task["impl"] for task in pipelines.values())]
+    wanted = {name.split("--")[-1].split(".")[0] + ".py" for name in classes}
     if missing := sorted(wanted - set(files)):
         raise ValueError(f"`folder` {folder} lacks `{missing[0]}`, the code that its configuration names; save again.")
-
-
-def _existing(folder: Path) -> Path:
-    if not folder.is_dir():
-        raise ValueError(f"`folder` {folder} is not a folder; wanted the one that training wrote.")
-    return folder

@@ -45,41 +45,30 @@ class PushOptions:
 OPTIONS = (PushOptions,)
 
 
-def find_kind(kind: str, folder: Path | None) -> str:
-    """What is to be pushed.
-
-    Raises:
-        ValueError: If the folder does not say, or is missing.
-    """
-    if kind in ("metric", "demo"):
-        return kind
-    if folder is None:
-        raise ValueError("`folder` is missing; wanted a model folder or a pairs folder (or --kind metric, demo).")
-    if not folder.is_dir():
-        raise ValueError(f"`folder` {folder} is not a folder.")
-    if kind != "auto":
-        return kind
-    is_model, is_pairs = (folder / "config.json").is_file(), (folder / "manifest.json").is_file()
-    if is_model and is_pairs:
-        raise ValueError(f"`folder` {folder} holds config.json and manifest.json; say --kind model or --kind dataset.")
-    if not is_model and not is_pairs:
-        raise ValueError(
-            f"`folder` {folder} holds neither a config.json (a model) nor a manifest.json (pairs); name the folder "
-            "that training or `gppc build-pairs` wrote."
-        )
-    return "model" if is_model else "dataset"
-
-
 def run(arguments: PushOptions) -> None:
     """Pushes and says in a few lines what happened."""
-    folder = None if arguments.folder is None else Path(arguments.folder)
-    kind = find_kind(arguments.kind, folder)
+    kind, folder = arguments.kind, Path(arguments.folder or ".")
+    if kind not in ("metric", "demo"):
+        if arguments.folder is None:
+            raise ValueError("`folder` is missing; wanted a model folder or a pairs folder (or --kind metric, demo).")
+        if not folder.is_dir():
+            raise ValueError(f"`folder` {folder} is not a folder.")
+        files = {"model": "config.json", "dataset": "manifest.json"}
+        found = [name for name, file in files.items() if (folder / file).is_file()] if kind == "auto" else [kind]
+        if len(found) != 1:
+            raise ValueError(
+                f"`folder` {folder} holds {'both' if found else 'neither'} a config.json (a model) "
+                f"{'and' if found else 'nor'} a manifest.json (pairs); name a folder that training or `gppc build-pairs` "
+                "wrote, or say --kind."
+            )
+        kind = found[0]
     if kind == "demo" and not arguments.model:
         raise ValueError("`--model` is missing; wanted the model repository that the demo asks.")
     if arguments.evaluation and kind != "model":
         raise ValueError(f"`--evaluation` is for the card of a model; this is a {kind}.")
     # Only now: importing takes seconds, a mistyped argument should not.
     from hub_card.hub_upload import Retries
+    from hub_card.model_card import add_transfer
     from hub_card.push import push_dataset, push_demo, push_metric, push_model
 
     options = {
@@ -90,22 +79,18 @@ def run(arguments: PushOptions) -> None:
         "message": arguments.message,
         "retries": Retries(attempts=arguments.attempts),
     }
-    if kind == "model":
-        if arguments.evaluation:
-            from hub_card.model_card import add_transfer
-
-            add_transfer(folder, arguments.evaluation)
-        report = push_model(folder, arguments.repo_id, **options)
-    elif kind == "dataset":
-        report = push_dataset(folder, arguments.repo_id, license=arguments.license, **options)
-    elif kind == "metric":
-        report = push_metric(arguments.repo_id, **options)
-    else:
-        report = push_demo(arguments.repo_id, model=arguments.model, **options)
-    changes = len(report.uploaded) + len(report.deleted)
-    state = f"{len(report.uploaded)} files sent, {len(report.deleted)} removed" if changes else "nothing to change"
-    lines = [f"{report.url} ({report.revision}, {report.commit[:8]}): {state}"]
+    if arguments.evaluation:
+        add_transfer(folder, arguments.evaluation)
+    name = arguments.repo_id
+    pushes = {
+        "model": lambda: push_model(folder, name, **options),
+        "dataset": lambda: push_dataset(folder, name, arguments.license, **options),
+        "metric": lambda: push_metric(name, **options),
+        "demo": lambda: push_demo(name, model=arguments.model, **options),
+    }
+    report = pushes[kind]()
+    changes = f"{len(report.uploaded)} files sent, {len(report.deleted)} removed"
+    state = changes if report.uploaded or report.deleted else "nothing to change"
+    print(f"{report.url} ({report.revision}, {report.commit[:8]}): {state}")
     if report.left_out:
-        shown = ", ".join(report.left_out[:5]) + (", ..." if len(report.left_out) > 5 else "")
-        lines.append(f"not uploaded: {shown}")
-    print("\n".join(lines))
+        print(f"not uploaded: {', '.join(report.left_out[:5])}{', ...' if len(report.left_out) > 5 else ''}")

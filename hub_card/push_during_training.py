@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from data_scripts.files import write_json
-from hub_card.hub_upload import Retries, check_target
+from hub_card.hub_upload import Retries
 from hub_card.model_card import write_model_card
 from hub_card.push import push_model
 from modeling_gppc import GppcFeatureExtractor, GppcForPerturbationPrediction
@@ -20,19 +20,6 @@ from modeling_gppc.pipeline_gppc import PerturbationPredictionPipeline
 logger = logging.getLogger(__name__)
 # Where the files of an upload wait, in the run's folder: the checkpoint itself may be gone before they are sent.
 STAGED = ".hub"
-VALIDATION = ("eval_mse", "eval_linear_mse", "eval_r2")
-
-
-def check_push(repo_id: str | None, strategy: str) -> None:
-    """Finds out before training whether what was asked for could be pushed.
-
-    Raises:
-        ValueError: As [`~hub_card.hub_upload.check_target`], or for a strategy without a repository.
-    """
-    if repo_id is not None:
-        check_target(repo_id)
-    elif strategy != "end":
-        raise ValueError(f"`--hub_strategy` {strategy} needs `--push_to_hub REPO`.")
 
 
 class HubPush(TrainerCallback):
@@ -47,18 +34,10 @@ class HubPush(TrainerCallback):
         repo_id (`str`): Repository; created private when absent.
         extractor ([`GppcFeatureExtractor`]): Saved beside the model.
         facts (`Callable`): Gives the content of `run.json` as of now.
-        retries ([`~hub_card.hub_upload.Retries`], *optional*): Patience of one upload; defaults to two attempts.
     """
 
-    def __init__(
-        self,
-        repo_id: str,
-        extractor: GppcFeatureExtractor,
-        facts: Callable[[], dict],
-        retries: Retries | None = None,
-    ):
+    def __init__(self, repo_id: str, extractor: GppcFeatureExtractor, facts: Callable[[], dict]):
         self.repo_id, self.extractor, self.facts = repo_id, extractor, facts
-        self.retries = retries or Retries(attempts=2)
         self._upload: threading.Thread | None = None
 
     def on_save(self, args, state, control, **kwargs):
@@ -85,18 +64,15 @@ class HubPush(TrainerCallback):
             model = GppcForPerturbationPrediction.from_pretrained(checkpoint)
             PerturbationPredictionPipeline(model=model, feature_extractor=self.extractor).save_pretrained(folder)
         last = next((entry for entry in reversed(state.log_history) if "eval_mse" in entry), {})
-        progress = {"step": state.global_step, "max_steps": state.max_steps}
-        progress |= {name: last[name] for name in VALIDATION if name in last}
-        write_json({**self.facts(), "unfinished": progress}, folder / "run.json")
+        unfinished = {**last, "step": state.global_step, "max_steps": state.max_steps}
+        write_json({**self.facts(), "unfinished": unfinished}, folder / "run.json")
         write_model_card(folder)
 
     def _push(self, folder: Path, step: int) -> None:
         try:
-            push_model(folder, self.repo_id, message=f"Training, step {step}", retries=self.retries)
+            push_model(folder, self.repo_id, message=f"Training, step {step}", retries=Retries(attempts=2))
         except (ValueError, OSError) as error:
-            logger.warning(
-                "step %d was not pushed (training goes on, the next push brings everything): %s", step, error
-            )
+            logger.warning("step %d was not pushed (training goes on, the next push brings it): %s", step, error)
 
     def on_train_end(self, args, state, control, **kwargs):
         """Waits for the upload under way and clears its files, before the finished model is pushed."""

@@ -2,39 +2,24 @@
 
 import json
 import re
-import struct
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 MODEL_FILES = (
-    "README.md",
-    "LICENSE",
-    "config.json",
-    "preprocessor_config.json",
-    "results.json",
-    "transfer.json",
-    "model.safetensors",
-    "model-*-of-*.safetensors",
-    "model.safetensors.index.json",
-    "*_gppc.py",
-    "*.png",
-    "figures/*.png",
+    *("README.md", "LICENSE", "config.json", "preprocessor_config.json", "results.json", "transfer.json"),
+    *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
+    *("*_gppc.py", "*.png", "figures/*.png"),
 )
 DATASET_FILES = (
-    "README.md",
-    "manifest.json",
-    "genes.parquet",
-    "panels.parquet",
-    "train/shard-*.parquet",
-    "validation/shard-*.parquet",
-    "test/shard-*.parquet",
+    *("README.md", "manifest.json", "genes.parquet", "panels.parquet"),
+    *(f"{split}/shard-*.parquet" for split in ("train", "validation", "test")),
 )
-SPACE_FILES = ("README.md", "app.py", "requirements.txt", "*.py")
+SPACE_FILES = ("README.md", "requirements.txt", "*.py")
 
 # Readable text is searched line by line; anything else must be what its ending says.
 TEXT_SUFFIXES = (".json", ".md", ".py", ".txt", ".cff", "")
-MAGIC = {".parquet": (b"PAR1",), ".png": (b"\x89PNG",)}
+MAGIC = {".parquet": b"PAR1", ".png": b"\x89PNG"}
 SECRETS = {
     "a Hugging Face token": r"\bhf_[A-Za-z0-9]{20,}",
     "a GitHub token": r"\bgh[pousr]_[A-Za-z0-9]{30,}|\bgithub_pat_\w{30,}",
@@ -52,15 +37,9 @@ def is_allowed(name: str, patterns: Iterable[str]) -> bool:
 
 def select_files(folder: Path, patterns: Iterable[str]) -> tuple[dict[str, Path], list[str]]:
     """Splits the files of a folder into those that may be uploaded and the names of those that stay."""
-    chosen: dict[str, Path] = {}
-    left_out = []
-    for path in sorted(entry for entry in folder.rglob("*") if entry.is_file()):
-        name = path.relative_to(folder).as_posix()
-        if is_allowed(name, patterns):
-            chosen[name] = path
-        else:
-            left_out.append(name)
-    return chosen, left_out
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    chosen = {name: path for name, path in paths.items() if is_allowed(name, patterns)}
+    return chosen, [name for name in paths if name not in chosen]
 
 
 def scan_files(files: Mapping[str, Path | bytes], secrets: Iterable[str] = ()) -> None:
@@ -73,50 +52,41 @@ def scan_files(files: Mapping[str, Path | bytes], secrets: Iterable[str] = ()) -
     Raises:
         ValueError: Naming the file, the line and what is wrong with it.
     """
-    secrets = [secret for secret in secrets if secret]
     for name, source in files.items():
         suffix = Path(name).suffix
-        head = source[:8] if isinstance(source, bytes) else _read(source, 8)
         if suffix in TEXT_SUFFIXES:
-            content = source if isinstance(source, bytes) else source.read_bytes()
-            _scan_text(name, content, secrets)
+            _scan_text(name, _read(source), secrets)
         elif suffix == ".safetensors":
-            _scan_safetensors(name, source, head, secrets)
-        elif suffix not in MAGIC or not head.startswith(MAGIC[suffix]):
-            raise ValueError(f"`{name}` is not a {suffix or 'known'} file by its content; nothing was uploaded.")
+            length = min(int.from_bytes(_read(source, 8), "little"), 2**27)
+            header = _read(source, 8 + length)[8:]
+            try:
+                json.loads(header)
+            except ValueError as error:
+                raise ValueError(f"`{name}` is not a safetensors file ({error}); nothing was uploaded.") from error
+            _scan_text(name, header, secrets)
+        elif suffix not in MAGIC or not _read(source, 8).startswith(MAGIC[suffix]):
+            raise ValueError(f"`{name}` is not a {suffix} file by its content; nothing was uploaded.")
 
 
-def _read(path: Path, size: int) -> bytes:
-    with path.open("rb") as file:
+def _read(source: Path | bytes, size: int | None = None) -> bytes:
+    if isinstance(source, bytes):
+        return source[:size]
+    with source.open("rb") as file:
         return file.read(size)
 
 
-def _scan_text(name: str, content: bytes, secrets: list[str]) -> None:
+def _scan_text(name: str, content: bytes, secrets: Iterable[str]) -> None:
     try:
         text = content.decode()
     except UnicodeDecodeError:
         raise ValueError(f"`{name}` is not readable text; nothing was uploaded.") from None
+    patterns = [*SECRETS.items(), *(("your access token", re.escape(secret)) for secret in secrets)]
     for number, line in enumerate(text.splitlines(), start=1):
-        for meaning, pattern in SECRETS.items():
+        for meaning, pattern in patterns:
             if re.search(pattern, line):
                 raise ValueError(f"`{name}` line {number} holds {meaning}; remove it. Nothing was uploaded.")
-        if any(secret in line for secret in secrets):
-            raise ValueError(f"`{name}` line {number} holds your access token; remove it. Nothing was uploaded.")
         if found := re.search(ABSOLUTE_PATH, line):
             raise ValueError(
                 f"`{name}` line {number} holds the absolute path `{found[0]}`, which names a machine; write it "
                 "relative or leave it out. Nothing was uploaded."
             )
-
-
-def _scan_safetensors(name: str, source: Path | bytes, head: bytes, secrets: list[str]) -> None:
-    try:
-        length = struct.unpack("<Q", head)[0]
-        total = len(source) if isinstance(source, bytes) else source.stat().st_size
-        if length > min(total, 2**27):
-            raise ValueError("header longer than the file")
-        header = source[8 : 8 + length] if isinstance(source, bytes) else _read(source, 8 + length)[8:]
-        json.loads(header)
-    except (struct.error, ValueError) as error:
-        raise ValueError(f"`{name}` is not a safetensors file ({error}); nothing was uploaded.") from error
-    _scan_text(name, header, secrets)

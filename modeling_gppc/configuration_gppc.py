@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 if TYPE_CHECKING:
     # Never run. transformers copies the files that relative imports name, and tells saved folders apart by them: from
     # here they reach all code, so a model is saved with its pipeline, and other code means another configuration class.
+    from .feature_extraction_gppc import GppcFeatureExtractor  # noqa: F401
     from .modeling_gppc import GppcForPerturbationPrediction  # noqa: F401
     from .pipeline_gppc import PerturbationPredictionPipeline  # noqa: F401
 

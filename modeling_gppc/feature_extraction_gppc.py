@@ -7,7 +7,15 @@ import numpy as np
 import torch
 from transformers import BatchFeature, FeatureExtractionMixin
 
-from .normalization_gppc import NORMALIZATIONS, change_of_log_value, check_raw_counts, close_matches, normalize_counts
+from .normalization_gppc import (
+    NORMALIZATIONS,
+    VALUE_KINDS,
+    bare_gene_name,
+    change_of_log_value,
+    check_raw_counts,
+    close_matches,
+    normalize_counts,
+)
 
 # The technical covariate that is known of every cell.
 LOG_LIBRARY_SIZE = "log library size"
@@ -92,7 +100,7 @@ class GppcFeatureExtractor(FeatureExtractionMixin):
         return output
 
     def find_genes(self, names: Sequence[str]) -> np.ndarray:
-        """Vocabulary ids of genes given by Ensembl id (a version suffix is ignored) or symbol; -1 where unknown.
+        """Vocabulary ids of genes given by Ensembl id or symbol (see [`bare_gene_name`]); -1 where unknown.
 
         Returns:
             `np.ndarray` of int64, shape `(len(names),)`.
@@ -104,8 +112,9 @@ class GppcFeatureExtractor(FeatureExtractionMixin):
         found = np.full(len(names), -1, dtype=np.int64)
         for position, name in enumerate(map(str, names)):
             index = by_id.get(name)
-            if index is None and re.fullmatch(r"ENS[A-Z]*G\d+\.\d+", name):
-                index = by_id.get(name.split(".")[0])
+            if index is None and name not in by_symbol:
+                name = bare_gene_name(name)
+                index = by_id.get(name)
             if index is None and name in by_symbol:
                 if name in ambiguous:
                     ids = [gene for gene, symbol in zip(self.gene_ids, self.gene_symbols) if symbol == name]
@@ -168,6 +177,7 @@ class GppcFeatureExtractor(FeatureExtractionMixin):
         measured: np.ndarray | None = None,
         covariates: Mapping[str, np.ndarray] | None = None,
         return_tensors: str | None = "pt",
+        value_kind: str = "counts",
     ) -> BatchFeature:
         """Builds model inputs from cells.
 
@@ -184,6 +194,8 @@ class GppcFeatureExtractor(FeatureExtractionMixin):
                 `covariate_names`, each `(n_obs,)`. What they explain is taken out, as it was in training; the library
                 size is known in any case, and a covariate that is not given is taken at its training mean.
             return_tensors (`str`, *optional*, defaults to `"pt"`): `"pt"` or `"np"`.
+            value_kind (`str`, *optional*, defaults to `"counts"`): `"estimated_counts"` where counts have fractions,
+                `"log"` where the values are normalised as the model's `normalization` says.
 
         Returns:
             `BatchFeature` with `input_ids` `(n_obs, N)` (expressed genes only), `expression_values` `(n_obs, N)`,
@@ -214,33 +226,39 @@ class GppcFeatureExtractor(FeatureExtractionMixin):
             raise ValueError(f"`gene_ids` names `{self.gene_ids[ids[times > 1][0]]}` more than once; sum or drop one.")
         mask = np.ones(dense.shape, dtype=bool) if measured is None else np.broadcast_to(measured, dense.shape)
         dense = np.where(mask, dense, 0)
-        values = self.normalize(dense, names, library_size)
-        values[:, known] -= self._explained_by(covariates, library_size, dense)[:, kept]
+        values = self.normalize(dense, names, library_size, value_kind)
+        if library_size is None and value_kind != "log":
+            library_size = dense.sum(axis=1)
+        values[:, known] -= self._explained_by(covariates, library_size, len(dense))[:, kept]
         state = np.zeros((dense.shape[0], self.vocab_size), dtype=np.float32)
         state[:, kept] = values[:, known]
         measured_mask = np.zeros(state.shape, dtype=bool)
         measured_mask[:, kept] = mask[:, known]
         return self.from_values(state, measured_mask, return_tensors)
 
-    def _explained_by(self, covariates, library_size, counts: np.ndarray) -> np.ndarray:
+    def _explained_by(self, covariates, library_size, n_obs: int) -> np.ndarray:
         """What technical covariates explain of the log values, `(n_obs, vocab_size)`; zero where none were regressed."""
-        explained = np.zeros((len(counts), self.vocab_size), dtype=np.float32)
+        explained = np.zeros((n_obs, self.vocab_size), dtype=np.float32)
         given = dict(covariates or {})
-        if self.normalization == "log1p":
-            size = counts.sum(axis=1) if library_size is None else np.asarray(library_size, dtype=np.float64)
+        if self.normalization == "log1p" and library_size is not None:
+            size = np.asarray(library_size, dtype=np.float64)
             given.setdefault(LOG_LIBRARY_SIZE, np.log(np.maximum(size, 1.0)))
         for name, center, slopes in zip(self.covariate_names, self.covariate_center, self.covariate_slopes):
             if name in given:
                 explained += np.outer(np.asarray(given[name]) - center, slopes).astype(np.float32)
         return explained
 
-    def normalize(self, counts: np.ndarray, names: Sequence[str], library_size: np.ndarray | None) -> np.ndarray:
+    def normalize(
+        self, counts: np.ndarray, names: Sequence[str], library_size: np.ndarray | None, value_kind: str = "counts"
+    ) -> np.ndarray:
         """Checks and normalises dense counts `(n_obs, n_vars)` of the named genes; see [`normalize_counts`]."""
-        if self.normalization == "none":
+        if value_kind not in VALUE_KINDS:
+            raise ValueError(f"`value_kind` is {value_kind!r}; wanted one of {', '.join(VALUE_KINDS)}.")
+        if self.normalization == "none" or value_kind == "log":
             if not np.isfinite(counts).all():
                 raise ValueError("`counts` holds NaN or infinite values.")
             return np.asarray(counts, dtype=np.float32)
-        check_raw_counts(counts)
+        check_raw_counts(counts, estimated=value_kind == "estimated_counts")
         lengths = None
         rates = counts
         if self.normalization == "log_tpm":

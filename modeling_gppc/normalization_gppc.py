@@ -1,11 +1,15 @@
 """Counts to log values, what an action changes of them, and names that are near: numpy alone, for data and model."""
 
 import difflib
+import re
 from collections.abc import Iterable
 
 import numpy as np
 
 NORMALIZATIONS = ("log1p", "log_tpm", "none")
+VALUE_KINDS = ("counts", "estimated_counts", "log")
+_GENOME_PREFIX = re.compile(r"(?:GRC[a-z]\d+|(?:hg|mm|rn)\d+)(?:\.p\d+)?_+(?=[^_])")
+_VERSION = re.compile(r"(ENS[A-Z]*G\d+)\.\d+")
 
 
 def close_matches(name: str, options: Iterable[str], n: int = 3) -> str:
@@ -19,6 +23,14 @@ def close_matches(name: str, options: Iterable[str], n: int = 3) -> str:
         return "; did you mean " + " or ".join(f"`{match}`" for match in near) + "?"
     shown = ", ".join(f"`{option}`" for option in options[:8]) + (", ..." if len(options) > 8 else "")
     return f"; there are {len(options)}: {shown}" if options else ""
+
+
+def bare_gene_name(name: str) -> str:
+    """A gene's name without the prefix of a genome (`GRCh38_STAT1`, `hg38_...`) and an Ensembl id's version."""
+    prefix = _GENOME_PREFIX.match(name)
+    name = name[prefix.end() :] if prefix else name
+    versioned = _VERSION.fullmatch(name)
+    return versioned.group(1) if versioned else name
 
 
 def normalize_counts(
@@ -61,12 +73,14 @@ def normalize_counts(
     return np.log1p(rate * scale).astype(np.float32)
 
 
-def check_raw_counts(values: np.ndarray, name: str = "counts") -> None:
+def check_raw_counts(values: np.ndarray, name: str = "counts", estimated: bool = False) -> None:
     """Refuses values that cannot be raw counts.
 
     Args:
         values (`np.ndarray`): Any shape; for a sparse matrix its stored values.
         name (`str`, *optional*): What the message calls them.
+        estimated (`bool`, *optional*, defaults to `False`): Whether counts may have fractions, as those of RSEM,
+            salmon or a correction for ambient RNA.
 
     Raises:
         ValueError: For NaN or infinite, negative or non-integer (most often log-transformed) values.
@@ -83,7 +97,7 @@ def check_raw_counts(values: np.ndarray, name: str = "counts") -> None:
             f"`{name}` holds negative values (smallest {values.min():g}); raw counts are wanted, "
             "these look scaled: use the layer that holds the counts."
         )
-    if values.dtype.kind == "f" and (values != np.rint(values)).any():
+    if not estimated and values.dtype.kind == "f" and (values != np.rint(values)).any():
         example = values[values != np.rint(values)].flat[0]
         raise ValueError(
             f"`{name}` holds non-integer values (e.g. {example:g}, largest {values.max():g}); raw counts are wanted, "

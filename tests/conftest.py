@@ -9,8 +9,10 @@ import hypothesis
 import numpy as np
 import pytest
 
-hypothesis.settings.register_profile("same", deadline=None, derandomize=True)
-hypothesis.settings.register_profile("random", deadline=None, print_blob=True)
+# However slow the machine is.
+PATIENT = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
+hypothesis.settings.register_profile("same", derandomize=True, **PATIENT)
+hypothesis.settings.register_profile("random", print_blob=True, **PATIENT)
 # Nothing in the tests may reach the network; loopback servers set their own endpoint.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from pair_writer import write_pair_folder
 
-from data_scripts.pairs.pair_folder import write_pair_folder
 from data_scripts.pairs.schema import GENE_SCHEMA, PAIR_SCHEMA
 
 

@@ -1,6 +1,8 @@
 """Training runs of seconds: a pairs folder of random rows, options, and train.py in this process or in others."""
 
+import contextlib
 import importlib.util
+import itertools
 import json
 import os
 import socket
@@ -13,10 +15,9 @@ import numpy as np
 import pyarrow as pa
 import torch
 from matplotlib.figure import Figure
+from pair_writer import write_pair_folder
 from safetensors.torch import load_file
 from tiny_pairs import tiny_genes, tiny_rows
-
-from data_scripts.pairs.pair_folder import write_pair_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 N_GENES = 12
@@ -47,6 +48,7 @@ FLAGS = {
     "evaluation.floors": "[mean]",
 }
 CONFIG = "seed: 0\n"
+PORTS = itertools.count()
 
 
 def write_run_pairs(folder: Path, rows: dict[str, int] | None = None) -> Path:
@@ -139,10 +141,12 @@ def environment() -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that is free, below those that the system gives to connections: none of these takes it meanwhile."""
+    while True:
+        port = 10_000 + (101 * os.getpid() + next(PORTS)) % 20_000
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def launcher(processes: int = 2) -> list[str]:

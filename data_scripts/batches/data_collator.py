@@ -1,20 +1,14 @@
-"""Pair rows -> tensors: redrawn perturbations, padded tokens, labels without what was revealed."""
+"""Pair rows -> tensors: redrawn perturbations, padded tokens, labels without what was imposed."""
 
 import numpy as np
-import scipy.sparse as sp
 import torch
 
 from data_scripts.batches.pair_dataset import PairRows, pad
 from data_scripts.batches.row_generator import RowGenerator
 from data_scripts.pairs.pair_options import PerturbationOptions
-from data_scripts.pairs.perturbation_sampling import (
-    candidate_changes,
-    draw_numbers,
-    sample_by_rejection,
-    sample_from_changes,
-)
+from data_scripts.pairs.perturbation_sampling import draw_imposed
 
-ATTEMPTS = 4  # places drawn for each gene that may be revealed, before all candidates of a row are listed
+ATTEMPTS = 4  # places drawn for each gene that may be imposed, before all candidates of a row are listed
 IGNORED_LABEL = -100.0
 ZERO_SHARE = 0.05  # how often a gene that no target of a batch expresses is queried, beside one that all express
 
@@ -25,9 +19,8 @@ class PairCollator:
 
     Args:
         panels (`np.ndarray` of bool): Measured-gene sets, shape `(P, V)`.
-        redraw (`PerturbationOptions`, *optional*): Draw the revealed genes anew in every epoch; defaults to those
+        redraw (`PerturbationOptions`, *optional*): Draw the imposed genes anew in every epoch; defaults to those
             stored in the rows.
-        allowed (`np.ndarray` of bool, *optional*): Genes that may be revealed, shape `(V,)`.
         seed (`int`, *optional*, defaults to 0): Seed of the redrawing and of the queried genes.
         n_query_genes (`int`, *optional*): Predict only so many genes, drawn for each batch: those that its targets
             express most likely, of the others a share; `label_weights` make the expected loss that of all genes.
@@ -38,13 +31,11 @@ class PairCollator:
         self,
         panels: np.ndarray,
         redraw: PerturbationOptions | None = None,
-        allowed: np.ndarray | None = None,
         seed: int = 0,
         n_query_genes: int | None = None,
     ):
         self.panels = np.asarray(panels, dtype=bool)
         self.redraw = redraw
-        self.allowed = allowed
         self.seed = seed
         self.n_query_genes = n_query_genes
         self._all_measured = self.panels.all(1)
@@ -55,7 +46,7 @@ class PairCollator:
             `dict` with `input_ids`, `expression_values`, `attention_mask` `(B, N)`; `measured_mask` `(P', V)` and
             `panel_index` `(B,)` over the panels of this batch; `perturbation_ids`, `perturbation_values`,
             `perturbation_mask` `(B, K)`; `pairing_ids` `(B,)`; `labels` `(B, Q)`, -100 at genes that the target did
-            not measure and at revealed genes; `query_ids` and `label_weights` `(Q,)` if only some genes are predicted.
+            not measure and at imposed genes; `query_ids` and `label_weights` `(Q,)` if only some genes are predicted.
         """
         if isinstance(rows, list):
             if len(rows) != 1:
@@ -99,53 +90,20 @@ class PairCollator:
         return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in batch.items()}
 
     def _redrawn(self, rows: PairRows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Revealed genes drawn anew, as `(B, K)` arrays of ids, changes and mask; what a row draws depends on the row
+        """Imposed genes drawn anew, as `(B, K)` arrays of ids, changes and mask; what a row draws depends on the row
         alone."""
-        generator = RowGenerator(self.seed, rows.epoch, rows.rows)
-        numbers = draw_numbers(len(rows), self.redraw, generator)
-        drawn: list[tuple[np.ndarray, ...]] = []
-        left = np.arange(len(rows))
-        if self.redraw.weighting == "uniform":
-            *found, enough = sample_by_rejection(
-                rows.lists["source"],
-                rows.lists["target"],
-                lambda row, gene: self._may_be_revealed(rows, row, gene),
-                numbers,
-                generator,
-                ATTEMPTS * self.redraw.max_genes,
-            )
-            drawn.append(tuple(found))
-            left = np.flatnonzero(~enough)
-        if len(left):
-            drawn.append(self._drawn_from_all(rows, left, numbers[left]))
-        row, gene, change = (np.concatenate(parts) for parts in zip(*drawn))
-        order = np.lexsort((gene, row))
-        lengths = np.bincount(row, minlength=len(rows))
-        return pad(lengths, gene[order], change[order], width=self.redraw.max_genes)
-
-    def _may_be_revealed(self, rows: PairRows, row: np.ndarray, gene: np.ndarray) -> np.ndarray:
-        source, target = (rows.panels[f"{side}_panel"][row] for side in ("source", "target"))
-        measured = self.panels[source, gene] & self.panels[target, gene]
-        return measured if self.allowed is None else measured & self.allowed[gene]
-
-    def _drawn_from_all(
-        self, rows: PairRows, chosen: np.ndarray, numbers: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The draw of some rows from the list of all their candidates: rows, genes and changes."""
-        cells = []
-        for side in ("source", "target"):
-            lengths, ids, values = rows.lists[side]
-            indptr = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-            whole = sp.csr_matrix((values, ids, indptr), shape=(len(lengths), self.panels.shape[1]))
-            cells.append(whole[chosen])
-        panels = (rows.panels[name][chosen] for name in ("source_panel", "target_panel"))
-        changes = candidate_changes(*cells, self.panels, *panels, self.allowed)
-        generator = RowGenerator(self.seed + 1, rows.epoch, rows.rows[chosen])
-        clocks = None
-        if self.redraw.weighting == "change":
-            clocks = generator.ragged_exponential(np.diff(changes.indptr))
-        offsets, genes, values = sample_from_changes(changes, generator, self.redraw, clocks, numbers)
-        return np.repeat(chosen, np.diff(offsets)), genes.astype(np.int64), values
+        row, gene, change, _ = draw_imposed(
+            rows.lists["source"],
+            rows.lists["target"],
+            self.panels,
+            rows.panels["source_panel"],
+            rows.panels["target_panel"],
+            self.redraw,
+            RowGenerator(self.seed, rows.epoch, rows.rows),
+            ATTEMPTS * self.redraw.max_genes,
+            lambda left: RowGenerator(self.seed + 1, rows.epoch, rows.rows[left]),
+        )
+        return pad(np.bincount(row, minlength=len(rows)), gene, change, width=self.redraw.max_genes)
 
     def _labels(self, rows: PairRows) -> np.ndarray:
         """Values of the targets, -100 where not measured, float32 of shape `(B, V)`."""

@@ -6,7 +6,6 @@ import numpy as np
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _FIRST = np.uint64(0xBF58476D1CE4E5B9)
 _SECOND = np.uint64(0x94D049BB133111EB)
-RAGGED_DRAWS = 2**32  # numbers set aside for one ragged draw
 
 
 def _mix(state: np.ndarray) -> np.ndarray:
@@ -54,18 +53,3 @@ class RowGenerator:
     def integers(self, low: int, high: int, size) -> np.ndarray:
         """Integers from `low` to `high - 1`, int64."""
         return low + np.floor(self.random(size) * (high - low)).astype(np.int64)
-
-    def geometric(self, p: float, size) -> np.ndarray:
-        """Number of trials up to the first success of probability `p`, int64 from 1 on."""
-        if p >= 1:
-            return np.ones(size, dtype=np.int64)
-        return 1 + np.floor(np.log1p(-self.random(size)) / np.log1p(-p)).astype(np.int64)
-
-    def ragged_exponential(self, lengths: np.ndarray) -> np.ndarray:
-        """Exponential numbers of mean 1, `lengths[row]` for each row one after the other, float64 of `(sum,)`."""
-        ends = np.cumsum(lengths)
-        step = np.arange(1, (ends[-1] if len(ends) else 0) + 1) - np.repeat(ends - lengths, lengths)
-        steps = (step.astype(np.uint64) + np.uint64(self._draws)) * _GAMMA
-        bits = _mix(np.repeat(self._keys, lengths) + steps)
-        self._draws += RAGGED_DRAWS  # the same for every row, however long it is
-        return -np.log1p(-(bits >> np.uint64(11)).astype(np.float64) * 2**-53)

@@ -1,6 +1,5 @@
 """Pairs straight from the store while training: read, matched and collated ahead in the background."""
 
-import collections
 import concurrent.futures
 import dataclasses
 import itertools
@@ -16,7 +15,6 @@ from data_scripts.pairs.pair_plan import PairPlan, digest_of
 from data_scripts.pairs.pair_shard import ShardRows, read_shard_values
 from data_scripts.pairs.schema import PAIR_SCHEMA, SPLITS
 
-REMEMBERED = 256  # batches back for which the state is still known
 PREFETCHED = 4  # batches that each worker keeps ready
 EPOCH_STRIDE = 1_000_003  # between the seeds of epochs; epoch 0 draws the rows that a build would write
 
@@ -133,7 +131,7 @@ class _Mixer:
         options = dataclasses.replace(self.plan.options, seed=self.plan.options.seed + EPOCH_STRIDE * epoch)
         cells = self.plan.shard_cells(shard)
         values = read_shard_values(self.plan.matrix, cells, options, self.plan.vocabulary, self.plan.gene_lengths)
-        rows = ShardRows(cells, values, self.plan.panels, options, shard, self.plan.revealable)
+        rows = ShardRows(cells, values, self.plan.panels, options, shard)
         table = pa.Table.from_batches(rows.batches(SPLITS.index(self.options.split)), PAIR_SCHEMA).combine_chunks()
         drawn = np.random.default_rng([self.options.seed, epoch, shard]).permutation(table.num_rows)
         drawn = dict(zip(rounds, np.array_split(drawn, len(rounds))))
@@ -208,8 +206,6 @@ class PairStream(torch.utils.data.IterableDataset):
                     f"process(es) x {self.n_readers} worker(s)); wanted a shard each: fewer workers, or smaller "
                     "`shard_cells`."
                 )
-        self._n_batches = 0
-        self._history: collections.deque = collections.deque(maxlen=REMEMBERED)
         self._go_to(0)
 
     @property
@@ -217,14 +213,8 @@ class PairStream(torch.utils.data.IterableDataset):
         """Pass over the data that the slowest reader of this process is in."""
         return min(epoch for epoch, _, _ in self.positions)
 
-    def go_to_epoch(self, epoch: int) -> None:
-        """Goes to the beginning of an epoch, unless the stream already stands in it."""
-        if epoch != self.epoch:
-            self._go_to(epoch)
-
     def _go_to(self, epoch: int) -> None:
         self.next_reader, self.positions = 0, [(epoch, 0, 0)] * self.n_readers
-        self._remember()
 
     def __iter__(self) -> Iterator[object]:
         source = _Reader(self)
@@ -241,14 +231,8 @@ class PairStream(torch.utils.data.IterableDataset):
         for own, position, content in source:
             self.positions[own] = position
             self.next_reader = (own + 1) % self.n_readers
-            self._n_batches += 1
-            self._remember()
             yield content
         self._go_to(self.epoch + 1)
-
-    def _remember(self) -> None:
-        state = {"next": self.next_reader, "positions": [list(position) for position in self.positions]}
-        self._history.append((self._n_batches, state))
 
     def _shape(self) -> dict:
         return {
@@ -258,23 +242,10 @@ class PairStream(torch.utils.data.IterableDataset):
             "world_size": self.world_size,
         }
 
-    def state_dict(self, n_batches: int | None = None) -> dict:
-        """Where the stream stands, in JSON.
-
-        Args:
-            n_batches (`int`, *optional*): After so many batches of this object's life, for callers that fetch ahead of
-                what they use; defaults to all that were handed out.
-
-        Raises:
-            ValueError: If that is further back than is remembered.
-        """
-        wanted = self._n_batches if n_batches is None else n_batches
-        states = [state for count, state in self._history if count == wanted]
-        if not states:
-            raise ValueError(
-                f"`n_batches` is {n_batches}; known are {self._history[0][0]} to {self._n_batches}, the last batches."
-            )
-        return {**self._shape(), **states[-1], "rank": self.rank}
+    def state_dict(self) -> dict:
+        """Where the stream stands after the batches that it handed out, in JSON."""
+        positions = [list(position) for position in self.positions]
+        return {**self._shape(), "next": self.next_reader, "positions": positions, "rank": self.rank}
 
     def load_state_dict(self, state: dict) -> None:
         """Goes to where another stream stood.
@@ -289,6 +260,3 @@ class PairStream(torch.utils.data.IterableDataset):
                     "would be another."
                 )
         self.next_reader, self.positions = state["next"], [tuple(position) for position in state["positions"]]
-        self._n_batches = 0
-        self._history.clear()
-        self._remember()

@@ -1,14 +1,16 @@
-"""Ensembl ids for genes named by symbol: tables, columns of the files themselves, and what could not be mapped."""
+"""The genes of a file, and Ensembl ids for those it names by symbol: tables, other files, and what stays unmapped."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from modeling_gppc.normalization_gppc import close_matches
+from data_scripts.cells.column_names import STANDARD_NAMES, find_column, numbers, texts
+from data_scripts.cells.read_options import ReadOptions
+from modeling_gppc.normalization_gppc import bare_gene_name, close_matches
 
 # Census name -> (label, NCBI taxonomy id, prefix of its Ensembl gene ids).
 ORGANISMS = {
@@ -19,78 +21,18 @@ ORGANISMS = {
     "pan_troglodytes": ("Pan troglodytes", "NCBITaxon:9598", "ENSPTRG"),
 }
 UNMAPPED = ("keep", "drop", "error")
-
-ENSEMBL_COLUMNS = ("ensembl_id", "gene_ids", "feature_id", "gene_id", "ensembl", "ensembl_gene_id", "ensemblid")
-SYMBOL_COLUMNS = ("symbol", "feature_name", "gene_symbol", "gene_symbols", "gene_name", "gene_names", "hgnc_symbol")
-LENGTH_COLUMNS = ("feature_length", "length")
-TYPE_COLUMNS = ("feature_type", "biotype", "gene_type", "gene_biotype")
-
-_ENSEMBL = re.compile(r"(ENS[A-Z]*G\d{6,})(\.\d+)?")
+GENE = "gene expression"  # what 10x Genomics calls features that are genes
+_ENSEMBL = re.compile(r"(ENS[A-Z]*G)\d{6,}")
 
 
 def strip_version(name: str) -> str | None:
-    """The Ensembl gene id without version (`ENSG00000141510.18` -> `ENSG00000141510`); None for anything else."""
-    match = _ENSEMBL.fullmatch(name)
-    return match.group(1) if match else None
+    """The Ensembl gene id without version and genome (`GRCh38_ENSG00000141510.18` -> `ENSG00000141510`); None for
+    anything else."""
+    name = bare_gene_name(name)
+    return name if _ENSEMBL.fullmatch(name) else None
 
 
-def check_organism(organism: str) -> str:
-    """Returns `organism` if Census knows it.
-
-    Raises:
-        ValueError: For an unknown species, with close matches.
-    """
-    if organism not in ORGANISMS:
-        raise ValueError(
-            f"`organism` is {organism!r}, which is not a known species{close_matches(organism, ORGANISMS)}"
-        )
-    return organism
-
-
-def find_column(columns: Iterable[str], candidates: Sequence[str]) -> str | None:
-    """First of `candidates` among the columns, ignoring case; None if there is none."""
-    folded = {}
-    for column in columns:
-        folded.setdefault(str(column).casefold(), column)
-    return next((folded[name.casefold()] for name in candidates if name.casefold() in folded), None)
-
-
-def named_column(columns: Iterable[str], name: str, option: str, where: str) -> str:
-    """Returns `name` if it is a column.
-
-    Raises:
-        ValueError: Naming the option, the place and close matches.
-    """
-    columns = [str(column) for column in columns]
-    if name not in columns:
-        raise ValueError(f"`{option}` is {name!r}, which is not a column of {where}{close_matches(name, columns)}")
-    return name
-
-
-@dataclass
-class GeneTable:
-    """
-    What is known about genes besides the files themselves.
-
-    Args:
-        ids (`dict[str, str]`): Symbol (or alias) -> Ensembl id.
-        names (`dict[str, str]`): Ensembl id -> approved symbol.
-        lengths (`dict[str, int]`): Ensembl id -> length in bases.
-        types (`dict[str, str]`): Ensembl id -> biotype.
-    """
-
-    ids: dict[str, str] = field(default_factory=dict)
-    names: dict[str, str] = field(default_factory=dict)
-    lengths: dict[str, int] = field(default_factory=dict)
-    types: dict[str, str] = field(default_factory=dict)
-
-    def add(self, other: "GeneTable") -> None:
-        """Adds what `other` knows and this table does not."""
-        for name in ("ids", "names", "lengths", "types"):
-            setattr(self, name, {**getattr(other, name), **getattr(self, name)})
-
-
-def read_gene_table(path: str | Path) -> GeneTable:
+def read_gene_table(path: str | Path) -> pd.DataFrame:
     """Reads a table of symbols and Ensembl ids.
 
     Columns are found by their usual names (`symbol`, `ensembl_id`, `gene_name`, `gene_id`, ...). Optional columns:
@@ -98,6 +40,9 @@ def read_gene_table(path: str | Path) -> GeneTable:
 
     Args:
         path (`str` or `Path`): `.csv`, `.tsv`, `.txt` (tabs) or `.parquet`.
+
+    Returns:
+        `pd.DataFrame` with `symbol`, `id`, `length` (bases; 0 where unknown) and `biotype`, the row that wins first.
 
     Raises:
         ValueError: If the file is absent, of another kind, or lacks one of the two columns.
@@ -112,210 +57,213 @@ def read_gene_table(path: str | Path) -> GeneTable:
         frame = pd.read_csv(path, sep="," if kind == ".csv" else "\t", dtype=str)
     else:
         raise ValueError(f"`gene_table` {path} ends in {kind!r}; wanted .csv, .tsv, .txt or .parquet.")
-    return gene_table_from_frame(frame, where=f"`gene_table` {path}")
-
-
-def gene_table_from_frame(frame: pd.DataFrame, where: str = "`gene_table`") -> GeneTable:
-    """Builds a [`GeneTable`] from a frame; see [`read_gene_table`]."""
-    symbol, ensembl = find_column(frame, SYMBOL_COLUMNS), find_column(frame, ENSEMBL_COLUMNS)
-    for column, wanted in ((symbol, SYMBOL_COLUMNS), (ensembl, ENSEMBL_COLUMNS)):
-        if column is None:
+    priority = find_column(frame, "priority")
+    if priority is not None:
+        frame = frame.iloc[np.argsort(numbers(frame[priority]), kind="stable")]
+    for kind in ("symbol", "gene"):
+        if find_column(frame, kind) is None:
             raise ValueError(
-                f"{where} has no column named {' or '.join(f'`{name}`' for name in wanted[:3])}; "
+                f"`gene_table` {path} has no column named {' or '.join(f'`{x}`' for x in STANDARD_NAMES[kind][:3])}; "
                 f"it has {', '.join(f'`{name}`' for name in frame.columns)}."
             )
-    priority = find_column(frame, ("priority",))
-    if priority is not None:
-        frame = frame.assign(**{priority: pd.to_numeric(frame[priority])}).sort_values(priority, kind="stable")
-    table = GeneTable()
-    identifiers = [strip_version(str(name)) for name in frame[ensembl]]
-    for name, identifier in zip(frame[symbol], identifiers):
-        if identifier is not None and isinstance(name, str) and name:
-            table.ids.setdefault(name, identifier)
-            table.names.setdefault(identifier, name)
-    for columns, target, cast in ((LENGTH_COLUMNS, table.lengths, int), (TYPE_COLUMNS, table.types, str)):
-        column = find_column(frame, columns)
-        if column is not None:
-            for identifier, value in zip(identifiers, frame[column]):
-                if identifier is not None and pd.notna(value):
-                    target.setdefault(identifier, cast(value))
-    return table
+    table = _columns(frame, ("symbol", "gene", "length", "biotype")).rename(columns={"gene": "id"})
+    table["id"] = [strip_version(name) or "" for name in table["id"]]
+    return table[(table["id"] != "") & (table["symbol"] != "")]
+
+
+def _columns(frame: pd.DataFrame, kinds: Iterable[str], where: str = "", **named: str | None) -> pd.DataFrame:
+    """Columns of some kinds as text, empty where they have none; `length` as whole numbers."""
+    output = pd.DataFrame(index=range(len(frame)))
+    for kind in kinds:
+        column = find_column(frame, kind, named.get(kind), where=where)
+        output[kind] = "" if column is None else texts(frame[column])
+    output["length"] = np.nan_to_num(numbers(output["length"])).astype(np.int64)
+    return output
 
 
 @dataclass
 class FileGenes:
     """
-    The genes of one file as the file names them.
+    The genes of one file.
 
     Args:
-        names (`list[str]`): `var_names`, unique.
-        ids (`list[str | None]`): Ensembl id the file itself gives for each column, without version.
-        symbols (`list[str]`): Symbol the file gives; the name itself where there is none.
-        lengths (`list[int]`): Bases; 0 where unknown.
-        types (`list[str]`): Biotype; empty where unknown.
+        table (`pd.DataFrame`): Every gene once, in the order of its first column: `name` (without version and genome),
+            `id` (Ensembl id that the file itself gives), `symbol` (else the name, unless that is an id), `key` (what
+            tells genes apart: id, else name), `length` in bases and `biotype`; empty or 0 where unknown.
+        columns (`np.ndarray`): Gene of each column of the file, -1 where a column is no gene, shape `(n_vars,)`.
+        notes (`list[str]`): What a person should know, a line each.
     """
 
-    names: list[str]
-    ids: list[str | None]
-    symbols: list[str]
-    lengths: list[int]
-    types: list[str]
+    table: pd.DataFrame
+    columns: np.ndarray
+    notes: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @property
+    def keys(self) -> list[str]:
+        """Ensembl id of each gene where there is one, else its name."""
+        return self.table["key"].tolist()
+
+    @property
+    def labels(self) -> list[str]:
+        """Symbol of each gene where there is one, else its key."""
+        return _first(self.table["symbol"], self.table["key"]).tolist()
+
+    @property
+    def repeated(self) -> list[str]:
+        """Names of the genes that stand in several columns."""
+        times = np.bincount(self.columns[self.columns >= 0], minlength=len(self))
+        return self.table["name"][times > 1].tolist()
 
 
-def read_file_genes(
-    var: pd.DataFrame,
-    *,
-    organism: str = "homo_sapiens",
-    symbol_key: str | None = None,
-    ensembl_key: str | None = None,
-    where: str = "the file",
-) -> FileGenes:
-    """Finds names, Ensembl ids and symbols in a `var` table; ids may stand in the index, in a column, or in both.
+def _first(column: pd.Series, *others: pd.Series) -> pd.Series:
+    """The first value that is there."""
+    for other in others:
+        column = column.where(column.astype(bool), other)
+    return column
+
+
+def read_file_genes(var: pd.DataFrame, options: ReadOptions | None = None, where: str = "the file") -> FileGenes:
+    """Reads which gene each column counts; ids may stand in the index, in a column, or in both.
+
+    Columns that name the same gene, by its Ensembl id or else by its name, are one gene. Columns whose `feature_types`
+    is not gene expression (antibodies, guides, peaks) are none.
+
+    Args:
+        var (`pd.DataFrame`): Of the file.
+        options ([`ReadOptions`], *optional*): Names the columns with ids and symbols where they are not usual ones.
+        where (`str`, *optional*): The file, for messages.
 
     Raises:
-        ValueError: For no genes, duplicated genes, a named column that is absent, or ids of another species.
+        ValueError: For no genes, or a named column that is absent.
     """
-    names = [str(name) for name in var.index]
-    if not names:
+    options = options or ReadOptions()
+    kinds = ("gene", "symbol", "feature_types", "length", "biotype")
+    table = _columns(var, kinds, f"var of {where}", gene=options.gene_column, symbol=options.symbol_column)
+    table["name"] = texts(var.index)
+    for column in ("name", "gene", "symbol"):
+        table[column] = table[column].map(bare_gene_name)
+    if options.gene_column is not None:
+        table["name"] = _first(table["gene"], table["name"])
+    named_by_id = table["name"].map(strip_version).fillna("")
+    table["id"] = _first(table["gene"].map(strip_version).fillna(""), named_by_id)
+    table["symbol"] = _first(table["symbol"], table["name"].where(named_by_id == "", ""))
+    table["key"] = _first(table["id"], table["name"])
+    features = table["feature_types"].str.casefold()
+    # Elsewhere a column of that name holds biotypes, or is empty for features that were added later.
+    is_gene = features.isin([GENE, ""]) if (features == GENE).any() else features.notna()
+    columns = np.full(len(var), -1)
+    columns[is_gene] = pd.factorize(table["key"][is_gene])[0]
+    if not is_gene.any():
         raise ValueError(f"{where} has no genes; wanted at least one column of counts.")
-    _refuse_duplicates(names, names, where, "make the names unique or use Ensembl ids as `var_names`")
-    columns = list(var.columns)
-    symbol = named_column(columns, symbol_key, "symbol_key", f"var of {where}") if symbol_key else None
-    ensembl = named_column(columns, ensembl_key, "ensembl_key", f"var of {where}") if ensembl_key else None
-    symbol = symbol or find_column(columns, SYMBOL_COLUMNS)
-    ensembl = ensembl or find_column(columns, ENSEMBL_COLUMNS)
-    given = [""] * len(names) if ensembl is None else _texts(var[ensembl])
-    ids = [strip_version(column) or strip_version(name) for column, name in zip(given, names)]
-    known = [(identifier, name) for identifier, name in zip(ids, names) if identifier is not None]
-    _refuse_duplicates(
-        [identifier for identifier, _ in known],
-        [name for _, name in known],
-        where,
-        "sum or drop the columns that stand for one gene",
-    )
-    prefix = ORGANISMS[check_organism(organism)][2]
-    foreign = [identifier for identifier, _ in known if re.match(r"ENS[A-Z]*G", identifier).group(0) != prefix]
+    genes = FileGenes(table[is_gene].drop_duplicates("key", ignore_index=True), columns)
+    others = table["feature_types"][~is_gene].value_counts()
+    if len(others):
+        listed = ", ".join(f"{times} {kind}" for kind, times in others.items())
+        genes.notes.append(f"{others.sum()} features of {where} are no genes and are set aside: {listed}.")
+    if genes.repeated:
+        genes.notes.append(
+            f"{len(genes.repeated)} genes of {where} stand in several columns, whose counts are added up: "
+            f"{', '.join(genes.repeated[:5])}{', ...' if len(genes.repeated) > 5 else ''}."
+        )
+    return genes
+
+
+def check_species(organism: str, genes: FileGenes | None = None, where: str = "the file") -> None:
+    """Checks that Census knows a species, and that Ensembl ids are those of it.
+
+    Raises:
+        ValueError: For an unknown species, with close matches, or ids of another one.
+    """
+    if organism not in ORGANISMS:
+        raise ValueError(
+            f"`organism` is {organism!r}, which is not a known species{close_matches(organism, ORGANISMS)}"
+        )
+    known = [] if genes is None else [identifier for identifier in genes.table["id"] if identifier]
+    prefixes = [_ENSEMBL.fullmatch(identifier).group(1) for identifier in known]
+    foreign = [place for place, prefix in enumerate(prefixes) if prefix != ORGANISMS[organism][2]]
     if foreign:
-        found = re.match(r"ENS[A-Z]*G", foreign[0]).group(0)
+        found = prefixes[foreign[0]]
         species = next((name for name, entry in ORGANISMS.items() if entry[2] == found), "another species")
         raise ValueError(
             f"`organism` is {organism!r}, but {len(foreign)} of {len(known)} Ensembl ids of {where} belong to {species} "
-            f"(e.g. `{foreign[0]}`); wanted ids that start with {prefix}: give the right species or drop those genes."
-        )
-    symbols = [""] * len(names) if symbol is None else _texts(var[symbol])
-    symbols = [text or ("" if strip_version(name) else name) for text, name in zip(symbols, names)]
-    lengths = find_column(columns, LENGTH_COLUMNS)
-    types = find_column(columns, TYPE_COLUMNS)
-    return FileGenes(
-        names=names,
-        ids=ids,
-        symbols=symbols,
-        lengths=[0] * len(names)
-        if lengths is None
-        else pd.to_numeric(var[lengths], errors="coerce").fillna(0).astype(np.int64).tolist(),
-        types=[""] * len(names) if types is None else _texts(var[types]),
-    )
-
-
-def _texts(column: pd.Series) -> list[str]:
-    return ["" if pd.isna(value) else str(value) for value in column]
-
-
-def _refuse_duplicates(keys: Sequence[str], names: Sequence[str], where: str, fix: str) -> None:
-    positions: dict[str, list[str]] = {}
-    for key, name in zip(keys, names):
-        positions.setdefault(key, []).append(name)
-    repeated = {key: found for key, found in positions.items() if len(found) > 1}
-    if repeated:
-        key, found = next(iter(repeated.items()))
-        called = "" if set(found) == {key} else f" (columns {', '.join(f'`{name}`' for name in found)})"
-        raise ValueError(
-            f"{where} holds duplicated genes: `{key}` stands {len(found)} times{called}, "
-            f"{len(repeated)} genes in all; {fix}."
+            f"(e.g. `{known[foreign[0]]}`); wanted ids that start with {ORGANISMS[organism][2]}: give the right species "
+            "or drop those genes."
         )
 
 
-def shared_symbols(files: Iterable[FileGenes]) -> dict[str, str]:
-    """Symbol -> Ensembl id from the files that give both; a symbol with two ids keeps the first."""
-    found: dict[str, str] = {}
-    for genes in files:
-        for identifier, symbol in zip(genes.ids, genes.symbols):
-            if identifier is not None and symbol:
-                found.setdefault(symbol, identifier)
-    return found
+def known_genes(tables: Iterable[pd.DataFrame], files: Iterable[FileGenes]) -> pd.DataFrame:
+    """What tables and files say of genes, the surest first; a column `source` tells `gene_table` from `other_file`.
+
+    Args:
+        tables (`Iterable[pd.DataFrame]`): From [`read_gene_table`], in the order in which they are believed.
+        files (`Iterable[FileGenes]`): Those that give both symbol and id of a gene say something to the others.
+    """
+    said = pd.concat([genes.table for genes in files])
+    said = said[(said["symbol"] != "") & (said["id"] != "")].assign(source="other_file")
+    return pd.concat([*(table.assign(source="gene_table") for table in tables), said], join="inner", ignore_index=True)
 
 
 def map_genes(
-    genes: FileGenes,
-    table: GeneTable | None = None,
-    shared: Mapping[str, str] | None = None,
-    *,
-    unmapped: str = "keep",
-    where: str = "the file",
+    genes: FileGenes, known: pd.DataFrame, *, unmapped: str = "keep", where: str = "the file"
 ) -> pd.DataFrame:
-    """Gives every column of a file its `feature_id`.
+    """Gives every gene of a file its `feature_id`: the id that the file gives, else that of its symbol.
 
-    In this order: the id the file gives, the gene table, the other files of the call (`shared`). Two columns never
-    share an id: a symbol whose id another column of the file holds already (an alias, most often) stays unmapped, so
-    no counts are added up that the file kept apart.
+    Two genes never share an id: a symbol whose id another gene of the file holds already (an alias, most often) stays
+    unmapped, so no counts are added up that the file kept apart.
 
     Args:
-        genes (`FileGenes`): From [`read_file_genes`].
-        table (`GeneTable`, *optional*): From [`read_gene_table`].
-        shared (`Mapping[str, str]`, *optional*): From [`shared_symbols`].
-        unmapped (`str`, *optional*, defaults to `"keep"`): `keep` uses the name as id, `drop` leaves the column out
-            (its counts stay part of the library size), `error` raises.
+        genes ([`FileGenes`]): From [`read_file_genes`].
+        known (`pd.DataFrame`): From [`known_genes`].
+        unmapped (`str`, *optional*, defaults to `"keep"`): `keep` uses the name as id, `drop` leaves the gene out (its
+            counts stay part of the library size), `error` raises.
+        where (`str`, *optional*): The file, for messages.
 
     Returns:
-        `pd.DataFrame`, one row a column of the file: `name`, `feature_id` (empty where dropped), `feature_name`,
-        `feature_type`, `feature_length`, `mapped_by` (`file`, `gene_table`, `other_file`, `unmapped`) and `note`.
+        `pd.DataFrame`, one row a gene: `name`, `feature_id` (empty where dropped), `feature_name`, `feature_type`,
+        `feature_length`, `mapped_by` (`file`, `gene_table`, `other_file`, `unmapped`) and `note`.
 
     Raises:
         ValueError: For unmapped genes with `unmapped="error"`, or if no gene is left.
     """
     if unmapped not in UNMAPPED:
         raise ValueError(f"`unmapped` is {unmapped!r}; wanted one of {', '.join(UNMAPPED)}.")
-    table = table or GeneTable()
-    ids = list(genes.ids)
-    how = ["file" if identifier is not None else "unmapped" for identifier in ids]
-    notes = [""] * len(ids)
-    holder = {identifier: name for identifier, name in zip(ids, genes.names) if identifier is not None}
-    # Approved symbols come before aliases, so that an alias never takes the id from the gene it belongs to.
-    for source, mapping in (("gene_table", table.ids), ("other_file", shared or {})):
-        waiting = [index for index, identifier in enumerate(ids) if identifier is None]
-        waiting.sort(key=lambda index: table.names.get(mapping.get(genes.symbols[index], "")) != genes.symbols[index])
-        for index in waiting:
-            identifier = mapping.get(genes.symbols[index])
-            if identifier is None:
-                continue
+    by_id = known.drop_duplicates("id").set_index("id")  # an id's first symbol is its approved one
+    names, symbols, ids = (genes.table[column].tolist() for column in ("name", "symbol", "id"))
+    how, notes = ["file" if identifier else "unmapped" for identifier in ids], [""] * len(ids)
+    holder = {identifier: name for identifier, name in zip(ids, names) if identifier}
+    for source, said in known.drop_duplicates(["source", "symbol"]).groupby("source", sort=False):
+        id_of, approved = dict(zip(said["symbol"], said["id"])), by_id["symbol"].reindex(said["id"])
+        is_alias = dict(zip(said["symbol"], approved.to_numpy() != said["symbol"].to_numpy()))
+        waiting = [row for row, identifier in enumerate(ids) if not identifier and symbols[row] in id_of]
+        # Approved symbols come before aliases, so that an alias never takes the id from the gene it belongs to.
+        for row in sorted(waiting, key=lambda row: is_alias[symbols[row]]):
+            identifier = id_of[symbols[row]]
             if identifier in holder:
-                notes[index] = f"{identifier} is held by {holder[identifier]}"
-                continue
-            ids[index], how[index], notes[index] = identifier, source, ""
-            holder[identifier] = genes.names[index]
-    missing = [index for index, identifier in enumerate(ids) if identifier is None]
+                notes[row] = f"{identifier} is held by {holder[identifier]}"
+            else:
+                ids[row], how[row], notes[row], holder[identifier] = identifier, source, "", names[row]
+    missing = [row for row, identifier in enumerate(ids) if not identifier]
     if missing and unmapped == "error":
-        examples = ", ".join(f"`{genes.names[index]}`" for index in missing[:5])
+        examples = ", ".join(f"`{names[row]}`" for row in missing[:5])
         raise ValueError(
             f"{where} holds {len(missing)} of {len(ids)} genes without an Ensembl id (e.g. {examples}); give a "
             "`gene_table` that names them, or choose unmapped keep or drop."
         )
     if len(missing) == len(ids) and unmapped == "drop":
         raise ValueError(f"none of the {len(ids)} genes of {where} could be mapped; give a `gene_table` or keep them.")
-    for index in missing:
-        ids[index] = genes.names[index] if unmapped == "keep" else ""
+    for row in missing:
+        ids[row] = names[row] if unmapped == "keep" else ""
+    table, more = genes.table, by_id.reindex(ids).reset_index(drop=True)
     return pd.DataFrame(
         {
-            "name": genes.names,
+            "name": names,
             "feature_id": ids,
-            "feature_name": [
-                symbol or table.names.get(identifier, name)
-                for symbol, identifier, name in zip(genes.symbols, ids, genes.names)
-            ],
-            "feature_type": [kind or table.types.get(identifier, "") for kind, identifier in zip(genes.types, ids)],
-            "feature_length": [
-                length or table.lengths.get(identifier, 0) for length, identifier in zip(genes.lengths, ids)
-            ],
+            "feature_name": _first(table["symbol"], more["symbol"].fillna(""), table["name"]),
+            "feature_type": _first(table["biotype"], more["biotype"].fillna("")),
+            "feature_length": _first(table["length"], more["length"].fillna(0)).astype(np.int64),
             "mapped_by": how,
             "note": notes,
         }

@@ -8,31 +8,10 @@ import numpy as np
 from data_scripts.cells.screen_options import ScreenOptions
 from modeling_gppc.normalization_gppc import close_matches
 
-CONTROL_WORDS = frozenset(
-    [
-        "control",
-        "ctrl",
-        "nt",
-        "ntc",
-        "nontargeting",
-        "nontarget",
-        "negative",
-        "negativecontrol",
-        "negctrl",
-        "neg",
-        "scramble",
-        "scrambled",
-        "safe",
-        "safetargeting",
-        "unperturbed",
-        "untreated",
-        "mock",
-        "vehicle",
-        "dmso",
-        "none",
-        "wt",
-        "wildtype",
-    ]
+# Words for "no perturbation", most of them also with a number behind, as guides are counted.
+CONTROL_WORDS = re.compile(
+    r"(control|ctrl|ntc|nontarget(ing)?|negative(control)?|negctrl|scrambled?|safetargeting|unperturbed|untreated|mock|"
+    r"vehicle|dmso|wildtype)\d*|nt|neg|safe|none|wt"
 )
 NON_GENE_MODALITIES = ("cytokine", "drug", "compound", "chemical", "small molecule", "stimulation", "ligand")
 MODALITIES = ("knock-out", "CRISPRi", "CRISPRa", "overexpression", "unknown")
@@ -69,14 +48,7 @@ def _fold(text: str) -> str:
 
 def is_control_word(part: str) -> bool:
     """Whether a label means "no perturbation", whatever its case and separators; numbered controls included."""
-    folded = _fold(part)
-    return folded in CONTROL_WORDS or re.sub(r"\d+$", "", folded) in CONTROL_WORDS - {
-        "nt",
-        "wt",
-        "neg",
-        "safe",
-        "none",
-    }
+    return CONTROL_WORDS.fullmatch(_fold(part)) is not None
 
 
 def split_label(label: str) -> list[str]:
@@ -110,10 +82,7 @@ def read_labels(text, modalities, symbols, ids, options: ScreenOptions, column: 
     found: dict[str, Perturbation] = {}
     spelt: dict[str, set[str]] = {}
     reasons: dict[str, list[str]] = {}
-    unique, inverse, times = np.unique(text, return_inverse=True, return_counts=True)
-    inverse = inverse.ravel()
-    first = np.zeros(len(unique), dtype=int)
-    first[inverse[::-1]] = np.arange(len(text))[::-1]
+    unique, first, inverse, times = np.unique(text, return_index=True, return_inverse=True, return_counts=True)
     for position, label in enumerate(unique):
         modality = modalities[first[position]]
         if _fold(label) in wanted_controls if wanted_controls else (label != "" and not split_label(label)):

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import anndata
 import numpy as np
-import scipy.sparse
+import pandas as pd
 
+from data_scripts.cells.anndata_file import open_cells
+from data_scripts.cells.column_names import find_column, numbers, texts
 from data_scripts.cells.screen_labels import CONTROL, Perturbation, read_labels
-from data_scripts.cells.screen_options import ScreenOptions, find_column
-from modeling_gppc.normalization_gppc import check_raw_counts, close_matches, normalize_counts
+from data_scripts.cells.screen_options import ScreenOptions
 
 # Covariates that are batches: 1 in the cells of one, 0 in all others.
 BATCH_PREFIX = "batch "
@@ -35,6 +36,7 @@ class Screen:
         library_is_complete (`bool`): Whether the library size counts all genes or only those of the file.
         guide_efficiency (`dict[str, float]`): Stated by the user; see [`ScreenOptions`].
         name (`str`): Of the file.
+        notes (`list[str]`): What was read otherwise than it stands in the file, a line each.
         normalization (`str`), target_sum (`float`): How the values were made, see `normalize_counts`.
     """
 
@@ -53,6 +55,7 @@ class Screen:
     library_is_complete: bool = True
     guide_efficiency: dict[str, float] = dataclasses.field(default_factory=dict)
     name: str = "screen"
+    notes: list[str] = dataclasses.field(default_factory=list)
     normalization: str = "log1p"
     target_sum: float = 10_000.0
 
@@ -115,148 +118,91 @@ class Screen:
             f"{len(self.perturbations)} perturbations ({measured} with every target measured)"
         ]
         lines += [f"  set aside: {count} cells, {reason} ({examples})" for reason, count, examples in self.exclusions]
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
 
 
 def read_screen(source: str | Path | anndata.AnnData, options: ScreenOptions | None = None) -> Screen:
     """Reads and checks a screen; see [`ScreenOptions`] for what is found and what must be said.
 
     Raises:
-        ValueError: For no perturbation column, no controls, duplicate barcodes or genes, values that are no counts (or
-            a mixture of counts and log values), or no perturbation left.
+        ValueError: For cells that cannot be read (see [`open_cells`]), no perturbation column, no controls, or no
+            perturbation left.
     """
     options = options or ScreenOptions()
-    if isinstance(source, anndata.AnnData):
-        adata, name = source, "screen"
-    else:
-        if not Path(source).is_file():
-            raise ValueError(f"`screen` {source} is not a file; wanted an AnnData file (.h5ad).")
-        adata, name = anndata.read_h5ad(source), Path(source).stem
-    obs = adata.obs
-    column = find_column(obs.columns, "perturbation", options.perturbation_column, required=True)
-    barcodes = adata.obs_names.to_numpy(dtype=str)
-    values, times = np.unique(barcodes, return_counts=True)
-    if (times > 1).any():
-        raise ValueError(
-            f"`screen` has {int((times > 1).sum())} duplicate barcodes (e.g. `{values[times > 1][0]}`); the same cell "
-            "could be in training and test: make them unique, e.g. with the batch's name."
+    with open_cells(source, options, "`screen`") as cells:
+        obs, genes = cells.obs, cells.genes
+        column = find_column(obs, "perturbation", options.perturbation_column, required=True)
+        library = cells.check()
+        label, perturbations, exclusions = read_labels(
+            np.array([text.strip() for text in texts(obs[column])]),
+            _texts_of(obs, "modality", None, ""),
+            genes.labels,
+            genes.keys,
+            options,
+            column,
         )
-    symbols, ids = _gene_names(adata, options)
-    matrix = adata.layers[options.layer] if options.layer else adata.X
-    if options.layer and options.layer not in adata.layers:
-        raise ValueError(f"`layer` {options.layer!r} is not there{close_matches(options.layer, list(adata.layers))}.")
-    _check_values(matrix, options.value_kind)
-
-    text = obs[column].astype(object).where(obs[column].notna(), "").astype(str).str.strip().to_numpy(dtype=object)
-    modality_column = find_column(obs.columns, "modality", None)
-    modalities = obs[modality_column].astype(str).to_numpy() if modality_column else np.full(len(obs), "")
-    label, perturbations, exclusions = read_labels(text.astype(str), modalities, symbols, ids, options, column)
-
-    keep = np.flatnonzero(label != "")
-    if options.max_cells is not None:
-        generator = np.random.default_rng(options.seed)
-        drawn = []
-        for one in np.unique(label[keep]):
-            rows = np.flatnonzero(label == one)
-            drawn.append(generator.permutation(rows)[: options.max_cells])
-        keep = np.sort(np.concatenate(drawn))
-    label = label[keep]
-    counts = matrix[keep]
-    counts = np.asarray(counts.toarray() if scipy.sparse.issparse(counts) else counts)
-    library_column = find_column(obs.columns, "library_size", options.library_size_column)
-    own_sum = counts.sum(axis=1, dtype=np.float64)
-    library = obs[library_column].to_numpy(dtype=np.float64)[keep] if library_column else own_sum
-    if options.value_kind == "counts" and library_column and (library < own_sum - 1e-3).any():
-        row = int(np.flatnonzero(library < own_sum - 1e-3)[0])
-        raise ValueError(
-            f"`library_size_column` {library_column!r} is {library[row]:g} for cell `{barcodes[keep][row]}`, less than "
-            f"its {own_sum[row]:g} counts; it is the sum of counts over all genes."
-        )
-    if options.value_kind == "counts":
-        normalised = normalize_counts(counts, library[:, None], target_sum=options.target_sum)
-    else:
-        normalised = counts.astype(np.float32)
-    batch_column = find_column(obs.columns, "batch", options.batch_column)
-    line_column = find_column(obs.columns, "cell_line", options.cell_line_column)
-    batch = obs[batch_column].astype(str).to_numpy(dtype=str)[keep] if batch_column else np.full(len(keep), "batch")
-    line = obs[line_column].astype(str).to_numpy(dtype=str)[keep] if line_column else np.full(len(keep), "line")
-    covariates, covariate_names = _covariates(obs.iloc[keep], library if library_column else None, batch)
+        keep = np.flatnonzero(label != "")
+        if options.max_cells is not None:
+            generator = np.random.default_rng(options.seed)
+            drawn = [
+                generator.permutation(np.flatnonzero(label == one))[: options.max_cells]
+                for one in np.unique(label[keep])
+            ]
+            keep = np.sort(np.concatenate(drawn))
+        label, obs, sizes = label[keep], obs.iloc[keep], library.sizes[keep]
+        values = cells.subset(keep).log_values(sizes, options.target_sum)
+    batch = _texts_of(obs, "batch", options.batch_column, "batch")
+    covariates, covariate_names = _covariates(obs, sizes if library.is_complete else None, batch)
     for one in perturbations.values():
         one.n_cells = int((label == one.label).sum())
     return Screen(
-        values=normalised,
-        gene_ids=ids,
-        gene_symbols=symbols,
+        values=values,
+        gene_ids=genes.keys,
+        gene_symbols=genes.labels,
         label=label,
         batch=batch,
-        cell_line=line,
+        cell_line=_texts_of(obs, "cell_line", options.cell_line_column, "line"),
         covariates=covariates,
         covariate_names=covariate_names,
-        library_size=library,
+        library_size=sizes,
         perturbations=perturbations,
-        barcodes=barcodes[keep],
+        barcodes=obs.index.to_numpy(dtype=str),
         exclusions=exclusions,
-        library_is_complete=library_column is not None,
+        library_is_complete=library.is_complete,
         guide_efficiency=dict(options.guide_efficiency),
-        name=name,
-        normalization="log1p" if options.value_kind == "counts" else "none",
+        name="screen" if isinstance(source, anndata.AnnData) else Path(source).stem,
+        notes=cells.notes,
+        normalization="none" if options.value_kind == "log" else "log1p",
         target_sum=options.target_sum,
     )
 
 
-def _gene_names(adata: anndata.AnnData, options: ScreenOptions) -> tuple[list[str], list[str]]:
-    index = adata.var_names.astype(str).tolist()
-    column = options.symbol_column
-    if column is not None and column not in adata.var:
-        raise ValueError(f"`symbol_column` {column!r} is not in var{close_matches(column, list(adata.var.columns))}.")
-    for candidate in ("symbol", "gene_symbol", "gene_name", "feature_name", "gene_symbols"):
-        if column is None and candidate in adata.var:
-            column = candidate
-    symbols = adata.var[column].astype(str).tolist() if column else index
-    duplicated, times = np.unique(index, return_counts=True)
-    if (times > 1).any():
-        raise ValueError(f"`screen` has gene `{duplicated[times > 1][0]}` more than once in var; sum or drop one.")
-    return symbols, index
+def _texts_of(obs: pd.DataFrame, kind: str, named: str | None, otherwise: str) -> np.ndarray:
+    column = find_column(obs, kind, named)
+    return np.full(len(obs), otherwise) if column is None else obs[column].astype(str).to_numpy(dtype=str)
 
 
-def _check_values(matrix, value_kind: str) -> None:
-    stored = matrix.data if scipy.sparse.issparse(matrix) else np.asarray(matrix)
-    if value_kind == "log":
-        if not np.isfinite(stored).all():
-            raise ValueError("`screen` holds NaN or infinite values; remove or repair those cells.")
-        if stored.size and stored.max() > 50:
-            raise ValueError(
-                f"`value_kind` is 'log' but the largest value is {stored.max():g}; log values stay below about 20: "
-                "these look like counts."
-            )
-        return
-    whole = stored == np.rint(stored)
-    if scipy.sparse.issparse(matrix) and stored.size and not whole.all() and np.isfinite(stored).all():
-        sparse = matrix.tocsr()
-        broken = np.add.reduceat(~whole, np.minimum(sparse.indptr[:-1], max(stored.size - 1, 0))) > 0
-        broken &= np.diff(sparse.indptr) > 0
-    elif stored.ndim == 2 and not whole.all():
-        broken = (~whole).any(axis=1)
-    else:
-        broken = np.zeros(0, bool)
-    if broken.any() and not broken.all() and (~broken).sum() > 0.01 * len(broken):
+def _finite(obs: pd.DataFrame, column: str) -> np.ndarray:
+    values = numbers(obs[column])
+    if not np.isfinite(values).all():
+        row = int(np.flatnonzero(~np.isfinite(values))[0])
         raise ValueError(
-            f"`screen` mixes raw and log values: {int(broken.sum())} cells hold non-integer values and "
-            f"{int((~broken).sum())} hold counts; give one kind, e.g. the layer with the counts."
+            f"obs column `{column}` of `screen` is {obs[column].iloc[row]!r} for cell `{obs.index[row]}`; wanted a number "
+            "for every cell: repair or drop the column."
         )
-    check_raw_counts(stored, "screen")
+    return values
 
 
-def _covariates(obs, library: np.ndarray | None, batch: np.ndarray) -> tuple[np.ndarray, list[str]]:
+def _covariates(obs: pd.DataFrame, library: np.ndarray | None, batch: np.ndarray) -> tuple[np.ndarray, list[str]]:
     columns: list[tuple[str, np.ndarray]] = []
     if library is not None:
         columns.append(("log library size", np.log(np.maximum(library, 1.0))))
-        expressed = find_column(obs.columns, "n_expressed", None)
+        expressed = find_column(obs, "n_expressed")
         if expressed:
-            columns.append(("log expressed genes", np.log(np.maximum(obs[expressed].to_numpy(dtype=float), 1.0))))
-    mito = find_column(obs.columns, "p_mito", None)
+            columns.append(("log expressed genes", np.log(np.maximum(_finite(obs, expressed), 1.0))))
+    mito = find_column(obs, "p_mito")
     if mito:
-        columns.append(("mitochondrial share", np.nan_to_num(obs[mito].to_numpy(dtype=float))))
+        columns.append(("mitochondrial share", _finite(obs, mito)))
     columns += [(f"{BATCH_PREFIX}{name}", (batch == name).astype(float)) for name in np.unique(batch)[1:]]
     if not columns:
         return np.zeros((len(obs), 0)), []

@@ -45,7 +45,6 @@ def count_part(out: str, identity: str, index: int) -> None:
     part = count_genes(
         stream,
         cells.table.column("dataset").to_numpy()[training],
-        np.ones(int(training.sum()), dtype=bool),
         cells.library[training],
         plan.gene_lengths,
         plan.measured.shape[1],
@@ -66,7 +65,7 @@ def build_shard(out: str, identity: str, index: int) -> None:
     cells = plan.shard_cells(index)
     with plan.reading:  # while another thread matches and writes what it has read
         values = read_shard_values(plan.matrix, cells, plan.options, plan.vocabulary, plan.gene_lengths)
-    rows = ShardRows(cells, values, plan.panels, plan.options, index, plan.revealable)
+    rows = ShardRows(cells, values, plan.panels, plan.options, index)
     files = {}
     train_rows = plan.content["identity"].get("train_rows")
     for split in np.unique(cells.split):

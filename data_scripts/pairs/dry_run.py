@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from data_scripts.pairs.gene_selection import count_genes, find_genes, gene_lengths_of, read_gene_list, select_genes
-from data_scripts.pairs.pair_options import PairOptions, PanelOptions
+from data_scripts.pairs.pair_options import PairOptions
 from data_scripts.pairs.pair_plan import auto_format, cell_table, query_for, shard_bounds
 from data_scripts.pairs.pair_shard import CellTable, ShardRows
 from data_scripts.pairs.schema import PAIR_SCHEMA, SPLITS
@@ -16,7 +16,6 @@ from data_scripts.store.census_query import CellQuery
 
 SAMPLE_BLOCKS = 4
 SAMPLE_CELLS = 512
-RULES = ("common", "variable", "all")
 
 
 def estimate(options: PairOptions, num_proc: int = 1) -> dict:
@@ -48,8 +47,7 @@ def estimate(options: PairOptions, num_proc: int = 1) -> dict:
         keys = (group * len(SPLITS) + split) * len(bounds) + shard
         _, inverse, sizes = np.unique(keys, return_inverse=True, return_counts=True)
         has_partner |= (sizes[inverse] >= 2) & (group >= 0)
-    directions = 2 if options.matching.both_directions else 1
-    n_pairs = int(has_partner.sum()) * options.matching.pairs_per_cell * directions // options.matching.pseudobulk
+    n_pairs = int(has_partner.sum()) * options.matching.pairs_per_cell // options.matching.pseudobulk
     sample = _sample(query, options, cells)
     panel_pass = sample["read_seconds_per_cell"] * (split == 0).sum()
     pair_pass = sample["read_seconds_per_cell"] * n_cells + sample["pair_seconds"] * n_pairs
@@ -70,7 +68,7 @@ def estimate(options: PairOptions, num_proc: int = 1) -> dict:
 
 
 def _sample(query: CellQuery, options: PairOptions, cells: pa.Table) -> dict:
-    """Reads a few blocks: genes by rule, seconds a cell and a pair, bytes a pair."""
+    """Reads a few blocks: genes, seconds a cell and a pair, bytes a pair."""
     training = np.flatnonzero(cells.column("split").to_numpy() == 0)
     size = min(SAMPLE_CELLS, len(training))
     starts = np.unique(np.linspace(0, len(training) - size, SAMPLE_BLOCKS).astype(np.int64))
@@ -81,44 +79,36 @@ def _sample(query: CellQuery, options: PairOptions, cells: pa.Table) -> dict:
     measured = query.presence(dataset_ids)
     lengths = gene_lengths_of(query.var) if options.query.normalization == "log_tpm" else None
     library, n_vars = table.column("library").to_numpy(), len(query.var)
-    everyone = np.ones(len(chosen), dtype=bool)
     began = time.perf_counter()
     stream = CellStream(query.matrix, options.query, table.column("soma_joinid").to_numpy(), block_cells=SAMPLE_CELLS)
-    part = count_genes(stream, dataset, everyone, library, lengths, n_vars, moments=True)
+    part = count_genes(stream, dataset, library, lengths, n_vars, moments=True)
     seconds = time.perf_counter() - began
-    genes, chosen_genes = {}, None
-    for rule in RULES:
-        own = options.panel if options.panel.rule == rule else PanelOptions(rule=rule)
-        if rule == "all":
-            found = np.flatnonzero(query.var_selected & measured.any(0))
-        else:
-            counts = np.bincount(dataset, minlength=len(dataset_ids))
-            found, _ = select_genes([part], counts, measured, query.var_selected, own)
-        genes[rule] = len(found)
-        chosen_genes = found if options.panel.rule == rule else chosen_genes
     if options.panel.rule == "file":
         ids, symbols = query.var["feature_id"].tolist(), query.var["feature_name"].tolist()
-        chosen_genes = find_genes(read_gene_list(options.panel.file), ids, symbols, "file")
-        genes["file"] = len(chosen_genes)
+        genes = find_genes(read_gene_list(options.panel.file), ids, symbols, "file")
+    elif options.panel.rule == "all":
+        genes = np.flatnonzero(query.var_selected & measured.any(0))
+    else:
+        counts = np.bincount(dataset, minlength=len(dataset_ids))
+        genes, _ = select_genes([part], counts, measured, query.var_selected, options.panel)
     vocabulary = np.full(n_vars, -1, dtype=np.int32)
-    vocabulary[chosen_genes] = np.arange(len(chosen_genes), dtype=np.int32)
-    panels, panel = np.unique(measured[:, chosen_genes], axis=0, return_inverse=True)
+    vocabulary[genes] = np.arange(len(genes), dtype=np.int32)
+    panels, panel = np.unique(measured[:, genes], axis=0, return_inverse=True)
     values = read_values(stream, library, lengths, vocabulary)
     began = time.perf_counter()
     labels = CellTable(
         table.append_column("panel", pa.array(panel.reshape(-1)[dataset].astype(np.int32))),
         len(options.matching.pairings),
     )
-    everything = [np.ones(len(chosen_genes), dtype=bool)] * len(SPLITS)
-    file_format = auto_format(len(chosen_genes)) if options.file_format == "auto" else options.file_format
+    file_format = auto_format(len(genes)) if options.file_format == "auto" else options.file_format
     sink, n_rows = pa.BufferOutputStream(), 0
     with shard_writer(sink, PAIR_SCHEMA, f".{file_format}") as writer:
-        for batch in ShardRows(labels, values, panels, options, 0, everything).batches(0):
+        for batch in ShardRows(labels, values, panels, options, 0).batches(0):
             writer.write_batch(batch)
             n_rows += batch.num_rows
     return {
         "file_format": file_format,
-        "genes": genes,
+        "genes": len(genes),
         "read_seconds_per_cell": seconds / len(chosen),
         "pair_seconds": (time.perf_counter() - began) / max(n_rows, 1),
         "bytes_per_pair": sink.tell() / max(n_rows, 1),
@@ -136,7 +126,7 @@ def tell(numbers: dict) -> str:
             f"data sets         {numbers['datasets']:,}",
             f"contexts          {', '.join(f'{name} {n:,}' for name, n in numbers['contexts'].items())}",
             f"with a partner    {numbers['cells_with_a_possible_partner']:,} cells",
-            f"genes by rule     {', '.join(f'{name} {n:,}' for name, n in numbers['genes'].items())} (from a sample)",
+            f"genes             {numbers['genes']:,} (from a sample)",
             f"pairs             at most {numbers['pairs_at_most']:,} in {numbers['shards']:,} shards",
             f"on disk           about {numbers['gigabytes']:.2f} GB as {numbers['file_format']}",
             f"time              about {numbers['minutes']:.1f} minutes",

@@ -37,7 +37,6 @@ class PanelPart:
 def count_genes(
     stream: CellStream,
     dataset: np.ndarray,
-    counted: np.ndarray,
     library_size: np.ndarray,
     gene_lengths: np.ndarray | None,
     n_vars: int,
@@ -48,13 +47,12 @@ def count_genes(
     Args:
         stream (`CellStream`): The cells, all genes.
         dataset (`np.ndarray`): Data set code of each cell, shape `(n_cells,)`.
-        counted (`np.ndarray`): Cells that count (those for training), bool of shape `(n_cells,)`.
         library_size (`np.ndarray`): Counts over all genes, shape `(n_cells,)`.
         gene_lengths (`np.ndarray`, *optional*): For `log_tpm`.
         n_vars (`int`): Genes of the store.
         moments (`bool`): Also sum normalised values and their squares.
     """
-    datasets, n_cells = np.unique(dataset[counted], return_counts=True)
+    datasets, n_cells = np.unique(dataset, return_counts=True)
     expressed = np.zeros((len(datasets), n_vars), dtype=np.int32)
     sums, squares = (np.zeros((len(datasets), n_vars if moments else 0)) for _ in range(2))
     for block in stream if len(datasets) else ():
@@ -62,7 +60,7 @@ def count_genes(
         inside = slice(block.start, block.start + block.n_cells)
         values = normalize_block(block, stream.options, library_size[inside], gene_lengths) if moments else None
         for index, code in enumerate(datasets):
-            chosen = counted[inside] & (dataset[inside] == code)
+            chosen = dataset[inside] == code
             if not chosen.any():
                 continue
             entries = slice(None) if chosen.all() else np.flatnonzero(chosen[block.rows])

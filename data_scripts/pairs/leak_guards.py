@@ -9,15 +9,12 @@ class SplitPlan:
     """All that can leak, in one place; every field holds names, an empty one is not checked.
 
     Args:
-        train_cells, validation_cells, test_cells (`Iterable[str]`): Barcodes or join ids.
-        train_perturbations, validation_perturbations, test_perturbations (`Iterable[str]`): Labels, `A+B` for
-            combinations.
-        held_out (`str`): What the split claims to hold out: `"cells"`, `"perturbations"`, `"combinations"`,
-            `"donors"`, `"datasets"`, `"batches"` or `"cell_lines"`.
+        train_cells, test_cells (`Iterable[str]`): Barcodes.
+        train_perturbations, test_perturbations (`Iterable[str]`): Labels, `A+B` for combinations.
+        held_out (`str`): What the split claims to hold out: `"perturbations"`, `"combinations"`, `"batches"` or
+            `"cell_lines"`.
         seen_members (`int`, *optional*): For combinations: how many members were seen alone, as stated.
-        train_groups, test_groups (`Iterable[str]`): Donors, data sets, batches or cell lines, whichever is held out.
-        pretraining_datasets, test_datasets (`Iterable[str]`): Data sets that a model was pre-trained on, and scored.
-        pretraining_cells (`Iterable[str]`): Barcodes that a model was pre-trained on.
+        train_groups, test_groups (`Iterable[str]`): Batches or cell lines, whichever is held out.
         selection_cells (`Iterable[str]`): Cells that chose hyper-parameters, checkpoints or thresholds.
         panel_cells (`Iterable[str]`): Cells that chose the genes.
         normalisation_cells (`Iterable[str]`): Cells that fixed means, scales or residuals.
@@ -28,18 +25,13 @@ class SplitPlan:
     """
 
     train_cells: Iterable[str] = ()
-    validation_cells: Iterable[str] = ()
     test_cells: Iterable[str] = ()
     train_perturbations: Iterable[str] = ()
-    validation_perturbations: Iterable[str] = ()
     test_perturbations: Iterable[str] = ()
     held_out: str = "perturbations"
     seen_members: int | None = None
     train_groups: Iterable[str] = ()
     test_groups: Iterable[str] = ()
-    pretraining_datasets: Iterable[str] = ()
-    test_datasets: Iterable[str] = ()
-    pretraining_cells: Iterable[str] = ()
     selection_cells: Iterable[str] = ()
     panel_cells: Iterable[str] = ()
     normalisation_cells: Iterable[str] = ()
@@ -69,10 +61,6 @@ def find_leaks(plan: SplitPlan) -> list[str]:
             leaks.append(f"{reason}: {len(shared)} shared ({shown})")
 
     overlap(plan.train_cells, plan.test_cells, "a cell is in training and in test")
-    overlap(plan.validation_cells, plan.test_cells, "a cell is in validation and in test")
-    overlap(plan.train_cells, plan.validation_cells, "a cell is in training and in validation")
-    overlap(plan.pretraining_cells, plan.test_cells, "a cell of the pre-training atlas is in test")
-    overlap(plan.pretraining_datasets, plan.test_datasets, "a data set was pre-trained on and is scored")
     overlap(plan.selection_cells, plan.test_cells, "cells of the test set, controls included, were used for selection")
     overlap(plan.panel_cells, plan.test_cells, "the gene panel was chosen with test cells")
     overlap(plan.normalisation_cells, plan.test_cells, "normalisation was fitted on test cells")
@@ -80,7 +68,6 @@ def find_leaks(plan: SplitPlan) -> list[str]:
     if plan.held_out in ("perturbations", "combinations"):
         test = _canonical(plan.test_perturbations)
         overlap(_canonical(plan.train_perturbations), test, "a perturbation is in training and in test")
-        overlap(_canonical(plan.validation_perturbations), test, "a perturbation is in validation and in test")
         overlap(_canonical(plan.reference_perturbations), test, "a test perturbation is part of the reference mean")
     if plan.held_out == "perturbations":
         test_genes = _members(plan.test_perturbations)
@@ -92,7 +79,7 @@ def find_leaks(plan: SplitPlan) -> list[str]:
             overlap(singles, tested, "a member of a test combination was seen alone but the split calls it unseen")
     if plan.held_out == "combinations":
         leaks += _undeclared_members(plan)
-    if plan.held_out in ("donors", "datasets", "batches", "cell_lines"):
+    if plan.held_out in ("batches", "cell_lines"):
         overlap(plan.train_groups, plan.test_groups, f"one of the {plan.held_out} is in training and in test")
     if plan.mode in ("zero-shot", "in-context"):
         read = list(plan.perturbed_cells_read)

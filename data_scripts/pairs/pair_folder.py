@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from data_scripts.files import write_json
-from data_scripts.pairs.schema import GENE_SCHEMA, PAIR_SCHEMA, PANEL_SCHEMA, SCHEMA_VERSION, SPLITS
+from data_scripts.pairs.schema import GENE_SCHEMA, PANEL_SCHEMA, SCHEMA_VERSION, SPLITS
 from data_scripts.pairs.shard_files import (
     file_digest,
     read_decoded,
@@ -26,86 +26,25 @@ FILE_FORMATS = ("arrow", "parquet")
 DECODED_IN_MEMORY = 64 * 1024**2  # bytes of parquet in a split up to which it is simply decoded into memory
 
 
-def write_pair_folder(
-    path: str | Path,
-    splits: Mapping[str, pa.Table],
-    genes: pa.Table,
-    panels: np.ndarray,
-    *,
-    pairings: Iterable[str],
-    organism: str = "homo_sapiens",
-    normalization: str = "log1p",
-    target_sum: float = 10_000.0,
-    file_format: str = "arrow",
-    **manifest,
-) -> "PairFolder":
-    """Writes whole tables as a pairs folder of one shard a split; `gppc build-pairs` writes larger ones shard by shard.
+def finish_pair_folder(path: str | Path, genes: pa.Table, panels: np.ndarray, manifest: Mapping) -> None:
+    """Writes the gene and panel tables and, last of all, the manifest that makes the folder a pairs folder.
 
     Args:
-        path (`str` or `Path`): The folder; created when absent, must not hold a pairs folder yet.
-        splits (`Mapping[str, pa.Table]`): Split name -> rows in `PAIR_SCHEMA`.
+        path (`str` or `Path`): The folder, its shards written.
         genes (`pa.Table`): The vocabulary in id order, in `GENE_SCHEMA`.
         panels (`np.ndarray`): Measured genes, bool of shape `(n_panels, n_genes)`.
-        pairings (`Iterable[str]`): Names that the column `pairing` may hold, in the order of the model's ids.
-        file_format (`str`, *optional*, defaults to `"arrow"`): `"arrow"` or `"parquet"`.
-        **manifest: Further entries of `manifest.json`.
-
-    Raises:
-        ValueError: If the folder holds pairs already, a split name is unknown or panels do not fit the genes.
+        manifest (`Mapping`): `organism`, `normalization`, `target_sum`, `pairings`, `splits` and what else is known.
     """
     path = Path(path)
-    if (path / MANIFEST).exists():
-        raise ValueError(f"`path` {path} holds a pairs folder already; choose another folder or delete it.")
-    for name in splits:
-        if name not in SPLITS:
-            raise ValueError(f"`splits` names `{name}`; wanted {', '.join(SPLITS)}{close_matches(name, SPLITS)}.")
-    entries = {}
-    for name, table in splits.items():
-        file = f"{name}/shard-00000.{file_format}"
-        table = table.cast(PAIR_SCHEMA)
-        summary = write_table_atomically(table.to_batches(max_chunksize=4096), PAIR_SCHEMA, path / file)
-        entries[name] = {"n_pairs": table.num_rows, "shards": [{"file": file, **summary}]}
-    finish_pair_folder(
-        path,
-        genes,
-        panels,
-        {
-            "organism": organism,
-            "normalization": normalization,
-            "target_sum": float(target_sum),
-            "pairings": list(pairings),
-            "splits": entries,
-            **manifest,
-        },
-    )
-    return PairFolder(path)
-
-
-def write_gene_tables(path: str | Path, genes: pa.Table, panels: np.ndarray) -> None:
-    """Writes `genes.parquet` and `panels.parquet`; `panels` is bool of shape `(n_panels, n_genes)`."""
-    path = Path(path)
-    panels = np.asarray(panels, dtype=bool)
-    if panels.ndim != 2 or panels.shape[1] != genes.num_rows:
-        raise ValueError(f"`panels` has shape {panels.shape}; wanted (n_panels, {genes.num_rows}), a column a gene.")
-    panel_lists = pa.array([np.flatnonzero(row).astype(np.int32) for row in panels], type=PANEL_SCHEMA[0].type)
-    genes = genes.cast(GENE_SCHEMA)
-    write_table_atomically(genes.to_batches(), GENE_SCHEMA, path / "genes.parquet")
-    panel_table = pa.table([panel_lists], schema=PANEL_SCHEMA)
-    write_table_atomically(panel_table.to_batches(), PANEL_SCHEMA, path / "panels.parquet")
-
-
-def finish_pair_folder(path: str | Path, genes: pa.Table, panels: np.ndarray, manifest: Mapping) -> None:
-    """Writes the gene and panel tables and, last of all, the manifest that makes the folder a pairs folder."""
-    path = Path(path)
-    write_gene_tables(path, genes, panels)
-    digests = [shard["digest"] for name in sorted(manifest["splits"]) for shard in manifest["splits"][name]["shards"]]
-    digests += [file_digest(path / name) for name in ("genes.parquet", "panels.parquet")]
-    content = {
-        "schema_version": SCHEMA_VERSION,
-        **manifest,
-        "digest": hashlib.blake2b("|".join(digests).encode(), digest_size=16).hexdigest(),
-    }
-    write_json(content, path / MANIFEST)
+    lists = pa.array([np.flatnonzero(row).astype(np.int32) for row in panels], type=PANEL_SCHEMA[0].type)
+    tables = {"genes": genes.cast(GENE_SCHEMA), "panels": pa.table([lists], schema=PANEL_SCHEMA)}
+    written = [
+        write_table_atomically(t.to_batches(), t.schema, path / f"{name}.parquet") for name, t in tables.items()
+    ]
+    shards = [shard for name in sorted(manifest["splits"]) for shard in manifest["splits"][name]["shards"]]
+    digests = "|".join(file["digest"] for file in shards + written)
+    digest = hashlib.blake2b(digests.encode(), digest_size=16).hexdigest()
+    write_json({"schema_version": SCHEMA_VERSION, **manifest, "digest": digest}, path / MANIFEST)
 
 
 class PairFolder:

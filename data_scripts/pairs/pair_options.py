@@ -1,61 +1,17 @@
-"""Options of `gppc build-pairs`: what to read, which genes, which partners, what is revealed, which split."""
+"""Options of `gppc build-pairs`: what to read, which genes, which partners, how many imposed genes, which split."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from data_scripts.options import Count, CountOrZero, NotNegative, Positive, Range, Seed, Share, check_numbers
+from data_scripts.options import Count, CountOrZero, Positive, Range, Seed, Share, check_numbers
 from data_scripts.pairs.schema import SPLITS
+from data_scripts.store.query_options import QueryOptions
 from modeling_gppc.normalization_gppc import close_matches
 
 
 def _check(condition: bool, name: str, value, wanted: str) -> None:
     if not condition:
         raise ValueError(f"`{name}` is {value!r}; wanted {wanted}.")
-
-
-@dataclass(frozen=True)
-class QueryOptions:
-    """
-    Which cells to read and how to normalise them.
-
-    Args:
-        uri (`str`, *optional*): A store in Census layout: a folder or an S3 address.
-        census_version (`str`, *optional*): Release of the public Census (`stable`, `latest` or a date); without `uri`.
-        organism (`str`, *optional*, defaults to `"homo_sapiens"`): Census name of the species.
-        obs_filter (`str`, *optional*, defaults to `"is_primary_data == True"`): Cells; SOMA value filter.
-        var_filter (`str`, *optional*): Genes that may enter the panel; SOMA value filter.
-        layer (`str`, *optional*, defaults to `"raw"`): `raw` (counts), `normalized` (fractions that sum to 1) or
-            `log_values` (values used as they are; `normalization` is then `none`).
-        normalization (`str`, *optional*, defaults to `"log1p"`): See `normalize_counts`.
-        target_sum (`float`, *optional*, defaults to 10,000): What a cell's values sum to before the logarithm.
-    """
-
-    uri: str | None = None
-    census_version: str | None = None
-    organism: str = "homo_sapiens"
-    obs_filter: str | None = "is_primary_data == True"
-    var_filter: str | None = None
-    layer: Literal["raw", "normalized", "log_values"] = "raw"
-    normalization: Literal["log1p", "log_tpm", "none"] = "log1p"
-    target_sum: Positive = 10_000.0
-
-    def __post_init__(self):
-        if self.uri is not None and self.census_version is not None:
-            raise ValueError(
-                f"`uri` is {self.uri!r} and `census_version` is {self.census_version!r}; give one of them: a store of "
-                "your own or a release of the public Census."
-            )
-        check_numbers(self)
-        if (self.layer == "log_values") != (self.normalization == "none"):
-            raise ValueError(
-                f"`normalization` is {self.normalization!r} with `layer` {self.layer!r}; log values are used as they "
-                "are: set both `layer: log_values` and `normalization: none`, or neither."
-            )
-        if self.layer == "normalized" and self.normalization == "log_tpm":
-            raise ValueError(
-                "`normalization` is 'log_tpm' with `layer` 'normalized'; that layer is divided by gene length where "
-                "it applies: use `layer: raw`, or `normalization: log1p`."
-            )
 
 
 @dataclass(frozen=True)
@@ -115,7 +71,7 @@ class PairingOptions:
 
 
 def default_pairings() -> dict[str, PairingOptions]:
-    """Half the pairs teach what the source's state is worth, half what the revealed genes are worth."""
+    """Half the pairs teach what the source's state is worth, half what the imposed genes are worth."""
     return {
         "same_type": PairingOptions(keys=["dataset_id", "cell_type"]),
         "same_dataset": PairingOptions(keys=["dataset_id", "donor_id"]),
@@ -133,7 +89,6 @@ class MatchingOptions:
         policy (`str`, *optional*, defaults to `"random"`): Which cell of the context: `random`, `nearest` or
             `farthest` by expression.
         min_shared_genes (`int`, *optional*, defaults to 1): Least number of panel genes measured in both cells.
-        both_directions (`bool`, *optional*, defaults to `False`): Also write every pair from target to source.
         pseudobulk (`int`, *optional*, defaults to 1): Cells averaged on each side; 1 is single cells.
     """
 
@@ -141,7 +96,6 @@ class MatchingOptions:
     pairs_per_cell: Count = 1
     policy: Literal["random", "nearest", "farthest"] = "random"
     min_shared_genes: Count = 1
-    both_directions: bool = False
     pseudobulk: Count = 1
 
     def __post_init__(self):
@@ -152,38 +106,21 @@ class MatchingOptions:
 @dataclass(frozen=True)
 class PerturbationOptions:
     """
-    How many genes are revealed and which.
+    How many genes of a pair are imposed: a uniformly random number of those that differ between its cells.
 
     Args:
-        distribution (`str`, *optional*, defaults to `"uniform"`): Number of genes: `uniform` between the two bounds,
-            `geometric` from `min_genes` on (mean `mean_genes`, cut at `max_genes`) or `fixed` at `max_genes`.
-        min_genes (`int`, *optional*, defaults to 1): 0 allows pairs with nothing revealed.
+        min_genes (`int`, *optional*, defaults to 1): 0 allows pairs with nothing imposed.
         max_genes (`int`, *optional*, defaults to 5): At most so many.
-        mean_genes (`float`, *optional*, defaults to 2): For `geometric`.
-        weighting (`str`, *optional*, defaults to `"uniform"`): Genes differing between the cells are drawn `uniform`
-            or in proportion to their absolute `change`.
-        genes (`list[str]`, *optional*): Only these (ids or symbols), e.g. regulators.
-        genes_file (`str`, *optional*): The same from a file, a gene a line.
     """
 
-    distribution: Literal["uniform", "geometric", "fixed"] = "uniform"
     min_genes: CountOrZero = 1
     max_genes: Count = 5
-    mean_genes: NotNegative = 2.0
-    weighting: Literal["uniform", "change"] = "uniform"
-    genes: list[str] | None = None
-    genes_file: str | None = None
 
     def __post_init__(self):
         check_numbers(self)
         _check(
             self.max_genes >= self.min_genes, "max_genes", self.max_genes, f"at least `min_genes` ({self.min_genes})"
         )
-        if self.distribution == "geometric":
-            wanted = f"a number above `min_genes` ({self.min_genes})"
-            _check(self.mean_genes > self.min_genes, "mean_genes", self.mean_genes, wanted)
-        if self.genes is not None and self.genes_file is not None:
-            raise ValueError("`genes` and `genes_file` are both given; give one of them.")
 
 
 @dataclass(frozen=True)
@@ -225,19 +162,14 @@ class SplitOptions:
     Args:
         rules (`list[SplitRule]`, *optional*): In order. Without any, whole donors are held out where there are enough,
             else single cells: see `default_rules` in `splits.py`.
-        held_out_genes (`dict[str, float]`, *optional*): Split -> share of genes (by stable hash) that are revealed in
-            pairs of that split only.
         seed (`int`, *optional*, defaults to 0): Part of every hash.
     """
 
     rules: list[SplitRule] | None = None
-    held_out_genes: dict[str, Annotated[float, Range(0, 1, below=True)]] = field(default_factory=dict)
     seed: Seed = 0
 
     def __post_init__(self):
         check_numbers(self)
-        for name in self.held_out_genes:
-            _check(name in SPLITS[1:], "held_out_genes", name, "the split `validation` or `test`")
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ import pyarrow as pa
 
 from data_scripts.files import write_atomically, write_json
 from data_scripts.options import from_mapping
-from data_scripts.pairs.gene_selection import find_genes, gene_lengths_of, read_gene_list
+from data_scripts.pairs.gene_selection import gene_lengths_of, read_gene_list
 from data_scripts.pairs.pair_folder import MANIFEST, write_table_atomically
 from data_scripts.pairs.pair_options import PairOptions
 from data_scripts.pairs.pair_shard import CellTable
 from data_scripts.pairs.schema import CONTEXT_COLUMNS, SCHEMA_VERSION, SPLITS
-from data_scripts.pairs.splits import assign_splits, columns_of, default_rules, describe_rules, held_out_gene_split
+from data_scripts.pairs.splits import assign_splits, columns_of, default_rules, describe_rules
 from data_scripts.store.cell_stream import tile_boundary
 from data_scripts.store.census_query import CellQuery, open_experiment, open_query
 
@@ -44,21 +44,14 @@ def plan_identity(options: PairOptions, source: dict) -> dict:
     content = dataclasses.asdict(options)
     content["query"].pop("uri")  # the store is known by its content, wherever it lies
     content["query"].pop("census_version")
-    lists = {
-        name: hashlib.blake2b("\n".join(read_gene_list(path)).encode(), digest_size=16).hexdigest()
-        for name, path in (
-            ("panel.file", options.panel.file),
-            ("perturbation.genes_file", options.perturbation.genes_file),
-        )
-        if path is not None
-    }
+    names = None if options.panel.file is None else read_gene_list(options.panel.file)
     # Order matters among rules and pairings; as lists they keep it in the sorted JSON.
     content["matching"]["pairings"] = list(content["matching"]["pairings"].items())
     return {
         "build_version": BUILD_VERSION,
         "schema_version": SCHEMA_VERSION,
         "store": source["digest"],
-        "lists": lists,
+        "panel_genes": None if names is None else digest_of(names),
         "options": content,
     }
 
@@ -301,21 +294,6 @@ class PairPlan:
     def panels(self) -> np.ndarray:
         """Distinct sets of measured genes, bool of shape `(n_panels, n_genes)`."""
         return self._panels[0]
-
-    @cached_property
-    def revealable(self) -> list[np.ndarray]:
-        """For every split the genes that may be revealed, bool of shape `(n_genes,)`."""
-        options = self.options.perturbation
-        ids = self.var["feature_id"].to_numpy()[self.genes]
-        symbols = self.var["feature_name"].to_numpy()[self.genes]
-        names = options.genes if options.genes_file is None else read_gene_list(options.genes_file)
-        allowed = np.ones(len(self.genes), dtype=bool)
-        if names is not None:
-            allowed[:] = False
-            option = "perturbation.genes" if options.genes_file is None else "perturbation.genes_file"
-            allowed[find_genes(names, ids, symbols, option)] = True
-        owner = held_out_gene_split(ids.tolist(), self.options.splits)
-        return [allowed & ((owner == 0) | (owner == split)) for split in range(len(SPLITS))]
 
     def shard_cells(self, index: int) -> CellTable:
         """Labels of the cells of a shard."""

@@ -8,7 +8,7 @@ import scipy.sparse as sp
 
 from data_scripts.pairs.pair_options import PairOptions
 from data_scripts.pairs.partner_matching import match_partners
-from data_scripts.pairs.perturbation_sampling import candidate_changes, reveal
+from data_scripts.pairs.perturbation_sampling import candidate_changes, draw_imposed
 from data_scripts.pairs.schema import CONTEXT_COLUMNS, PAIR_SCHEMA, SPLITS, TARGET_COLUMNS
 from data_scripts.store.cell_stream import CellStream, read_values
 
@@ -104,7 +104,6 @@ class ShardRows:
         panels (`np.ndarray`): Measured genes, bool of shape `(n_panels, n_genes)`.
         options (`PairOptions`): Matching and perturbation.
         shard (`int`): Number of the shard, part of every seed.
-        revealable (`list[np.ndarray]`): For every split the genes that may be revealed, bool of shape `(n_genes,)`.
     """
 
     def __init__(
@@ -114,10 +113,9 @@ class ShardRows:
         panels: np.ndarray,
         options: PairOptions,
         shard: int,
-        revealable: list[np.ndarray],
     ):
         self.cells, self.values, self.panels, self.options = cells, values, panels, options
-        self.shard, self.revealable = shard, revealable
+        self.shard = shard
         self.n_cells = np.bincount(cells.split, minlength=len(SPLITS))
         if options.matching.pseudobulk > 1:
             rng = np.random.default_rng([options.seed, shard, len(SPLITS)])
@@ -145,9 +143,6 @@ class ShardRows:
             self.values[inside] if matching.policy != "random" else None,
         )
         source, target, pairing = inside[pairs.source], inside[pairs.target], pairs.pairing
-        if matching.both_directions:
-            source, target = np.concatenate([source, target]), np.concatenate([target, source])
-            pairing = np.concatenate([pairing, pairing])
         order = rng.permutation(len(source))
         source, target, pairing = source[order], target[order], pairing[order]
         # Differing genes are counted on the first pairs of a shard only: listing them is most of a pair's work.
@@ -157,7 +152,7 @@ class ShardRows:
         n_dropped = 0
         for first in range(0, len(source), ROWS_PER_BATCH):
             part = slice(first, first + ROWS_PER_BATCH)
-            batch, kept = self._rows(source[part], target[part], pairing[part], split, rng, sums)
+            batch, kept = self._rows(source[part], target[part], pairing[part], rng, sums)
             paired[source[part][kept]] = True
             per_pairing += np.bincount(pairing[part][kept], minlength=len(self.pairings))
             n_dropped += int((~kept).sum())
@@ -180,18 +175,17 @@ class ShardRows:
             "sums": sums,
         }
 
-    def _rows(self, source, target, pairing, split, rng, sums) -> tuple[pa.RecordBatch, np.ndarray]:
+    def _rows(self, source, target, pairing, rng, sums) -> tuple[pa.RecordBatch, np.ndarray]:
         before, after = self.values[source], self.values[target]
         own, other = self.cells.panel[source], self.cells.panel[target]
-        allowed = self.revealable[split]
+        options = self.options.perturbation
         if not sums["compared_pairs"]:
-            changes = candidate_changes(before, after, self.panels, own, other, allowed)
-            told_apart = np.diff(changes.indptr) >= min(1, self.options.perturbation.min_genes)
-            sums["compared_pairs"] = int(np.count_nonzero(told_apart))
+            changes = candidate_changes(before, after, self.panels, own, other)
+            sums["compared_pairs"] = int(np.count_nonzero(np.diff(changes.indptr) >= min(1, options.min_genes)))
             sums["differing_genes"] = int(changes.nnz)
-        kept, offsets, genes, deltas = reveal(
-            before, after, self.panels, own, other, allowed, rng, self.options.perturbation
-        )
+        lists = ((np.diff(cells.indptr), cells.indices, cells.data) for cells in (before, after))
+        rows, genes, deltas, kept = draw_imposed(*lists, self.panels, own, other, options, rng, 2 * options.max_genes)
+        offsets = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=len(source))[kept])])
         if not kept.all():
             source, target, pairing = source[kept], target[kept], pairing[kept]
             before, after = before[kept], after[kept]

@@ -1,4 +1,4 @@
-"""Which genes of a pair are revealed: drawn among those measured in both cells and differing."""
+"""Which genes of a pair are imposed: drawn among those measured in both cells and differing."""
 
 from collections.abc import Callable
 
@@ -7,15 +7,7 @@ import scipy.sparse as sp
 
 from data_scripts.pairs.pair_options import PerturbationOptions
 
-
-def draw_numbers(n: int, options: PerturbationOptions, rng: np.random.Generator) -> np.ndarray:
-    """Wished-for number of revealed genes of each pair, int64 of shape `(n,)`."""
-    low, high = options.min_genes, options.max_genes
-    if options.distribution == "fixed":
-        return np.full(n, high, dtype=np.int64)
-    if options.distribution == "uniform":
-        return rng.integers(low, high + 1, size=n)
-    return np.minimum(low + rng.geometric(1.0 / (options.mean_genes - low + 1.0), size=n) - 1, high)
+Lists = tuple[np.ndarray, np.ndarray, np.ndarray]  # lengths of the rows, ids and values one row after the other
 
 
 def candidate_changes(
@@ -24,23 +16,19 @@ def candidate_changes(
     panels: np.ndarray,
     source_panel: np.ndarray,
     target_panel: np.ndarray,
-    allowed: np.ndarray | None = None,
 ) -> sp.csr_matrix:
-    """Changes of the genes that may be revealed: measured in both cells, differing, allowed.
+    """Changes of the genes that may be imposed: measured in both cells and differing.
 
     Args:
         source, target (`sp.csr_matrix`): Values of the cells, shape `(B, V)`.
         panels (`np.ndarray`): Measured genes, bool of shape `(P, V)`.
         source_panel, target_panel (`np.ndarray`): Panel of each cell, shape `(B,)`.
-        allowed (`np.ndarray`, *optional*): Genes that may be revealed, bool of shape `(V,)`.
 
     Returns:
         `sp.csr_matrix` of target minus source, no stored zeros, shape `(B, V)`.
     """
     changes = (target - source).tocsr()
     wanted = changes.data != 0
-    if allowed is not None and not allowed.all():
-        wanted &= allowed[changes.indices]
     for row in np.flatnonzero(source_panel != target_panel).tolist():  # a gene that one of them expresses
         part = slice(changes.indptr[row], changes.indptr[row + 1])
         genes = changes.indices[part]
@@ -52,41 +40,26 @@ def candidate_changes(
 
 
 def sample_from_changes(
-    changes: sp.csr_matrix,
-    rng: np.random.Generator,
-    options: PerturbationOptions,
-    clocks: np.ndarray | None = None,
-    numbers: np.ndarray | None = None,
+    changes: sp.csr_matrix, numbers: np.ndarray, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draws the revealed genes of each row, at a cost that grows with their number, not with that of candidates.
+    """Draws the imposed genes of each row, at a cost that grows with their number, not with that of candidates.
 
     Args:
         changes (`sp.csr_matrix`): Target minus source at the candidate genes, no stored zeros, shape `(B, V)`.
+        numbers (`np.ndarray`): Wished-for number of each row, shape `(B,)`.
         rng (`np.random.Generator`): The only source of randomness.
-        options (`PerturbationOptions`): How many and which.
-        clocks (`np.ndarray`, *optional*): For `weighting="change"`, an exponential number of mean 1 for every stored
-            change, where these are not to come from `rng`.
-        numbers (`np.ndarray`, *optional*): Wished-for number of each row, where these were drawn already.
 
     Returns:
-        Tuple of `offsets` (int32, `(B + 1,)`), `ids` (int32) and `values` (float32) of the revealed genes, ascending
-        within a row.
+        Tuple of `lengths` `(B,)`, `ids` and `values` of the imposed genes, ascending within a row.
     """
     available = np.diff(changes.indptr).astype(np.int64)
-    numbers = np.minimum(draw_numbers(len(available), options, rng) if numbers is None else numbers, available)
+    numbers = np.minimum(numbers, available)
     width = int(numbers.max(initial=0))
-    if options.weighting == "uniform":
-        picks = _distinct_integers(available, width, rng)
-    else:
-        picks = _weighted(changes, width, rng.standard_exponential(changes.nnz) if clocks is None else clocks)
+    picks = _distinct_integers(available, width, rng)
     mask = np.arange(width)[None, :] < numbers[:, None]
     picks = np.sort(np.where(mask, picks, np.iinfo(np.int64).max), axis=1)
     entries = (changes.indptr[:-1, None].astype(np.int64) + np.where(mask, picks, 0))[mask]
-    offsets = np.concatenate([[0], np.cumsum(numbers)]).astype(np.int32)
-    return offsets, changes.indices[entries].astype(np.int32), changes.data[entries].astype(np.float32)
-
-
-Lists = tuple[np.ndarray, np.ndarray, np.ndarray]  # lengths of the rows, ids and values one row after the other
+    return numbers, changes.indices[entries], changes.data[entries]
 
 
 def find_in_rows(begins: np.ndarray, lists: Lists, rows: np.ndarray, genes: np.ndarray) -> np.ndarray:
@@ -135,7 +108,7 @@ def sample_by_rejection(
 
     Args:
         source, target (`tuple`): Lengths `(B,)`, ids and values of the expressed genes, ids ascending in a row.
-        candidates (`Callable`): From rows and genes of equal shape to whether a gene may be revealed in a row.
+        candidates (`Callable`): From rows and genes of equal shape to whether a gene may be imposed in a row.
         numbers (`np.ndarray`): Wished-for number of each row, shape `(B,)`.
         rng (`np.random.Generator`): The only source of randomness.
         attempts (`int`): Places drawn for each row.
@@ -178,48 +151,53 @@ def sample_by_rejection(
     return rows[counts], genes[counts], changes[counts], enough
 
 
-def reveal(
-    source: sp.csr_matrix,
-    target: sp.csr_matrix,
+def draw_imposed(
+    source: Lists,
+    target: Lists,
     panels: np.ndarray,
     source_panel: np.ndarray,
     target_panel: np.ndarray,
-    allowed: np.ndarray,
-    rng: np.random.Generator,
     options: PerturbationOptions,
+    rng: np.random.Generator,
+    attempts: int,
+    rng_of_rest: Callable[[np.ndarray], np.random.Generator] | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Draws the revealed genes of pairs of cells; arguments as in [`candidate_changes`].
+    """Draws the imposed genes of pairs of cells: places are tried, and where too few fit all candidates are listed.
+
+    Args:
+        source, target (`tuple`): Lengths `(B,)`, ids and values of the expressed genes, ids ascending in a row.
+        panels (`np.ndarray`): Measured genes, bool of shape `(P, V)`.
+        source_panel, target_panel (`np.ndarray`): Panel of each cell, shape `(B,)`.
+        options (`PerturbationOptions`): How many.
+        rng (`np.random.Generator`): Source of randomness.
+        attempts (`int`): Places tried for each row.
+        rng_of_rest (`Callable`, *optional*): From the rows whose candidates are listed to the source of their
+            randomness; defaults to `rng`.
 
     Returns:
-        Tuple of the pairs that have a gene to reveal (or need none), bool of shape `(B,)`, and of those `offsets`
-        (int32), `ids` (int32) and `values` (float32) of the revealed genes, ascending within a pair.
+        Tuple of `rows`, `ids` and `changes` of the imposed genes, ascending by row and id, and of whether each pair has
+        a gene to impose, or needs none, bool of shape `(B,)`.
     """
-    n_pairs = source.shape[0]
-    numbers = draw_numbers(n_pairs, options, rng)
-    drawn: list[tuple[np.ndarray, ...]] = []
-    left = np.arange(n_pairs)
-    if options.weighting == "uniform":
-        *found, enough = sample_by_rejection(
-            *((np.diff(cells.indptr), cells.indices, cells.data) for cells in (source, target)),
-            lambda row, gene: panels[source_panel[row], gene] & panels[target_panel[row], gene] & allowed[gene],
-            numbers,
-            rng,
-            2 * options.max_genes,
-        )
-        drawn.append(tuple(found))
-        left = np.flatnonzero(~enough)
-    kept = np.ones(n_pairs, dtype=bool)
+    n_pairs = len(source[0])
+    numbers = rng.integers(options.min_genes, options.max_genes + 1, n_pairs)
+
+    def measured(row: np.ndarray, gene: np.ndarray) -> np.ndarray:
+        return panels[source_panel[row], gene] & panels[target_panel[row], gene]
+
+    rows, ids, values, enough = sample_by_rejection(source, target, measured, numbers, rng, attempts)
+    left, kept = np.flatnonzero(~enough), np.ones(n_pairs, dtype=bool)
     if len(left):
-        changes = candidate_changes(
-            source[left], target[left], panels, source_panel[left], target_panel[left], allowed
-        )
+        cells = []
+        for lengths, genes, levels in (source, target):
+            offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+            cells.append(sp.csr_matrix((levels, genes, offsets), shape=(n_pairs, panels.shape[1]))[left])
+        changes = candidate_changes(*cells, panels, source_panel[left], target_panel[left])
         kept[left] = np.diff(changes.indptr) >= min(1, options.min_genes)
-        offsets, ids, values = sample_from_changes(changes, rng, options, numbers=numbers[left])
-        drawn.append((np.repeat(left, np.diff(offsets)), ids, values))
-    rows, ids, values = (np.concatenate(parts) for parts in zip(*drawn))
+        rest = sample_from_changes(changes, numbers[left], rng if rng_of_rest is None else rng_of_rest(left))
+        rows = np.concatenate([rows, np.repeat(left, rest[0])])
+        ids, values = np.concatenate([ids, rest[1]]), np.concatenate([values, rest[2]])
     order = np.lexsort((ids, rows))
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=n_pairs)[kept])]).astype(np.int32)
-    return kept, offsets, ids[order].astype(np.int32), values[order].astype(np.float32)
+    return rows[order], ids[order], values[order], kept
 
 
 def _distinct_integers(available: np.ndarray, width: int, rng: np.random.Generator) -> np.ndarray:
@@ -232,22 +210,4 @@ def _distinct_integers(available: np.ndarray, width: int, rng: np.random.Generat
         for taken in np.sort(picks[:, :column], axis=1).T:
             pick += pick >= taken
         picks[:, column] = pick
-    return picks
-
-
-def _weighted(changes: sp.csr_matrix, width: int, clocks: np.ndarray) -> np.ndarray:
-    """Positions within each row of the `width` first arrivals of clocks with rates |change|, `(B, width)`."""
-    n = changes.shape[0]
-    keys = clocks / np.abs(changes.data)
-    picks = np.zeros((n, width), dtype=np.int64)
-    rows = np.flatnonzero(np.diff(changes.indptr))
-    starts = changes.indptr[rows].astype(np.int64)
-    lengths = np.diff(changes.indptr)[rows]
-    for column in range(width if len(rows) else 0):
-        smallest = np.repeat(np.minimum.reduceat(keys, starts), lengths)
-        hits = np.flatnonzero(keys == smallest)
-        owner = np.searchsorted(starts, hits, side="right") - 1
-        _, first = np.unique(owner, return_index=True)
-        picks[rows, column] = hits[first] - starts
-        keys[hits[first]] = np.inf
     return picks

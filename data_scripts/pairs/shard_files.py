@@ -2,7 +2,6 @@
 
 import fcntl
 import hashlib
-import io
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -31,49 +30,12 @@ def write_table_atomically(batches: Iterable[pa.RecordBatch], schema: pa.Schema,
     """
     path = Path(path)
     n_rows = 0
-    with write_atomically(path) as temporary, HashedFile(temporary) as file:
-        with pa.PythonFile(file, "w") as sink, shard_writer(sink, schema, path.suffix) as writer:
+    with write_atomically(path) as temporary:
+        with pa.OSFile(str(temporary), "w") as sink, shard_writer(sink, schema, path.suffix) as writer:
             for batch in batches:
                 writer.write_batch(batch)
                 n_rows += batch.num_rows
-        return {"n_rows": n_rows, "n_bytes": file.tell(), "digest": file.digest()}
-
-
-class HashedFile(io.RawIOBase):
-    """
-    A new file whose digest is that of what was written, taken while it is in the processor's cache.
-
-    Args:
-        path (`str` or `Path`): The file.
-    """
-
-    def __init__(self, path: str | Path):
-        self._file = io.FileIO(path, "w")
-        self._hash = xxhash.xxh3_128()
-        self._n_bytes = 0
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data) -> int:
-        left = memoryview(data).cast("B")
-        n_bytes = len(left)
-        self._hash.update(left)
-        while left:  # the system may take a part only
-            left = left[self._file.write(left) :]
-        self._n_bytes += n_bytes
-        return n_bytes
-
-    def tell(self) -> int:
-        return self._n_bytes
-
-    def digest(self) -> str:
-        """As [`file_digest`] of the file."""
-        return self._hash.hexdigest()
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
+        return {"n_rows": n_rows, "n_bytes": temporary.stat().st_size, "digest": file_digest(temporary)}
 
 
 def shard_writer(

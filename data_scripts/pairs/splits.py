@@ -131,15 +131,13 @@ def check_held_out(values: np.ndarray, split: np.ndarray, given: np.ndarray, col
         )
 
 
-def guard_splits(tables: Mapping[str, pa.Table], columns: Sequence[str], gene_split: np.ndarray | None = None) -> None:
-    """Refuses pair tables whose splits share a cell, a held-out value or a held-out perturbed gene.
+def guard_splits(tables: Mapping[str, pa.Table], columns: Sequence[str]) -> None:
+    """Refuses pair tables whose splits share a cell or a held-out value.
 
     Args:
         tables (`Mapping[str, pa.Table]`): Split name -> rows in `PAIR_SCHEMA`.
         columns (`Sequence[str]`): Columns whose values must not be in two splits, e.g. `donor_id`; a value is told
             apart by all columns together.
-        gene_split (`np.ndarray`, *optional*): From [`held_out_gene_split`]: genes of a split other than `train` must
-            not be revealed in another one.
 
     Raises:
         ValueError: Naming the value and the two splits.
@@ -163,32 +161,6 @@ def guard_splits(tables: Mapping[str, pa.Table], columns: Sequence[str], gene_sp
                 what, value = ", ".join(columns), ", ".join(map(str, both[0]))
                 raise ValueError(f"splits {other} and {name} share {what} {value} ({len(both)} in all).")
         seen[name] = cells, keys
-        if gene_split is not None:
-            revealed = np.unique(table.column("perturbation_gene_ids").combine_chunks().flatten().to_numpy())
-            owner = gene_split[revealed]
-            leaked = revealed[(owner != SPLITS.index("train")) & (owner != SPLITS.index(name))]
-            if len(leaked):
-                home = SPLITS[gene_split[leaked[0]]]
-                raise ValueError(
-                    f"splits {home} and {name} share perturbed gene {leaked[0]}, held out for {home} "
-                    f"({len(leaked)} in all)."
-                )
-
-
-def held_out_gene_split(gene_ids: Sequence[str], options: SplitOptions) -> np.ndarray:
-    """Split in which each gene may be revealed: index into `SPLITS`, `train` (0) meaning in all.
-
-    Returns:
-        `np.ndarray` of int8, shape `(n_genes,)`.
-    """
-    split = np.zeros(len(gene_ids), dtype=np.int8)
-    draws = stable_uniform(options.seed, "perturbed gene", gene_ids)
-    lower = 0.0
-    for name in SPLITS:
-        share = options.held_out_genes.get(name, 0.0)
-        split[(draws >= lower) & (draws < lower + share)] = SPLITS.index(name)
-        lower += share
-    return split
 
 
 def _matches(obs: pd.DataFrame, where: dict) -> np.ndarray:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import scipy.sparse as sp
 import tiledbsoma
 
-from data_scripts.pairs.pair_options import QueryOptions
+from data_scripts.store.query_options import QueryOptions
 from modeling_gppc.normalization_gppc import check_raw_counts, normalize_counts
 
 Item = TypeVar("Item")

@@ -77,9 +77,6 @@ COUNTED_TERMS = (
 
 X_TILE = 2048
 
-# Per-write memory is a few times this many values; more values a write mean fewer fragments to read later.
-VALUES_PER_WRITE = 4_000_000
-
 
 def _zstd(level: int) -> dict:
     return {"_type": "ZstdFilter", "level": level}

@@ -11,8 +11,8 @@ import pandas as pd
 import scipy.sparse as sp
 import tiledbsoma
 
-from data_scripts.pairs.pair_options import QueryOptions
 from data_scripts.store.freed_memory import keep_freed_memory
+from data_scripts.store.query_options import QueryOptions
 from modeling_gppc.normalization_gppc import close_matches
 
 # Small buffers are filled, copied and filled again, and few tiles are decoded ahead: most time of a reader that takes

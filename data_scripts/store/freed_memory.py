@@ -8,18 +8,17 @@ LARGEST_KEPT = 32 * 1024**2  # the highest threshold that glibc takes
 NEVER = 2**31 - 1
 
 
-def _mallopt(**settings: int) -> bool:
+def _mallopt(arenas: int, trim: int) -> None:
     """Sets parameters of glibc's allocator; does nothing where there is another one."""
     try:
         library = ctypes.CDLL(None)
-        function, trim = library.mallopt, library.malloc_trim
+        function, give_back = library.mallopt, library.malloc_trim
     except (OSError, AttributeError):
-        return False
-    for name, value in settings.items():
-        function({"trim": M_TRIM_THRESHOLD, "mmap": M_MMAP_THRESHOLD, "arenas": M_ARENA_MAX}[name], value)
-    if settings["trim"] != NEVER:
-        trim(0)
-    return True
+        return
+    for name, value in ((M_ARENA_MAX, arenas), (M_MMAP_THRESHOLD, LARGEST_KEPT), (M_TRIM_THRESHOLD, trim)):
+        function(name, value)
+    if trim != NEVER:
+        give_back(0)
 
 
 def keep_freed_memory() -> None:
@@ -29,9 +28,9 @@ def keep_freed_memory() -> None:
     the system has to clear them, which costs as much as decoding. Call it before the store is opened, since threads
     settle on where they allocate when they first do.
     """
-    _mallopt(arenas=1, mmap=LARGEST_KEPT, trim=NEVER)
+    _mallopt(arenas=1, trim=NEVER)
 
 
 def return_freed_memory() -> None:
     """Gives back what is free, and from now on does so as glibc does once it has seen large blocks freed."""
-    _mallopt(arenas=0, mmap=LARGEST_KEPT, trim=2 * LARGEST_KEPT)
+    _mallopt(arenas=0, trim=2 * LARGEST_KEPT)

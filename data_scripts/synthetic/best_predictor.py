@@ -70,14 +70,6 @@ def check_question(
     )
 
 
-@dataclass(frozen=True)
-class OptimalPrediction:
-    """Mean and variance of every gene of the target cell given what is revealed, each of shape `(n, G)`."""
-
-    mean: np.ndarray
-    variance: np.ndarray
-
-
 def optimum(
     network: GeneNetwork,
     source_values: np.ndarray,
@@ -87,7 +79,7 @@ def optimum(
     *,
     gene_ids: Sequence[str] | None = None,
     same_donor_share: float | None = None,
-) -> OptimalPrediction:
+) -> tuple[np.ndarray, np.ndarray]:
     r"""The exact best predictor E[B | A, b_S, pairing] of the linear form.
 
     Given data set, types of both cells and whether they share a donor, the two cells are jointly Gaussian; the labels
@@ -110,7 +102,8 @@ def optimum(
             to one over the donors of a data set.
 
     Returns:
-        [`OptimalPrediction`]: Revealed genes have their revealed value and variance 0.
+        Mean and variance of every gene of the target cell given what is revealed, each `(n, G)`; revealed genes have
+        their revealed value and variance 0.
 
     Raises:
         ValueError: In the count form, or for arguments that disagree.
@@ -129,7 +122,7 @@ def optimum(
             if len(rows):
                 mean[rows], variance[rows] = _posterior(network, question, loadings, rows, same_type, same_donor_share)
     known = ~np.isnan(question.revealed)
-    return OptimalPrediction(np.where(known, question.revealed, mean), np.where(known, 0.0, variance))
+    return np.where(known, question.revealed, mean), np.where(known, 0.0, variance)
 
 
 def _posterior(

@@ -9,13 +9,14 @@ import pandas as pd
 import scipy.sparse as sp
 from tqdm import tqdm
 
+from data_scripts.cells.read_options import CensusReadOptions
 from data_scripts.store.local_census import CensusReport, CensusSource, write_census
 from data_scripts.synthetic.network import GeneNetwork, SyntheticConfig, make_network
 from data_scripts.synthetic.network_cells import dataset_sizes, iterate_cells, make_var
 
 # Cells of a part: what is in memory at a time.
 PART_CHUNKS = 10
-LAYERS = {"linear": "log_values", "count": "raw"}
+VALUE_KINDS = {"linear": "log", "count": "counts"}
 
 
 def network_path(store: str | Path) -> Path:
@@ -58,9 +59,7 @@ def write_synthetic(
     parts = Path(tempfile.mkdtemp(prefix=f".{store.name}.cells-", dir=store.parent))
     try:
         sources = _write_parts(network, parts, progress)
-        report = write_census(
-            store, sources, layer=LAYERS[network.config.form], overwrite=overwrite, progress=progress
-        )
+        report = write_census(store, sources, overwrite=overwrite, progress=progress)
     except BaseException:
         network_path(store).unlink(missing_ok=True)
         raise
@@ -71,7 +70,7 @@ def write_synthetic(
 
 def _write_parts(network: GeneNetwork, folder: Path, progress: bool) -> list[CensusSource]:
     """Draws the cells into files of at most `PART_CHUNKS` chunks."""
-    sources = []
+    sources, options = [], CensusReadOptions(value_kind=VALUE_KINDS[network.config.form])
     with tqdm(total=network.config.n_cells, desc="drawing cells", unit="cell", disable=not progress) as bar:
         for dataset, size in enumerate(dataset_sizes(network).tolist()):
             var = make_var(network, network.measured[dataset])
@@ -84,6 +83,6 @@ def _write_parts(network: GeneNetwork, folder: Path, progress: bool) -> list[Cen
                 if len(values) == PART_CHUNKS or drawn == size:
                     path = folder / f"dataset{dataset + 1}-{len(sources):05d}.h5ad"
                     anndata.AnnData(sp.vstack(values, format="csr"), obs=pd.concat(tables), var=var).write_h5ad(path)
-                    sources.append(CensusSource(path=path, dataset_id=f"dataset{dataset + 1}"))
+                    sources.append(CensusSource(path=path, dataset_id=f"dataset{dataset + 1}", options=options))
                     values, tables = [], []
     return sources

@@ -13,7 +13,7 @@ class ReportOptions:
     What is read, and where the report goes.
 
     Args:
-        screen (`str`): The screen: an AnnData file (.h5ad).
+        screen (`str`): The screen: .h5ad, .zarr, or .h5 of 10x Genomics.
         out (`str`): Folder for tables, predictions, figures and the report.
         quiet (`bool`, *optional*, defaults to `False`): No progress bars.
     """

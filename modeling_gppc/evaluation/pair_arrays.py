@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import numpy as np
 import pyarrow as pa
 
+from data_scripts.batches.pair_dataset import PairDataset, pad, scatter
+
 
 @dataclasses.dataclass
 class PairArrays:
@@ -55,12 +57,13 @@ class PairArrays:
         panels = np.asarray(panels, dtype=bool)
         if panels.ndim != 2 or panels.shape[1] != n_genes:
             raise ValueError(f"`panels` has shape {panels.shape}; wanted (n_panels, {n_genes}), a column a gene.")
-        source_panel = table.column("source_panel").to_numpy()
-        target_panel = table.column("target_panel").to_numpy()
-        ids, changes, mask = _padded(table, "perturbation_gene_ids", "perturbation_values")
+        names = _text(table, "pairing")
+        flat = PairDataset(table, np.unique(names).tolist()).__getitems__(np.arange(table.num_rows))
+        source_panel, target_panel = flat.panels["source_panel"], flat.panels["target_panel"]
+        lengths, *_ = revealed = flat.lists["perturbation"]
+        ids, changes, mask = pad(*revealed, width=int(lengths.max(initial=0)))
+        source, target = (scatter(*flat.lists[side], n_genes) for side in ("source", "target"))
         # What stands at an unmeasured gene is no measurement: it must not reach any floor.
-        source = _dense(table, "source_gene_ids", "source_values", n_genes)
-        target = _dense(table, "target_gene_ids", "target_values", n_genes)
         source[~panels[source_panel]] = 0.0
         target[~panels[target_panel]] = 0.0
         return cls(
@@ -71,8 +74,8 @@ class PairArrays:
             panels=panels,
             revealed_ids=ids,
             revealed_changes=changes,
-            revealed_mask=mask,
-            pairing=_text(table, "pairing"),
+            revealed_mask=mask.astype(bool),
+            pairing=names,
             cell_type=_text(table, "cell_type"),
             target_cell_type=_text(table, "target_cell_type"),
             dataset=_text(table, "dataset_id"),
@@ -140,36 +143,6 @@ def sample_rows(n_rows: int, at_most: int, seed: int) -> np.ndarray:
     if n_rows <= at_most:
         return np.arange(n_rows)
     return np.sort(np.random.default_rng(seed).choice(n_rows, at_most, replace=False))
-
-
-def _lists(table: pa.Table, ids: str, values: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Lengths of the lists of each row, and the concatenated ids and values."""
-    lengths, flat_ids, flat_values = [np.zeros(0, np.int64)], [np.zeros(0, np.int32)], [np.zeros(0, np.float32)]
-    for chunk in table.column(ids).chunks:
-        lengths.append(chunk.value_lengths().fill_null(0).to_numpy(zero_copy_only=False))
-        flat_ids.append(chunk.flatten().to_numpy(zero_copy_only=False))
-    for chunk in table.column(values).chunks:
-        flat_values.append(chunk.flatten().to_numpy(zero_copy_only=False))
-    return np.concatenate(lengths).astype(np.int64), np.concatenate(flat_ids), np.concatenate(flat_values)
-
-
-def _dense(table: pa.Table, ids: str, values: str, n_genes: int) -> np.ndarray:
-    lengths, flat_ids, flat_values = _lists(table, ids, values)
-    dense = np.zeros((table.num_rows, n_genes), dtype=np.float32)
-    dense[np.repeat(np.arange(table.num_rows), lengths), flat_ids] = flat_values
-    return dense
-
-
-def _padded(table: pa.Table, ids: str, values: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    lengths, flat_ids, flat_values = _lists(table, ids, values)
-    width = int(lengths.max(initial=0))
-    rows = np.repeat(np.arange(table.num_rows), lengths)
-    columns = np.arange(len(flat_ids)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    padded_ids = np.zeros((table.num_rows, width), dtype=np.int64)
-    padded_values = np.zeros((table.num_rows, width), dtype=np.float32)
-    mask = np.zeros((table.num_rows, width), dtype=bool)
-    padded_ids[rows, columns], padded_values[rows, columns], mask[rows, columns] = flat_ids, flat_values, True
-    return padded_ids, padded_values, mask
 
 
 def _text(table: pa.Table, name: str) -> np.ndarray:

@@ -1,6 +1,5 @@
 """Floors: what any model must beat. Fitted on training pairs, tuned on validation pairs, masked like the model."""
 
-import dataclasses
 from collections.abc import Iterable
 
 import numpy as np
@@ -98,33 +97,18 @@ FLOORS = {
 }
 
 
-@dataclasses.dataclass
-class FittedFloors:
-    """Floors of one split: `floors` by name, and `fitted_on`, which says what they saw."""
-
-    floors: dict[str, Floor]
-    fitted_on: dict
-
-
 def fit_floors(
-    train: PairArrays,
-    validation: PairArrays,
-    split: PairArrays,
-    names: Iterable[str] | None = None,
-    minimum: int = 1_000,
-    progress: bool = True,
-) -> FittedFloors:
-    """Fits floors for the pairs of `split`, on the training pairs most like them.
-
-    Training and validation pairs are restricted to the pairings and data sets of `split` as long as at least `minimum`
-    training pairs are left, which makes the floors stronger; what was done is recorded.
+    train: PairArrays, validation: PairArrays, names: Iterable[str] | None = None, progress: bool = True
+) -> dict[str, Floor]:
+    """Fits floors.
 
     Args:
         train, validation (`PairArrays`): Training and validation pairs; the only ones read.
-        split (`PairArrays`): The pairs to be scored; only their pairing and data set are looked at.
         names (`Iterable[str]`, *optional*): Which floors; defaults to all.
-        minimum (`int`, *optional*, defaults to 1,000): Least number of training pairs of a restriction.
         progress (`bool`, *optional*, defaults to `True`): Whether to show a bar.
+
+    Returns:
+        `dict` of name -> fitted floor.
 
     Raises:
         ValueError: For an unknown floor or no training pairs.
@@ -135,30 +119,9 @@ def fit_floors(
             raise ValueError(f"`floors` names `{name}`, which is none{close_matches(name, FLOORS)}.")
     if not len(train):
         raise ValueError("`train` holds no pairs; floors are fitted on training pairs.")
-    used = []
-    for column in ("pairing", "dataset"):
-        wanted = np.unique(getattr(split, column))
-        rows = np.flatnonzero(np.isin(getattr(train, column), wanted))
-        if len(rows) < min(minimum, len(train)):
-            continue
-        used.append(column)
-        if len(rows) < len(train):
-            train = train.select(rows)
-        alike = np.flatnonzero(np.isin(getattr(validation, column), wanted))
-        validation = validation.select(alike) if len(alike) else validation
     validation = validation.select(sample_rows(len(validation), 1_500, seed=0))
-    floors = {}
-    for name in tqdm(names, desc="floors", unit="floor", disable=not progress):
-        kind = FLOORS[name]
-        if train.n_genes > MAX_DENSE_GENES:
-            kind = {"linear_revealed": FactorRevealedFloor, "linear_joint": FactorJointFloor}.get(name, kind)
-        floors[name] = kind().fit(train, validation)
-    return FittedFloors(
-        floors,
-        {
-            "restricted_to": used,
-            "n_train_pairs": len(train),
-            "n_validation_pairs": len(validation),
-            "settings": {name: floor.settings for name, floor in floors.items()},
-        },
-    )
+    kinds = FLOORS
+    if train.n_genes > MAX_DENSE_GENES:
+        kinds = {**FLOORS, "linear_revealed": FactorRevealedFloor, "linear_joint": FactorJointFloor}
+    bar = tqdm(names, desc="floors", unit="floor", disable=not progress)
+    return {name: kinds[name]().fit(train, validation) for name in bar}

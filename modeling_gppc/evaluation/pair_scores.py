@@ -8,6 +8,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from data_scripts.files import write_json
+from modeling_gppc.evaluation.mean_floors import Floor
 from modeling_gppc.evaluation.metrics import (
     cluster_bootstrap,
     gaussian_crps,
@@ -16,7 +17,7 @@ from modeling_gppc.evaluation.metrics import (
     row_pearson,
 )
 from modeling_gppc.evaluation.pair_arrays import PairArrays
-from modeling_gppc.evaluation.pair_floors import FLOORS, FittedFloors
+from modeling_gppc.evaluation.pair_floors import FLOORS
 
 # A predictor takes a batch of pairs and returns means `(n, V)`, or means and variances.
 Predictor = Callable[[PairArrays], np.ndarray | tuple[np.ndarray, np.ndarray | None]]
@@ -80,10 +81,9 @@ def score_split(
     pairs: PairArrays,
     methods: Mapping[str, Predictor],
     *,
-    floors: FittedFloors | None = None,
+    floors: Mapping[str, Floor] | None = None,
     seed: int = 0,
     n_resamples: int = 1_000,
-    batch_size: int = 1_024,
     with_gain: bool = True,
     progress: bool = True,
 ) -> dict:
@@ -95,17 +95,16 @@ def score_split(
     Args:
         pairs (`PairArrays`): The pairs of one split.
         methods (`Mapping[str, Predictor]`): Predictors by name; `gppc` is the model, `optimum` the analytic or
-            estimated best predictor. Names of floors are those of `baselines.FLOORS`.
-        floors (`FittedFloors`, *optional*): Floors to score as well.
+            estimated best predictor.
+        floors (`Mapping[str, Floor]`, *optional*): Fitted floors to score as well, from [`fit_floors`].
         seed (`int`, *optional*, defaults to 0): Of the bootstrap.
         n_resamples (`int`, *optional*, defaults to 1,000): Bootstrap resamples.
-        batch_size (`int`, *optional*, defaults to 1,024): Pairs predicted at once.
         with_gain (`bool`, *optional*, defaults to `True`): Whether to also predict with nothing revealed, which says
             what the revealed genes are worth to each method.
         progress (`bool`, *optional*, defaults to `True`): Whether to show a bar.
 
     Returns:
-        `dict` with `n_pairs`, `n_targets`, `n_genes`, `best_floor`, `best_label_free_floor`, `fitted_on` and
+        `dict` with `n_pairs`, `n_targets`, `n_genes`, `best_floor`, `best_label_free_floor`, `floor_settings` and
         `methods`: name -> `mse`, `mse_ci95`, `r2` and `r2_ci95` (against `mean`), `pearson_delta`,
         `pearson_delta_ci95`, `uses_labels`, `difference_from_best_floor` and `difference_from_best_label_free_floor`
         (`floor`, `mse`, `ci95`: negative is better), `gain_from_revealed` (`mse`, `ci95`: how far the error falls
@@ -119,15 +118,16 @@ def score_split(
         raise ValueError("`pairs` is empty; a split needs at least one pair to be scored.")
     predictors: dict[str, Predictor] = dict(methods)
     revealing = dict.fromkeys(methods, True)
-    for name, floor in (floors.floors if floors else {}).items():
+    for name, floor in (floors or {}).items():
         predictors[name], revealing[name] = floor.predict_moments, floor.uses_revealed
     scores, blind = {}, {}
     with_gain = with_gain and bool(pairs.revealed_mask.any())
     for name, predict in tqdm(predictors.items(), desc="scoring", unit="method", disable=not progress):
-        scores[name] = score_predictions(predict, pairs, batch_size)
+        scores[name] = score_predictions(predict, pairs)
         if with_gain and revealing[name] and name != OPTIMUM:
-            blind[name] = score_predictions(_hide_revealed(predict), pairs, batch_size)
-    return _summarise(pairs, scores, blind, floors, seed, n_resamples)
+            blind[name] = score_predictions(_hide_revealed(predict), pairs)
+    summary = _summarise(pairs, scores, blind, seed, n_resamples)
+    return {**summary, "floor_settings": {name: floor.settings for name, floor in (floors or {}).items()}}
 
 
 def _hide_revealed(predict: Predictor) -> Predictor:
@@ -140,104 +140,69 @@ def _hide_revealed(predict: Predictor) -> Predictor:
     return predict_blind
 
 
-def _summarise(pairs, scores, blind, floors, seed, n_resamples) -> dict:
-    names = list(scores)
-    _, group = np.unique(
-        np.char.add(np.char.add(pairs.dataset, "/"), pairs.target_id.astype(str)), return_inverse=True
-    )
-    group = group.ravel()
+def _summarise(
+    pairs: PairArrays, scores: Mapping[str, PairScores], blind: Mapping[str, PairScores], seed: int, n_resamples: int
+) -> dict:
+    """Means over all pairs, their intervals, and how far methods are apart: a bootstrap that all of them share."""
+    cells = np.char.add(np.char.add(pairs.dataset, "/"), pairs.target_id.astype(str))
+    group = np.unique(cells, return_inverse=True)[1].ravel()
 
-    def sums(values):
+    def sums(values: np.ndarray) -> np.ndarray:
         return np.bincount(group, weights=values, minlength=group.max() + 1)
 
-    keys = [(name, "full") for name in names] + [(name, "blind") for name in blind]
-    errors = [sums((scores if kind == "full" else blind)[name].squared_error) for name, kind in keys]
-    counts = sums(scores[names[0]].n_scored)
-    defined = [np.isfinite(scores[name].pearson_delta) for name in names]
-    pearson = [sums(np.where(ok, scores[name].pearson_delta, 0.0)) for name, ok in zip(names, defined)]
-    n_defined = [sums(ok.astype(float)) for ok in defined]
-    empty = np.zeros((0, len(counts)))
-    numerators = np.concatenate([np.stack(errors), np.stack(pearson) if pearson else empty])
-    denominators = np.concatenate([np.tile(counts, (len(errors), 1)), np.stack(n_defined) if pearson else empty])
-    with np.errstate(invalid="ignore", divide="ignore"):
-        samples = cluster_bootstrap(numerators, denominators, n_resamples, seed)
-        point = numerators.sum(axis=1) / denominators.sum(axis=1)
-    column = {key: index for index, key in enumerate(keys)}
-    mse = {key: float(point[index]) for key, index in column.items()}
-    floor_names = [name for name in names if name in FLOORS]
-    label_free = [name for name in floor_names if not FLOORS[name].uses_labels]
-    best = min(floor_names, key=lambda name: mse[name, "full"], default=None)
-    best_label_free = min(label_free, key=lambda name: mse[name, "full"], default=None)
-    summary: dict = {
-        "n_pairs": len(pairs),
-        "n_targets": len(counts),
-        "n_genes": int(pairs.scored.any(axis=0).sum()),
-        "best_floor": best,
-        "best_label_free_floor": best_label_free,
-        "fitted_on": floors.fitted_on if floors else None,
-        "methods": {},
-    }
-    for position, name in enumerate(names):
-        here = samples[:, column[name, "full"]]
-        entry = {
-            "mse": mse[name, "full"],
-            "mse_ci95": percentile_interval(here),
-            "pearson_delta": _number(point[len(keys) + position]),
-            "pearson_delta_ci95": percentile_interval(samples[:, len(keys) + position]),
-            "uses_labels": name in FLOORS and FLOORS[name].uses_labels,
-        }
-        if REFERENCE in names:
-            entry["r2"] = 1 - mse[name, "full"] / mse[REFERENCE, "full"]
-            entry["r2_ci95"] = percentile_interval(1 - here / samples[:, column[REFERENCE, "full"]])
-        for key, floor in (("best_floor", best), ("best_label_free_floor", best_label_free)):
-            if floor is not None and floor != name:
-                entry[f"difference_from_{key}"] = {
-                    "floor": floor,
-                    "mse": mse[name, "full"] - mse[floor, "full"],
-                    "ci95": percentile_interval(here - samples[:, column[floor, "full"]]),
-                }
+    counts = sums(next(iter(scores.values())).n_scored)
+    parts: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}  # numerators and denominators of target cells
+    for name, found in scores.items():
+        defined = np.isfinite(found.pearson_delta)
+        parts[name, "mse"] = sums(found.squared_error), counts
+        parts[name, "pearson_delta"] = sums(np.where(defined, found.pearson_delta, 0.0)), sums(defined)
         if name in blind:
-            entry["gain_from_revealed"] = {
-                "mse": mse[name, "blind"] - mse[name, "full"],
-                "ci95": percentile_interval(samples[:, column[name, "blind"]] - here),
-            }
-            if REFERENCE in names:
-                entry["r2_without_revealed"] = 1 - mse[name, "blind"] / mse[REFERENCE, "full"]
-        summary["methods"][name] = entry
-    _add_spread(summary["methods"], scores, sums, counts, seed, n_resamples)
-    return summary
+            parts[name, "blind"] = sums(blind[name].squared_error), counts
+        if found.covered is not None:
+            parts[name, "coverage90"], parts[name, "crps"] = (sums(found.covered), counts), (sums(found.crps), counts)
+    numerators, denominators = (np.stack(side) for side in zip(*parts.values()))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        samples = dict(zip(parts, cluster_bootstrap(numerators, denominators, n_resamples, seed).T))
+        point = dict(zip(parts, numerators.sum(axis=1) / denominators.sum(axis=1)))
 
+    def difference(first: tuple[str, str], second: tuple[str, str]) -> dict:
+        gap = {first[1].replace("blind", "mse"): float(point[first] - point[second])}
+        return gap | {"ci95": percentile_interval(samples[first] - samples[second])}
 
-def _add_spread(methods: dict, scores: Mapping[str, PairScores], sums, counts, seed: int, n_resamples: int) -> None:
-    """Coverage and CRPS of the methods that predict a variance, with intervals, into their entries."""
-    names = [name for name in scores if scores[name].covered is not None]
-    if not names:
-        return
-    parts = [sums(getattr(scores[name], part)) for part in ("covered", "crps") for name in names]
-    samples = cluster_bootstrap(np.stack(parts), counts, n_resamples, seed)
-    point = np.stack(parts).sum(axis=1) / counts.sum()
-    n = len(names)
-    for position, name in enumerate(names):
-        entry = methods[name]
-        for key, column in (("coverage90", position), ("crps", n + position)):
-            entry[key] = float(point[column])
-            entry[f"{key}_ci95"] = percentile_interval(samples[:, column])
-        if GAUSSIAN in names and name != GAUSSIAN:
-            other = n + names.index(GAUSSIAN)
-            entry["crps_difference"] = {
-                "crps": float(point[n + position] - point[other]),
-                "ci95": percentile_interval(samples[:, n + position] - samples[:, other]),
-            }
+    def best(names: list[str]) -> str | None:
+        return min(names, key=lambda name: point[name, "mse"], default=None)
+
+    floors = [name for name in scores if name in FLOORS]
+    rivals = {
+        "best_floor": best(floors),
+        "best_label_free_floor": best([name for name in floors if not FLOORS[name].uses_labels]),
+    }
+    methods: dict[str, dict] = {}
+    for name in scores:
+        entry = methods[name] = {"uses_labels": name in FLOORS and FLOORS[name].uses_labels}
+        for score in ("mse", "pearson_delta", "coverage90", "crps"):
+            if (name, score) in parts:
+                entry[score] = _number(point[name, score])
+                entry[f"{score}_ci95"] = percentile_interval(samples[name, score])
+        if REFERENCE in scores:
+            entry["r2"] = 1 - entry["mse"] / float(point[REFERENCE, "mse"])
+            entry["r2_ci95"] = percentile_interval(1 - samples[name, "mse"] / samples[REFERENCE, "mse"])
+        for key, floor in rivals.items():
+            if floor is not None and floor != name:
+                entry[f"difference_from_{key}"] = {"floor": floor, **difference((name, "mse"), (floor, "mse"))}
+        if name in blind:
+            entry["gain_from_revealed"] = difference((name, "blind"), (name, "mse"))
+            if REFERENCE in scores:
+                entry["r2_without_revealed"] = 1 - float(point[name, "blind"] / point[REFERENCE, "mse"])
+        if (name, "crps") in parts and (GAUSSIAN, "crps") in parts and name != GAUSSIAN:
+            entry["crps_difference"] = difference((name, "crps"), (GAUSSIAN, "crps"))
+    n_genes = int(pairs.scored.any(axis=0).sum())
+    return {"n_pairs": len(pairs), "n_targets": len(counts), "n_genes": n_genes, **rivals, "methods": methods}
 
 
 def _number(value: float) -> float | None:
     """JSON has no NaN: an undefined value is null."""
     return float(value) if np.isfinite(value) else None
-
-
-def assemble_results(splits: Mapping[str, dict], seed: int, **facts) -> dict:
-    """The content of `results.json`: `schema_version`, `seed`, `splits` by name and any further facts."""
-    return {"schema_version": RESULTS_VERSION, "seed": int(seed), **facts, "splits": dict(splits)}
 
 
 def write_results(results: dict, path: str | Path) -> None:
@@ -255,19 +220,22 @@ def _without_nan(value):
     return value.item() if isinstance(value, np.generic) else value
 
 
-def named_splits(pairs: PairArrays, minimum: int = 50) -> dict[str, np.ndarray]:
+def named_splits(pairing: np.ndarray, dataset: np.ndarray, minimum: int = 50) -> dict[str, np.ndarray]:
     """Rows of each part of a split that is worth a table of its own.
 
     One part a pairing (`same_type`), and with several data sets also one a data set and pairing
     (`DATASET/same_type`); parts with fewer than `minimum` pairs are left out unless nothing else is there.
+
+    Args:
+        pairing, dataset (`np.ndarray` of str): Of each pair, shape `(n,)`.
+        minimum (`int`, *optional*, defaults to 50): Least number of pairs.
     """
     parts = {}
-    datasets = np.unique(pairs.dataset)
-    for pairing in np.unique(pairs.pairing):
-        rows = np.flatnonzero(pairs.pairing == pairing)
-        parts[str(pairing)] = rows
+    datasets = np.unique(dataset)
+    for name in np.unique(pairing):
+        rows = np.flatnonzero(pairing == name)
+        parts[str(name)] = rows
         if len(datasets) > 1:
-            for dataset in datasets:
-                parts[f"{dataset}/{pairing}"] = rows[pairs.dataset[rows] == dataset]
+            parts |= {f"{own}/{name}": rows[dataset[rows] == own] for own in datasets}
     large = {name: rows for name, rows in parts.items() if len(rows) >= minimum}
     return large or {name: rows for name, rows in parts.items() if len(rows)}

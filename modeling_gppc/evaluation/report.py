@@ -101,29 +101,15 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows])
 
 
-def render_results(results: dict, markdown: bool = False) -> str:
-    """The whole of `results.json` as readable text.
-
-    Args:
-        results (`dict`): Content of `results.json`.
-        markdown (`bool`, *optional*, defaults to `False`): Markdown for cards instead of text for a terminal.
-
-    Returns:
-        `str` with one table and one sentence a split, and a legend.
-    """
+def render_results(results: dict) -> str:
+    """The whole of `results.json` as text: one table and one sentence a split, and a legend."""
     parts = []
     for name, split in results["splits"].items():
-        heading = (
-            f"{name}: {split['n_pairs']} pairs, {split.get('n_targets', '?')} target cells, {split['n_genes']} genes"
-        )
-        rows = table_rows(split)
-        if markdown:
-            bold = [[f"**{cell}**" if row[0] == MODEL_METHOD and cell else cell for cell in row] for row in rows]
-            parts.append(f"### {heading}\n\n{markdown_table(COLUMNS, bold)}\n\n{verdict(split)}")
-        else:
-            parts.append(f"{heading}\n{text_table(COLUMNS, rows)}\n{verdict(split)}")
+        targets = split.get("n_targets", "?")
+        heading = f"{name}: {split['n_pairs']} pairs, {targets} target cells, {split['n_genes']} genes"
+        parts.append(f"{heading}\n{text_table(COLUMNS, table_rows(split))}\n{verdict(split)}")
     legend = (
         "* best floor; + reads cell-type labels, which the model does not. Scores leave out revealed genes and genes "
         "not measured in the target; r2 is against `mean`; intervals: paired bootstrap over target cells."
     )
-    return "\n\n".join([*parts, legend.replace("* best", "\\* best") if markdown else legend])
+    return "\n\n".join([*parts, legend])

@@ -1,6 +1,5 @@
 """Scores of a trained model on its test pairs, beside the floors and, for synthetic cells, the best possible."""
 
-import types
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from modeling_gppc.evaluation.pair_floors import fit_floors
 from modeling_gppc.evaluation.pair_scores import (
     MODEL_METHOD,
     OPTIMUM,
-    assemble_results,
+    RESULTS_VERSION,
     named_splits,
     score_split,
     write_results,
@@ -115,9 +114,8 @@ def evaluate_run(
         floors = fit_floors(
             pairs_like(folder, "train", pairs, options.max_floor_pairs, seed),
             pairs_like(folder, "validation", pairs, options.max_floor_pairs, seed),
-            pairs,
-            names=options.floors,
-            progress=progress,
+            options.floors,
+            progress,
         )
         settings = {"seed": seed, "n_resamples": options.n_resamples, "progress": progress}
         methods = {MODEL_METHOD: ModelPredictor(model)}
@@ -130,14 +128,15 @@ def evaluate_run(
             samples = options.optimum_samples
             methods[OPTIMUM] = count_optimum(network, folder.gene_ids, few, library, samples, progress)
             results[f"{name}/ceiling"] = score_split(few, methods, floors=floors, with_gain=False, **settings)
-    return assemble_results(results, seed)
+    return {"schema_version": RESULTS_VERSION, "seed": int(seed), "splits": results}
+
+
+def _labels(table: pa.Table, column: str) -> np.ndarray:
+    return table.column(column).to_numpy(zero_copy_only=False).astype(str)
 
 
 def _parts(table: pa.Table) -> dict[str, np.ndarray]:
-    columns = {
-        name: table.column(name).to_numpy(zero_copy_only=False).astype(str) for name in ("pairing", "dataset_id")
-    }
-    return named_splits(types.SimpleNamespace(pairing=columns["pairing"], dataset=columns["dataset_id"]))
+    return named_splits(_labels(table, "pairing"), _labels(table, "dataset_id"))
 
 
 def _dense(folder: PairFolder, table: pa.Table, rows: np.ndarray) -> PairArrays:
@@ -149,7 +148,7 @@ def pairs_like(folder: PairFolder, split: str, pairs: PairArrays, at_most: int, 
     table = folder.split(split)
     keep = np.ones(table.num_rows, dtype=bool)
     for column, values in (("pairing", pairs.pairing), ("dataset_id", pairs.dataset)):
-        alike = keep & np.isin(table.column(column).to_numpy(zero_copy_only=False).astype(str), np.unique(values))
+        alike = keep & np.isin(_labels(table, column), np.unique(values))
         if alike.sum() >= (MIN_FLOOR_PAIRS if split == "train" else 1):
             keep = alike
     rows = np.flatnonzero(keep)
@@ -169,10 +168,9 @@ def linear_optimum(network: GeneNetwork, gene_ids: list[str]):
     from data_scripts.synthetic.best_predictor import optimum
 
     def predict(pairs: PairArrays) -> tuple[np.ndarray, np.ndarray]:
-        best = optimum(
-            network, pairs.source, pairs.source_measured, _revealed(pairs), list(pairs.pairing), gene_ids=gene_ids
-        )
-        return best.mean, np.maximum(best.variance, 1e-12)
+        known = (pairs.source, pairs.source_measured, _revealed(pairs), list(pairs.pairing))
+        mean, variance = optimum(network, *known, gene_ids=gene_ids)
+        return mean, np.maximum(variance, 1e-12)
 
     return predict
 

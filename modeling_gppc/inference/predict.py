@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from data_scripts.cells.anndata_file import check_path
 from data_scripts.files import write_atomically
 from modeling_gppc.feature_extraction_gppc import GppcFeatureExtractor
-from modeling_gppc.inference.input_cells import check_cells_path, read_cells
 from modeling_gppc.inference.loading import load_model
 from modeling_gppc.inference.perturbed_states import predicted_blocks
 from modeling_gppc.inference.prediction_plan import LAYERS, Prediction, parse_perturbations, prepare_prediction
@@ -37,8 +37,8 @@ def predict_anndata(
             [`GppcFeatureExtractor.parse_perturbation`].
         batch_size (`int`, *optional*, defaults to 256): Rows that the model sees at once.
         progress (`bool`, *optional*, defaults to `False`): Whether to show a progress bar.
-        **options: See [`prepare_prediction`]: `layer`, `gene_column`, `library_size_key`, `pairing`, `genes`,
-            `device`.
+        **options: See [`prepare_prediction`]: `pairing`, `genes`, `device`, and those of [`ReadOptions`]:
+            `layer`, `value_kind`, `gene_column`, `symbol_column`, `library_size_column`.
 
     Returns:
         `AnnData`, one row a perturbation and cell (perturbation by perturbation, with `obs.perturbation` and
@@ -85,7 +85,7 @@ def predict_file(
 
     Args:
         model (`str` or `Path`): A model folder or a Hub id.
-        cells (`str` or `Path`): The `.h5ad` file to read.
+        cells (`str` or `Path`): The file to read; see [`open_cells`].
         perturbations, batch_size, device, progress, **options: See [`predict_anndata`].
         out (`str` or `Path`): The `.h5ad` file to write, with the content that [`predict_anndata`] returns; it
             appears under its name only when it is complete.
@@ -102,10 +102,10 @@ def predict_file(
         raise ValueError(f"`out` is {str(out)!r}; wanted a file name that ends in .h5ad.")
     if out.is_dir() or (out.exists() and not overwrite):
         raise ValueError(f"`out` {str(out)!r} exists; choose another name or replace it with `overwrite`.")
-    check_cells_path(cells)
+    check_path(cells, "`cells`")
     loaded = load_model(model, device)
     parse_perturbations(loaded[1], perturbations)  # a mistyped gene should not wait for a large file
-    prediction = prepare_prediction(loaded, read_cells(cells), perturbations, batch_size=batch_size, **options)
+    prediction = prepare_prediction(loaded, cells, perturbations, batch_size=batch_size, **options)
     prediction.uns.update({"model": str(model), "cells": str(cells)})
     with write_atomically(out) as temporary, h5py.File(temporary, "w") as file:
         obs = prediction.obs.assign(**dict.fromkeys(prediction.columns, np.float32(0)))

@@ -6,20 +6,21 @@ import time
 
 import numpy as np
 
+from data_scripts.cells.read_options import ReadOptions
 from modeling_gppc.inference.predict_options import PredictOptions
 
 TOP_GENES = 5
 MAX_SHOWN = 10
-OPTIONS = (PredictOptions,)
+OPTIONS = (PredictOptions, ReadOptions)
 
 
-def run(options: PredictOptions) -> None:
+def run(options: PredictOptions, reading: ReadOptions) -> None:
     """Writes the predictions and says which genes respond most."""
     # Imported late: a mistyped option should answer at once.
     from modeling_gppc.inference.predict import predict_file
 
     start = time.perf_counter()
-    given = dataclasses.asdict(options)
+    given = dataclasses.asdict(options) | dataclasses.asdict(reading)
     quiet, perturbations = given.pop("quiet"), given.pop("perturb")
     prediction, mean_delta = predict_file(perturbations=perturbations, progress=not quiet, **given)
     for line in prediction.warnings:

@@ -13,15 +13,12 @@ class PredictOptions:
 
     Args:
         model (`str`): Model folder, or the id of a model on the Hub.
-        cells (`str`): Cells with raw counts (.h5ad).
+        cells (`str`): Cells with raw counts: .h5ad, .zarr, or .h5 of 10x Genomics.
         perturb (`list[str]`): Perturbations, each GENE=ACTION. Actions are ko, kd:SHARE (share removed), xFACTOR,
             level:VALUE (log value) and delta:CHANGE (of the log value); + joins genes, as in STAT1=ko+IRF1=x3; `control`
             changes nothing.
         out (`str`): File to write (.h5ad).
         overwrite (`bool`, *optional*, defaults to `False`): Replace a file of that name.
-        layer (`str`, *optional*): Layer that holds the counts, or `raw`; else X.
-        gene_column (`str`, *optional*): Column of var with Ensembl ids or symbols; found when absent.
-        library_size_key (`str`, *optional*): Column of obs with counts over all genes; found when absent, else their sum.
         pairing (`str`, *optional*): Context that the cell before and the cell after share; else the model's.
         genes (`list[str]`, *optional*): Predict these genes only; else all that the model knows.
         batch_size (`int`, *optional*, defaults to 256): Rows that the model sees at once.
@@ -34,9 +31,6 @@ class PredictOptions:
     perturb: list[str]
     out: str
     overwrite: bool = False
-    layer: str | None = None
-    gene_column: str | None = None
-    library_size_key: str | None = None
     pairing: str | None = None
     genes: list[str] | None = None
     batch_size: int = 256

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from data_scripts.cells.read_options import ReadOptions
 from modeling_gppc.feature_extraction_gppc import GppcFeatureExtractor
 from modeling_gppc.inference.input_cells import InputCells, input_cells
 from modeling_gppc.inference.loading import load_model
@@ -71,32 +72,30 @@ class Prediction:
 
 def prepare_prediction(
     model: str | Path | tuple[GppcForPerturbationPrediction, GppcFeatureExtractor],
-    adata: anndata.AnnData,
+    adata: str | Path | anndata.AnnData,
     perturbations: str | Sequence[str],
     *,
-    layer: str | None = None,
-    gene_column: str | None = None,
-    library_size_key: str | None = None,
     pairing: str | None = None,
     genes: Sequence[str] | None = None,
     batch_size: int = 256,
     device: str | torch.device | None = None,
+    **reading,
 ) -> Prediction:
     """Checks everything before the model runs.
 
     Args:
-        model, adata, perturbations, batch_size: As in [`predict_anndata`].
-        layer, gene_column, library_size_key: Where counts, gene names and counts over all genes are; see
-            [`input_cells`].
+        model, adata, perturbations, batch_size: As in [`predict_anndata`]; cells may also be a file.
         pairing (`str`, *optional*): Context that the cell before and the cell after share, one of the model's
             `config.pairings`; defaults to `config.default_pairing`.
         genes (`Sequence[str]`, *optional*): Genes to predict; defaults to all that the model knows.
         device (`str`, *optional*): See [`load_model`]; only for a model given by name.
+        **reading: Where counts, gene names and counts over all genes are; see [`ReadOptions`].
 
     Raises:
         ValueError: For a missing model, a malformed perturbation or one given twice, a gene or pairing that the model
             does not know, an option out of range, or cells that are not raw counts of known genes.
     """
+    reading = ReadOptions(**reading)
     if batch_size < 1:
         raise ValueError(f"`batch_size` is {batch_size}; wanted at least 1.")
     name = "a model in memory" if isinstance(model, tuple) else str(model)
@@ -111,7 +110,7 @@ def prepare_prediction(
     query = np.arange(extractor.vocab_size) if genes is None else extractor.gene_index(list(genes))
     if len(query) == 0 or len(np.unique(query)) != len(query):
         raise ValueError("`genes` names no gene, or one twice; give each gene to predict once.")
-    cells = input_cells(adata, extractor, layer=layer, gene_column=gene_column, library_size_key=library_size_key)
+    cells = input_cells(adata, extractor, reading)
     prediction = Prediction(
         model=network.eval(),
         extractor=extractor,
@@ -120,7 +119,7 @@ def prepare_prediction(
         parsed=parsed,
         pairing=pairing,
         query=query,
-        obs=_output_obs(adata.obs, texts),
+        obs=_output_obs(cells.obs, texts),
         var=pd.DataFrame(
             {
                 "gene_symbol": [extractor.gene_symbols[gene] for gene in query],

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import torch
 from transformers import SchedulerType, get_scheduler
 
+from data_scripts.cells.read_options import CensusReadOptions
 from data_scripts.cells.screen_options import ScreenOptions
 from data_scripts.options import Count, CountOrZero, NotNegative, Positive, Range, check_numbers
 from data_scripts.synthetic.network import SyntheticConfig
@@ -20,13 +21,15 @@ REPORTERS = ("tensorboard", "trackio", "wandb")
 @dataclass
 class DataOptions:
     """
-    Where the cells come from; exactly one of the first five, or a `uri` / `census_version` in `pairs.query`.
+    Where the cells come from; exactly one of `pairs`, `example`, `files`, `synthetic` and `screen`, or a `uri` /
+    `census_version` in `pairs.query`.
 
     Args:
         pairs (`str`, *optional*): Folder that `gppc build-pairs` wrote.
         example (`str`, *optional*): Cells that need no download: `pbmc68k_reduced`, as scanpy ships them.
         files (`list[str]`, *optional*): AnnData files of raw counts; written into a local store first. The name of a
             file without its ending is its data set's name.
+        file_options (`CensusReadOptions`, *optional*): How they are read.
         synthetic (`SyntheticConfig`, *optional*): Cells from a known gene network; written into a local store first.
         screen (`str`, *optional*): AnnData file of a CRISPR screen; `screen` says what is fitted on it.
         screen_options (`ScreenOptions`, *optional*): How it is read.
@@ -36,22 +39,18 @@ class DataOptions:
         stream_pool_shards (`int`, *optional*, defaults to 2): Shards that a batch draws its pairs from; the pairs of
             about half of them are in each worker's memory.
         num_proc (`int`, *optional*, defaults to 1): Processes that build pairs.
-        library_size_key, cell_type_key, donor_key (`str`, *optional*): Columns of obs of `files`, where their names
-            are not the usual ones.
     """
 
     pairs: str | None = None
     example: Literal["pbmc68k_reduced"] | None = None
     files: list[str] | None = None
+    file_options: CensusReadOptions = field(default_factory=CensusReadOptions)
     synthetic: SyntheticConfig | None = None
     screen: str | None = None
     screen_options: ScreenOptions = field(default_factory=ScreenOptions)
     stream: bool = False
     stream_pool_shards: Count = 2
     num_proc: Count = 1
-    library_size_key: str | None = None
-    cell_type_key: str | None = None
-    donor_key: str | None = None
 
     def __post_init__(self):
         check_numbers(self, "data")

@@ -1,10 +1,11 @@
 """The processes of a run: how many there are, whether they are as many as asked for, and errors that all of them see."""
 
 import atexit
+import contextlib
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import NoReturn, TypeVar
 
@@ -30,6 +31,19 @@ def start_processes(use_cpu: bool) -> PartialState:
     if use_cpu or not torch.cuda.is_available():
         return PartialState(cpu=True, timeout=PATIENCE)
     return PartialState(timeout=PATIENCE)
+
+
+@contextlib.contextmanager
+def processes(use_cpu: bool) -> Iterator[PartialState]:
+    """The processes of a launch, from [`start_processes`] to their end."""
+    state = start_processes(use_cpu)
+    try:
+        yield state
+    finally:
+        # Among several, `leave` ends the process: its group's end joins Gloo's threads and holds the interpreter's lock,
+        # which these may be waiting for.
+        if state.num_processes == 1:
+            state.destroy_process_group()
 
 
 def refuse_single_process(environment: dict[str, str]) -> None:

@@ -27,9 +27,8 @@ def check_files(data: DataOptions, pairs: PairOptions) -> None:
             raise ValueError(f"`data.files` holds two files named {name!r}; their names tell data sets apart.")
     from data_scripts.pairs.gene_selection import read_gene_list
 
-    for path in (pairs.panel.file, pairs.perturbation.genes_file):
-        if path is not None:
-            read_gene_list(path)
+    if pairs.panel.file is not None:
+        read_gene_list(pairs.panel.file)
 
 
 def prepare_pairs(
@@ -62,10 +61,15 @@ def prepare_pairs(
         if not store.exists():
             out.mkdir(parents=True, exist_ok=True)
             write_store(store, data, pairs.query.organism, progress)
-        query = dataclasses.replace(pairs.query, uri=str(store))
+        kind = data.file_options.value_kind if data.files else "counts"
         if data.synthetic is not None and data.synthetic.form == "linear":
-            query = dataclasses.replace(query, layer="log_values", normalization="none")
-        pairs = dataclasses.replace(pairs, query=query)
+            kind = "log"
+        layer = {
+            "counts": {},
+            "estimated_counts": {"layer": "normalized"},
+            "log": {"layer": "log_values", "normalization": "none"},
+        }[kind]
+        pairs = dataclasses.replace(pairs, query=dataclasses.replace(pairs.query, uri=str(store), **layer))
     return build_pairs(pairs, out / "pairs", num_proc=data.num_proc, progress=progress, train_rows=train_rows)
 
 
@@ -99,6 +103,6 @@ def write_store(store: Path, data: DataOptions, organism: str, progress: bool) -
 
         sources = [CensusSource(adata=library_cells_pbmc68k(), dataset_id=data.example)]
     else:
-        keys = {name: getattr(data, name) for name in ("library_size_key", "cell_type_key", "donor_key")}
-        sources = [CensusSource(path=file, dataset_id=Path(file).stem, **keys) for file in data.files]
+        reading = data.file_options
+        sources = [CensusSource(path=file, dataset_id=Path(file).stem, options=reading) for file in data.files]
     write_census(store, sources, organism=organism, progress=progress)

@@ -1,6 +1,8 @@
 """What a finished model says of the run that made it: for its card, and for those who ask what it has seen."""
 
 import json
+import shlex
+import sys
 import time
 from pathlib import Path
 
@@ -11,9 +13,7 @@ from modeling_gppc.training.arguments import DataOptions
 from modeling_gppc.training.trainer import GppcTrainer
 
 
-def run_facts(
-    trainer: GppcTrainer, folder: PairFolder, data: DataOptions, start_from: str | None, command: str
-) -> dict:
+def run_facts(trainer: GppcTrainer, folder: PairFolder, data: DataOptions, start_from: str | None) -> dict:
     """The content of `run.json`.
 
     Args:
@@ -21,7 +21,6 @@ def run_facts(
         folder ([`PairFolder`]): Its pairs.
         data ([`DataOptions`]): Where its cells come from.
         start_from (`str`, *optional*): Folder of the model that it started from.
-        command (`str`): What started it.
     """
     manifest = folder.manifest
     query = manifest.get("options", {}).get("query", {})
@@ -35,7 +34,7 @@ def run_facts(
         "seconds": round(time.monotonic() - trainer.began, 1),
         "flop": float(trainer.state.total_flos) or None,
         "seed": trainer.args.seed,
-        "command": command,
+        "command": command(),
         "pairs": (
             "drawn anew in every epoch, straight from the store"
             if data.stream
@@ -49,6 +48,11 @@ def run_facts(
         "digest": manifest.get("digest"),
         **what_was_read(folder, start_from),
     }
+
+
+def command() -> str:
+    """The command that started this process."""
+    return shlex.join(["accelerate", "launch", "train.py", *sys.argv[1:]])
 
 
 def what_was_read(folder: PairFolder, start_folder: str | None) -> dict:

@@ -16,6 +16,7 @@ from modeling_gppc.fitting.fit_controls import fit_controls
 from modeling_gppc.fitting.fit_screen import fit_screen
 from modeling_gppc.fitting.gene_features import read_gene_features
 from modeling_gppc.pipeline_gppc import PerturbationPredictionPipeline
+from modeling_gppc.training.run_facts import command
 from modeling_gppc.training.screen_run_options import EVERY_FOLD, ScreenRunOptions
 
 
@@ -78,6 +79,7 @@ def screen_facts(screen: Screen, fold: Fold, options: ScreenRunOptions) -> dict:
         "genes": len(screen.gene_ids),
         "flop": None,
         "seed": options.seed,
+        "command": command(),
         "datasets": [screen.name],
         "screen": {
             "name": screen.name,

@@ -1,6 +1,7 @@
 """GppcTrainer: the Trainer of transformers with exact held-out errors, exact resumption and exact parallel runs."""
 
 import contextlib
+import dataclasses
 import logging
 import math
 import sys
@@ -314,45 +315,32 @@ def training_arguments(
     streamed: bool = False,
 ) -> TrainingArguments:
     """Arguments of the Trainer for the options of a run."""
+    known = TrainingArguments.__dataclass_fields__
+    shared = {name: value for name, value in dataclasses.asdict(options).items() if name in known}
+    changed = {
+        "report_to": options.report_to or "none",
+        "use_cpu": options.use_cpu or not torch.cuda.is_available(),
+        # Forked workers share the mapped rows; others would get a copy of them. They touch numpy only.
+        "dataloader_multiprocessing_context": "fork" if options.dataloader_num_workers and LINUX else None,
+    }
     return TrainingArguments(
+        **(shared | changed),
         output_dir=str(output_dir),
         run_name=Path(output_dir).name,
         project="gppc",
         seed=seed,
         data_seed=seed,
         full_determinism=options.deterministic,
-        max_steps=options.max_steps,
-        learning_rate=options.learning_rate,
-        weight_decay=options.weight_decay,
-        adam_beta2=options.adam_beta2,
-        max_grad_norm=options.max_grad_norm,
-        lr_scheduler_type=options.lr_scheduler_type,
-        lr_scheduler_kwargs=dict(options.lr_scheduler_kwargs),
-        warmup_steps=options.warmup_steps,
-        per_device_train_batch_size=options.per_device_train_batch_size,
-        per_device_eval_batch_size=options.per_device_eval_batch_size,
-        gradient_accumulation_steps=options.gradient_accumulation_steps,
         eval_strategy="steps",
-        eval_steps=options.eval_steps,
         save_strategy="steps",
-        save_steps=options.save_steps,
-        save_total_limit=options.save_total_limit,
-        logging_steps=options.logging_steps,
         load_best_model_at_end=True,
         metric_for_best_model="eval_mse",
         greater_is_better=False,
         remove_unused_columns=False,
         ignore_data_skip=streamed,  # a stream goes on where it stood by itself
-        dataloader_num_workers=options.dataloader_num_workers,
-        # Forked workers share the mapped rows; others would get a copy of them. They touch numpy only.
-        dataloader_multiprocessing_context="fork" if options.dataloader_num_workers and LINUX else None,
         bf16=options.precision == "bf16",
         fp16=options.precision == "fp16",
-        gradient_checkpointing=options.gradient_checkpointing,
-        torch_compile=options.torch_compile,
-        report_to=options.report_to or "none",
         disable_tqdm=False,  # the bar belongs to the main process alone
-        use_cpu=options.use_cpu or not torch.cuda.is_available(),
         ddp_find_unused_parameters=find_unused_parameters,
         ddp_broadcast_buffers=False,  # they are equal from the start and never change
     )

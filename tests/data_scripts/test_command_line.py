@@ -119,6 +119,7 @@ GOOD = {
     "list": ("--names a b --count 1", "names", ["a", "b"]),
     "list in brackets": ("--names [a,b]", "names", ["a", "b"]),
     "list, one after another": ("--names a --names b c", "names", ["a", "b", "c"]),
+    "list in brackets, the last one counts": ("--names [a] --names [b,c]", "names", ["b", "c"]),
     "empty list": ("--names []", "names", []),
     "numbers stay names": ("--names 1 2", "names", ["1", "2"]),
     "tuple": ("--pair 1 2", "pair", (1, 2)),

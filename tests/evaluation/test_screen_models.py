@@ -98,7 +98,7 @@ def test_shipped_configs_trip_no_guard(in_context, folds, screen):
         guard_model(read_run(folder), screen.name, cells_digest(screen), "fine-tuned")
     for path in CONFIGS.glob("*.yaml"):
         flags = ["--data.screen", "x.h5ad"] if path.stem == "screen" else []
-        flags += ["--pairs.query.uri", "cells"] if path.stem == "pbmc" else []
+        flags += ["--pairs.query.uri", "cells"] if path.stem in ("own", "pbmc") else []
         assert (parse_options(path.stem, flags).data.screen is not None) == (path.stem == "screen")
 
 

@@ -162,7 +162,7 @@ def test_options_of_scoring_may_change_on_resume(trained, monkeypatch):
         "--resume",
     ]
     assert train_module().main(command) == 0
-    assert set(results_of(out)["same_type"]["methods"]) == {"gppc", "mean", "no_change"}
+    assert set(results_of(out)["same_type"]["methods"]) == {"gppc", "no_change"}
     assert (out / "model" / "model.safetensors").read_bytes() == weights
 
 

@@ -139,6 +139,7 @@ def commands(client):
         code = f"""
 import contextlib, io, json
 from gppc.cli import main
+from modeling_gppc import GppcConfig  # the package's classes are used in place of the repository's code
 
 results = []
 for arguments in {[["push", *map(str, arguments)] for arguments in commands]!r}:

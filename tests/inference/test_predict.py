@@ -201,14 +201,14 @@ def test_unexpressed_and_unmeasured_perturbed_genes_are_warned_of():
 def test_the_library_size_is_over_all_genes():
     cells = make_cells()
     cells.obs["depth"] = cells.obs.pop("n_counts_full")
-    named = predict(cells, "IRF1=ko", library_size_key="depth")
+    named = predict(cells, "IRF1=ko", library_size_column="depth")
     cells.obs["n_counts_full"] = cells.obs["depth"]
     np.testing.assert_array_equal(named.X, predict(cells, "IRF1=ko").X)
     del cells.obs["n_counts_full"], cells.obs["depth"]
     summed = predict(cells, "IRF1=ko")
     assert summed.uns["gppc"]["library_size"] == "sum"
     cells.obs["depth"] = np.asarray(cells.X.sum(axis=1)).ravel()
-    np.testing.assert_array_equal(summed.X, predict(cells, "IRF1=ko", library_size_key="depth").X)
+    np.testing.assert_array_equal(summed.X, predict(cells, "IRF1=ko", library_size_column="depth").X)
     assert np.abs(summed.X - named.X).max() > 1e-3
 
 
@@ -234,12 +234,22 @@ def test_ids_symbols_layers_and_dense_counts_say_the_same():
     np.testing.assert_allclose(predict(shuffled, "IRF1=ko").X, wanted, atol=1e-6)
 
 
-def test_a_gene_named_twice_counts_once():
+@pytest.mark.filterwarnings("ignore:only|library")
+def test_columns_of_one_gene():
+    """Those that the file calls one gene are added up; of two names that are one gene to the model, the id counts."""
     cells = make_cells()
-    cells.var["ensembl_id"] = [*GENES[:10], "", GENES[2]]  # the last column repeats CD3D
-    with pytest.warns(UserWarning, match="name a gene that another column names already"):
-        repeated = predict(cells, "IRF1=x2")
-    np.testing.assert_array_equal(repeated.X, predict(make_cells(), "IRF1=x2").X)
+    cells.var["ensembl_id"] = [*GENES[:10], "", GENES[2]]
+    with pytest.warns(
+        UserWarning, match="1 genes of `cells` stand in several columns, whose counts are added up: CD3D"
+    ):
+        added = predict(cells, "IRF1=x2")
+    by_hand = make_cells()[:, :11].copy()
+    by_hand.X[:, 2] += cells.X[:, 11]
+    np.testing.assert_array_equal(added.X, predict(by_hand, "IRF1=x2").X)
+    named = make_cells()
+    named.var_names = [*NAMES[:11], GENES[2]]
+    with pytest.warns(UserWarning, match="name a gene that another column names already; the first counts: `CD3D`"):
+        predict(named, "IRF1=x2")
 
 
 def test_a_symbol_of_two_genes_needs_an_id():
@@ -328,23 +338,23 @@ def command(folder, tmp_path, **changed):
         ({"model": "tinny"}, r"`model` '.*tinny' does not exist.*did you mean `tiny`"),
         ({"model": "empty"}, r"has no `config.json`"),
         ({"cells": "cell.h5ad"}, r"`cells` .* does not exist; did you mean `cells.h5ad`"),
-        ({"cells": "note.h5ad"}, r"is not an AnnData file"),
+        ({"cells": "note.h5ad"}, r"is not a readable AnnData"),
         ({"perturb": "STAT1"}, r"`perturbation` 'STAT1' is not `GENE=ACTION`"),
         ({"perturb": "STAT1=kd:2"}, r"lies between 0 and 1"),
         ({"perturb": "STAT2=ko"}, r"gene `STAT2` is not among .*did you mean `STAT1`"),
         ({"perturb": "STAT1=ko+STAT1=x2"}, r"names a gene twice"),
-        ({"cells": "logs.h5ad"}, r"X` holds non-integer values.*raw counts are in layer `counts`"),
+        ({"cells": "logs.h5ad"}, r"X` holds non-integer values.*Raw counts are in layer `counts`"),
         ({"cells": "nan.h5ad"}, r"NaN or infinite"),
         ({"cells": "negative.h5ad"}, r"negative values"),
         ({"cells": "mouse.h5ad"}, r"none of the 12 genes .*another species"),
         ({"cells": "other.h5ad"}, r"none of the 12 genes .*`gene_column`"),
-        ({"cells": "none.h5ad"}, r"holds no cells"),
+        ({"cells": "none.h5ad"}, r"`cells` has no cells"),
         ({"out": "taken.h5ad"}, r"taken.h5ad' exists; .*overwrite"),
         ({"out": "out.csv"}, r"ends in .h5ad"),
         ({"layer": "count", "cells": "logs.h5ad"}, r"`layer` is 'count'.*did you mean `counts`"),
         ({"gene_column": "symbl"}, r"`gene_column` is 'symbl'"),
-        ({"library_size_key": "n_counts"}, r"`library_size_key` is 'n_counts'.*did you mean `n_counts_full`"),
-        ({"library_size_key": "too_small"}, r"`library_size_key` 'too_small' is 1 for cell `cell0`"),
+        ({"library_size_column": "n_counts"}, r"`library_size_column` is 'n_counts'.*did you mean `n_counts_full`"),
+        ({"library_size_column": "too_small"}, r"`library_size_column` 'too_small' of `cells` is 1 for cell `cell0`"),
         ({"pairing": "same_typ"}, r"`pairing` is 'same_typ'.*did you mean `same_type`"),
         ({"genes": "LYZZ"}, r"gene `LYZZ` is not among"),
         ({"batch_size": 0}, r"`batch_size` is 0"),

@@ -91,7 +91,7 @@ def kill_at(monkeypatch, owner, name: str, call: int):
         ("accumulated", GppcTrainer, "training_step", 40),  # between the batches of a step
         ("plain", GppcTrainer, "_save_optimizer_and_scheduler", 2),
         ("plain", GppcTrainer, "_save_rng_state", 2),
-        ("plain", checkpoints, "_make_durable", 12),
+        ("plain", checkpoints, "make_durable", 12),
         ("plain", checkpoints.os, "rename", 2),
         ("plain", checkpoints.shutil, "rmtree", 6),
         ("plain", GppcTrainer, "train_or_load", 1),

@@ -11,7 +11,8 @@ from tiny_runs import ROWS, train_module, write_run_pairs
 
 from data_scripts.command_line import argument_texts, kind_of, read_flags, sections_of
 from data_scripts.store.local_census import CensusSource, write_census
-from gppc.run_options import LaunchOptions, ModelOptions, RunOptions, parse_options
+from gppc.run_options import ModelOptions, RunOptions, parse_options
+from gppc.train_command import LaunchOptions
 from modeling_gppc.training import arguments as arguments_module
 from modeling_gppc.training.arguments import CONFIGS, TrainingOptions, find_config
 from modeling_gppc.training.run_folder import holds_work
@@ -121,7 +122,7 @@ BAD = {
     "missing cells": (["--data.files", "[EMPTY/none.h5ad]"], ["`data.files`", "none.h5ad does not exist"]),
     "missing screen": (["--data.screen", "EMPTY/none.h5ad"], ["`data.screen`", "none.h5ad does not exist"]),
     "missing list of genes": (
-        ["--pairs.query.uri", "STORE", "--pairs.perturbation.genes_file", "EMPTY/none.txt"],
+        ["--pairs.query.uri", "STORE", "--pairs.panel.rule", "file", "--pairs.panel.file", "EMPTY/none.txt"],
         ["none.txt does not exist"],
     ),
     "settings of another schedule": (
@@ -224,7 +225,6 @@ NUMBERS = {
     "pairs.panel.n_genes": ("0",),
     "pairs.matching.pairs_per_cell": ("0",),
     "pairs.perturbation.min_genes": ("-1",),
-    "pairs.splits.held_out_genes": ("{test: 1}", "{test: nan}"),
     "model.num_factors": ("0", "-1", "1.5", "true"),
     "model.encoder_layers": ("-1",),
     "model.num_attention_heads": ("0",),

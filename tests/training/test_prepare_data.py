@@ -6,12 +6,12 @@ import anndata
 import numpy as np
 import pytest
 import scipy.sparse as sp
+from pair_writer import write_pair_folder
 from tiny_pairs import tiny_genes, tiny_rows
 from tiny_runs import write_run_pairs
 
 from data_scripts.options import from_mapping
 from data_scripts.pairs import census_pairs
-from data_scripts.pairs.pair_folder import write_pair_folder
 from data_scripts.store import local_census
 from gppc.run_options import RunOptions
 
@@ -44,7 +44,7 @@ def files(cells) -> list[str]:
 
 
 def test_files_become_pairs_once(cells, tmp_path, monkeypatch):
-    run = options(tmp_path / "run", files=files(cells), donor_key="person")
+    run = options(tmp_path / "run", files=files(cells), file_options={"donor_column": "person"})
     folder = run.prepare_pairs(progress=False)
     assert folder.splits == ["train", "validation", "test"] and folder.genes.num_rows == 12
     assert set(folder.split("train").column("dataset_id").to_pylist()) == {"first", "second"}

@@ -91,8 +91,8 @@ def test_loss_of_a_step_is_the_mean_over_its_scored_genes(folder):
     assert counts[0] / 3 != counts[1] / 27  # a mean of means would be another number
     summed = sum(model(**part, num_items_in_batch=torch.tensor(sum(counts))).loss for part in parts)
     torch.testing.assert_close(summed, model(**whole).loss, atol=1e-6, rtol=0)
-    means = [float(model(**part).loss) for part in parts]
-    assert abs(float(np.mean(means)) - float(summed)) > 1e-4
+    means = [model(**part).loss.item() for part in parts]
+    assert abs(np.mean(means) - summed.item()) > 1e-4
     torch.testing.assert_close(
         model(**whole, num_items_in_batch=10**6).loss * 10**6 / sum(counts), model(**whole).loss
     )

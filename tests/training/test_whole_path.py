@@ -16,9 +16,9 @@ from modeling_gppc.training.arguments import find_config
 
 CELLS = "{form: linear, n_genes: 40, n_regulators: 5, n_cells: 2500, n_donors: 50, n_datasets: 2, n_cell_types: 8}"
 BUDGET = [
-    *("--training.max_steps", "120", "--training.eval_steps", "60", "--training.save_steps", "60"),
+    *("--training.max_steps", "60", "--training.eval_steps", "30", "--training.save_steps", "30"),
     *("--training.warmup_steps", "20", "--training.per_device_train_batch_size", "64", "--training.use_cpu", "true"),
-    *("--evaluation.n_resamples", "100", "--evaluation.max_pairs", "1500"),
+    *("--evaluation.n_resamples", "100", "--evaluation.max_pairs", "800"),
 ]
 
 

@@ -42,12 +42,8 @@ def predict_table(predict, path, perturbation, top_k):
     """Rows of [`COLUMNS`] for the genes that change most."""
     genes, counts = read_counts(path)
     records = predict({"counts": counts, "gene_ids": genes, "perturbation": perturbation}, top_k=top_k)
+    figures = ("change", "expression", "std")
     return [
-        [
-            record["gene_symbol"],
-            round(record["change"], 4),
-            round(record["expression"], 4),
-            None if record["std"] is None else round(record["std"], 4),
-        ]
+        [record["gene_symbol"], *(None if record[name] is None else round(record[name], 4) for name in figures)]
         for record in records
     ]

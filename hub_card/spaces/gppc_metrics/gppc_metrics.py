@@ -1,41 +1,14 @@
-"""Scores of predicted expression: squared error, r2 and correlation of the change. Self-contained: numpy only."""
+"""Scores predicted gene expression after a perturbation against the expression that was observed.
+
+Every row is a cell (or an average of cells), every column a gene, values are log values. Genes that were not measured,
+and genes whose change was imposed, are left out: set their reference to -100 (or NaN), or give `mask`.
+"""
 
 import datasets
 import evaluate
 import numpy as np
 
 IGNORED = -100.0
-
-_DESCRIPTION = """
-Scores predicted gene expression after a perturbation against the expression that was observed. Every row is a cell (or
-an average of cells), every column a gene, values are log values. Genes that were not measured, and genes whose change
-was imposed, are left out: set their reference to -100 (or NaN), or give `mask`.
-"""
-
-_KWARGS_DESCRIPTION = """
-Args:
-    predictions (`list[list[float]]`): Predicted log values, shape `(n, V)`.
-    references (`list[list[float]]`): Observed log values, shape `(n, V)`; -100 or NaN where a gene is not scored.
-    sources (`list[list[float]]`): Log values before the perturbation, shape `(n, V)`.
-    mask (`list[list[bool]]`, *optional*): True where a gene is scored.
-    means (`list[float]`, *optional*): Mean of every gene over the training cells, shape `(V,)`; needed for `r2`.
-Returns:
-    `mse` (`float`): squared error summed over the scored entries, divided by their number.
-    `pearson_delta` (`float`): mean over rows of the Pearson correlation of predicted with observed change (prediction
-        minus source, reference minus source); rows where it is not defined do not count.
-    `r2` (`float`): 1 - mse / mse of predicting `means`; only with `means`.
-    `n_scored` (`int`): number of scored entries.
-Examples:
-    >>> metric = evaluate.load("gppc_metrics")
-    >>> metric.compute(predictions=[[1.0, 2.0, 3.0]], references=[[1.0, 2.0, 4.0]], sources=[[0.0, 2.0, 1.0]])
-"""
-
-_CITATION = """
-@software{gppc,
-  author = {{GPPC developers}},
-  title = {GPPC: Gene Perturbation Predictor from Correlates}
-}
-"""
 
 
 def row_pearson(first, second, mask):
@@ -51,16 +24,35 @@ def row_pearson(first, second, mask):
     return np.where(varied, product / np.sqrt(np.where(varied, squares[0] * squares[1], 1.0)), np.nan)
 
 
-@evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
 class GppcMetrics(evaluate.Metric):
-    """Squared error, r2 and correlation of the change."""
+    """
+    Squared error, r2 and correlation of the change.
+
+    Args:
+        predictions (`list[list[float]]`): Predicted log values, shape `(n, V)`.
+        references (`list[list[float]]`): Observed log values, shape `(n, V)`; -100 or NaN where a gene is not scored.
+        sources (`list[list[float]]`): Log values before the perturbation, shape `(n, V)`.
+        mask (`list[list[bool]]`, *optional*): True where a gene is scored.
+        means (`list[float]`, *optional*): Mean of every gene over the training cells, shape `(V,)`; needed for `r2`.
+
+    Returns:
+        `mse` (`float`): squared error summed over the scored entries, divided by their number.
+        `pearson_delta` (`float`): mean over rows of the Pearson correlation of predicted with observed change
+            (prediction minus source, reference minus source); rows where it is not defined do not count.
+        `r2` (`float`): 1 - mse / mse of predicting `means`; only with `means`.
+        `n_scored` (`int`): number of scored entries.
+
+    Examples:
+        >>> metric = evaluate.load("gppc_metrics")
+        >>> metric.compute(predictions=[[1.0, 2.0, 3.0]], references=[[1.0, 2.0, 4.0]], sources=[[0.0, 2.0, 1.0]])
+    """
 
     def _info(self):
         row = datasets.Sequence(datasets.Value("float64"))
         return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation=_CITATION,
-            inputs_description=_KWARGS_DESCRIPTION,
+            description=__doc__,
+            citation="GPPC developers. GPPC: Gene Perturbation Predictor from Correlates.",
+            inputs_description=type(self).__doc__,
             features=datasets.Features({"predictions": row, "references": row, "sources": row}),
         )
 
@@ -80,14 +72,10 @@ class GppcMetrics(evaluate.Metric):
         correlation = row_pearson(predictions - sources, observed - sources, scored)
         defined = np.isfinite(correlation)
         scores = {
-            "mse": self._mean_square(predictions - observed, scored),
+            "mse": float(np.square(predictions - observed)[scored].mean()),
             "pearson_delta": float(correlation[defined].mean()) if defined.any() else None,
             "n_scored": int(scored.sum()),
         }
         if means is not None:
-            scores["r2"] = 1 - scores["mse"] / self._mean_square(np.asarray(means)[None] - observed, scored)
+            scores["r2"] = 1 - scores["mse"] / float(np.square(np.asarray(means)[None] - observed)[scored].mean())
         return scores
-
-    @staticmethod
-    def _mean_square(error, scored):
-        return float(np.square(np.where(scored, error, 0.0)).sum() / scored.sum())

@@ -12,6 +12,7 @@ import pytest
 import torch
 from pair_store import make_store
 
+from data_scripts.batches.stream_checkpoint import restore_stream
 from data_scripts.batches.stream_pairs import PairStream, StreamOptions, n_rounds, rounds_of, streamed_shards
 from data_scripts.options import from_mapping
 from data_scripts.pairs.census_pairs import build_pairs, plan_pairs
@@ -64,7 +65,7 @@ def test_epochs_differ_and_repeat(plan):
     assert stream.epoch == 2
     assert {row[0] for row in first} == {row[0] for row in second} and Counter(first) != Counter(second)
     again = PairStream(plan, SMALL, transform=keys)
-    again.go_to_epoch(1)
+    again.load_state_dict({**again.state_dict(), "positions": [[1, 0, 0]]})
     assert flat(again) == second
 
 
@@ -88,9 +89,6 @@ def test_resumes_at_any_batch(plan):
         resumed = PairStream(plan, SMALL, transform=keys)
         resumed.load_state_dict(state)
         assert head + list(resumed) == whole
-        if stop >= 2:  # a caller that fetched two batches ahead of what it used
-            resumed.load_state_dict(stream.state_dict(stop - 2))
-            assert head[: stop - 2] + list(resumed) == whole
 
 
 @pytest.fixture
@@ -260,8 +258,8 @@ def test_refusals(plan, built, options, tmp_path):
     stream = PairStream(plan, SMALL)
     with pytest.raises(ValueError, match="saved with num_workers 0; this stream has 2"):
         PairStream(plan, SMALL, num_workers=2).load_state_dict(stream.state_dict())
-    with pytest.raises(ValueError, match="`n_batches` is 9; known are 0 to 0"):
-        stream.state_dict(9)
+    with pytest.raises(ValueError, match=r"has no pair_stream-0\.json"):
+        restore_stream(stream, tmp_path)
     with pytest.raises(ValueError, match="`rank` is 2"):
         PairStream(plan, SMALL, rank=2, world_size=2)
     with pytest.raises(ValueError, match="`split` is 'trian'"):

@@ -6,20 +6,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_scripts.cells.gene_mapping import (
-    GeneTable,
-    gene_table_from_frame,
+    check_species,
+    known_genes,
     map_genes,
     read_file_genes,
     read_gene_table,
-    shared_symbols,
     strip_version,
 )
+from data_scripts.cells.read_options import ReadOptions
 
 STAT1, IRF1, CD4, MOUSE = "ENSG00000115415", "ENSG00000125347", "ENSG00000010610", "ENSMUSG00000026104"
 
 
 def var(index, **columns):
     return pd.DataFrame(columns, index=index)
+
+
+def gene_table(rows):
+    """Symbols and ids, approved ones first."""
+    return pd.DataFrame(rows, columns=["symbol", "id"]).assign(length=0, biotype="")
 
 
 @pytest.mark.parametrize(
@@ -51,49 +56,68 @@ def test_strip_version(name, wanted):
 )
 def test_ids_and_symbols_are_found_wherever_they_stand(frame):
     genes = read_file_genes(frame)
-    assert genes.ids == [STAT1, IRF1]
-    assert genes.symbols == ["STAT1", "IRF1"]
+    assert genes.keys == genes.table["id"].tolist() == [STAT1, IRF1]
+    assert genes.labels == ["STAT1", "IRF1"]
 
 
 def test_named_columns_win_and_must_exist():
     frame = var(["a"], symbol=["WRONG"], alias=["STAT1"], ensembl_id=[IRF1], mine=[STAT1])
-    genes = read_file_genes(frame, symbol_key="alias", ensembl_key="mine")
-    assert (genes.ids, genes.symbols) == ([STAT1], ["STAT1"])
+    genes = read_file_genes(frame, ReadOptions(symbol_column="alias", gene_column="mine"))
+    assert (genes.keys, genes.labels) == ([STAT1], ["STAT1"])
     with pytest.raises(
-        ValueError, match=r"`symbol_key` is 'alis', which is not a column of var.*did you mean `alias`"
+        ValueError, match=r"`symbol_column` is 'alis', which is not a column of var.*did you mean `alias`"
     ):
-        read_file_genes(frame, symbol_key="alis")
-    with pytest.raises(ValueError, match="`ensembl_key` is 'ensembl', which is not a column"):
-        read_file_genes(frame, ensembl_key="ensembl")
+        read_file_genes(frame, ReadOptions(symbol_column="alis"))
+    with pytest.raises(ValueError, match="`gene_column` is 'ensembl', which is not a column"):
+        read_file_genes(frame, ReadOptions(gene_column="ensembl"))
 
 
 @pytest.mark.parametrize(
-    ("frame", "message"),
+    ("frame", "columns", "keys"),
     [
-        (var(["STAT1", "IRF1", "STAT1"]), "duplicated genes: `STAT1` stands 2 times, 1 genes in all"),
-        (var([f"{STAT1}.1", f"{STAT1}.2"]), rf"duplicated genes: `{STAT1}` stands 2 times \(columns `{STAT1}.1`, `"),
-        (var(["A", "B"], ensembl_id=[CD4, CD4]), rf"duplicated genes: `{CD4}` .*`A`, `B`"),
-        (var([]), "has no genes"),
-        (var([MOUSE, STAT1]), rf"1 of 2 Ensembl ids of the file belong to mus_musculus \(e.g. `{MOUSE}`\)"),
+        (var(["STAT1", "IRF1", "STAT1"]), [0, 1, 0], ["STAT1", "IRF1"]),
+        (var([f"{STAT1}.1", f"GRCh38_{STAT1}.2", "CD4"]), [0, 0, 1], [STAT1, "CD4"]),
+        (var(["A", "B"], ensembl_id=[CD4, CD4]), [0, 0], [CD4]),
+        (var(["A", "A"], gene_ids=[CD4, STAT1]), [0, 1], [CD4, STAT1]),  # a symbol of two genes
+        (var(["hg38_STAT1", "mm10___Stat1", "MM1_X", "hg38"]), [0, 1, 2, 3], ["STAT1", "Stat1", "MM1_X", "hg38"]),
     ],
 )
-def test_refused(frame, message):
-    with pytest.raises(ValueError, match=message):
-        read_file_genes(frame)
+def test_columns_of_one_gene(frame, columns, keys):
+    genes = read_file_genes(frame)
+    assert genes.columns.tolist() == columns
+    assert genes.keys == keys
+    assert bool(genes.notes) == (len(keys) < len(columns))
 
 
-def test_species():
-    assert read_file_genes(var([MOUSE]), organism="mus_musculus").ids == [MOUSE]
-    with pytest.raises(ValueError, match=r"`organism` is 'mus_musculus'.*belong to homo_sapiens"):
-        read_file_genes(var([STAT1]), organism="mus_musculus")
-    with pytest.raises(ValueError, match="'homo_sapien', which is not a known species; did you mean `homo_sapiens`"):
-        read_file_genes(var([STAT1]), organism="homo_sapien")
+def test_features_that_are_no_genes_are_set_aside():
+    kinds = ["Antibody Capture", "Gene Expression", "CRISPR Guide Capture", "Gene Expression", "Antibody Capture"]
+    genes = read_file_genes(var(["CD4_TotalSeqB", "CD4", "sgSTAT1", "STAT1", "CD3"], feature_types=kinds))
+    assert genes.columns.tolist() == [-1, 0, -1, 1, -1]
+    assert genes.keys == ["CD4", "STAT1"]
+    assert genes.notes == [
+        "3 features of the file are no genes and are set aside: 2 Antibody Capture, 1 CRISPR Guide Capture."
+    ]
+    # Census keeps biotypes under that name.
+    assert len(read_file_genes(var([CD4, STAT1], feature_type=["protein_coding", "lncRNA"]))) == 2
+
+
+def test_no_genes_and_another_species():
+    with pytest.raises(ValueError, match="has no genes"):
+        read_file_genes(var([]))
+    for names, organism, message in (
+        ([MOUSE, STAT1], "homo_sapiens", rf"1 of 2 Ensembl ids of the file belong to mus_musculus \(e.g. `{MOUSE}`\)"),
+        ([STAT1], "mus_musculus", r"`organism` is 'mus_musculus'.*belong to homo_sapiens"),
+        ([STAT1], "homo_sapien", "'homo_sapien', which is not a known species; did you mean `homo_sapiens`"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_species(organism, read_file_genes(var(names)))
+    check_species("mus_musculus", read_file_genes(var([MOUSE])))
 
 
 def test_missing_ids_in_a_column_are_not_ids():
     genes = read_file_genes(var(["STAT1", "X1", "X2"], ensembl_id=[STAT1, "", None], symbol=["STAT1", "", None]))
-    assert genes.ids == [STAT1, None, None]
-    assert genes.symbols == ["STAT1", "X1", "X2"]
+    assert genes.table["id"].tolist() == [STAT1, "", ""]
+    assert genes.labels == ["STAT1", "X1", "X2"]
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "parquet"])
@@ -113,10 +137,11 @@ def test_gene_table_files(tmp_path, kind):
     else:
         frame.to_csv(path, index=False, sep="," if kind == "csv" else "\t")
     table = read_gene_table(path)
-    assert table.ids == {"STAT1": STAT1, "OLD": CD4, "ISGF3": STAT1}
-    assert table.names[STAT1] == "STAT1"
-    assert table.lengths[STAT1] == 4000
-    assert table.types[CD4] == "y"
+    assert table.drop_duplicates("symbol").values.tolist() == [
+        ["STAT1", STAT1, 4000, "protein_coding"],
+        ["OLD", CD4, 300, "y"],
+        ["ISGF3", STAT1, 4000, "protein_coding"],
+    ]
 
 
 def test_gene_table_errors(tmp_path):
@@ -125,15 +150,17 @@ def test_gene_table_errors(tmp_path):
     (tmp_path / "table.xlsx").write_text("")
     with pytest.raises(ValueError, match=r"ends in '.xlsx'; wanted .csv"):
         read_gene_table(tmp_path / "table.xlsx")
+    (tmp_path / "table.csv").write_text("symbol,x\nA,B\n")
     with pytest.raises(ValueError, match=r"no column named `ensembl_id`.*it has `symbol`, `x`"):
-        gene_table_from_frame(pd.DataFrame({"symbol": ["A"], "x": ["B"]}))
+        read_gene_table(tmp_path / "table.csv")
 
 
 def test_order_of_sources():
     """The file's own id, then the table, then the other files; approved symbols before aliases."""
-    table = GeneTable(ids={"IRF1": IRF1, "ISGF3": STAT1, "STAT1": STAT1}, names={STAT1: "STAT1", IRF1: "IRF1"})
+    table = gene_table([("STAT1", STAT1), ("IRF1", IRF1), ("ISGF3", STAT1)])
     genes = read_file_genes(var(["ISGF3", "STAT1", "IRF1", CD4, "CLONE", "NOVEL"]))
-    mapping = map_genes(genes, table, {"CLONE": MOUSE, "IRF1": MOUSE})
+    other = read_file_genes(var([f"{MOUSE}.1", CD4], symbol=["CLONE", "IRF1"]))
+    mapping = map_genes(genes, known_genes([table], [genes, other]))
     assert mapping["feature_id"].tolist() == ["ISGF3", STAT1, IRF1, CD4, MOUSE, "NOVEL"]
     assert mapping["mapped_by"].tolist() == [
         "unmapped",
@@ -148,19 +175,22 @@ def test_order_of_sources():
 
 def test_unmapped_keep_drop_error():
     genes = read_file_genes(var(["STAT1", "NOVEL"], ensembl_id=[STAT1, ""]))
-    assert map_genes(genes)["feature_id"].tolist() == [STAT1, "NOVEL"]
-    assert map_genes(genes, unmapped="drop")["feature_id"].tolist() == [STAT1, ""]
+    known = known_genes([], [genes])
+    assert map_genes(genes, known)["feature_id"].tolist() == [STAT1, "NOVEL"]
+    assert map_genes(genes, known, unmapped="drop")["feature_id"].tolist() == [STAT1, ""]
     with pytest.raises(ValueError, match=r"1 of 2 genes without an Ensembl id \(e.g. `NOVEL`\)"):
-        map_genes(genes, unmapped="error")
+        map_genes(genes, known, unmapped="error")
     with pytest.raises(ValueError, match="none of the 1 genes"):
-        map_genes(read_file_genes(var(["NOVEL"])), unmapped="drop")
+        map_genes(read_file_genes(var(["NOVEL"])), known, unmapped="drop")
     with pytest.raises(ValueError, match="`unmapped` is 'skip'"):
-        map_genes(genes, unmapped="skip")
+        map_genes(genes, known, unmapped="skip")
 
 
-def test_shared_symbols_keep_the_first():
+def test_symbols_of_other_files_keep_the_first_id():
     files = [read_file_genes(var([STAT1], symbol=["S"])), read_file_genes(var([IRF1, "X"], symbol=["S", "Y"]))]
-    assert shared_symbols(files) == {"S": STAT1}
+    mapping = map_genes(read_file_genes(var(["S", "Y", IRF1])), known_genes([], files))
+    assert mapping["feature_id"].tolist() == [STAT1, "Y", IRF1]
+    assert mapping["feature_name"].tolist() == ["S", "Y", "S"]
 
 
 @given(
@@ -169,8 +199,9 @@ def test_shared_symbols_keep_the_first():
 )
 def test_ids_stay_unique_and_nothing_is_lost(names, aliases):
     """Whatever the aliases say, no two columns of a file share an id and every column keeps one."""
-    table = GeneTable(ids={symbol: f"ENSG{number:011d}" for symbol, number in aliases.items()})
-    mapping = map_genes(read_file_genes(var(names)), table)
+    table = gene_table([(symbol, f"ENSG{number:011d}") for symbol, number in aliases.items()])
+    genes = read_file_genes(var(names))
+    mapping = map_genes(genes, known_genes([table], [genes]))
     assert mapping["name"].tolist() == names
     assert mapping["feature_id"].is_unique
     assert (mapping["feature_id"] != "").all()

@@ -74,12 +74,6 @@ def test_exact_pairs(store, tmp_path, policy, pairings, n, expected):
     assert report["mean_shared_genes"] == 4
 
 
-def test_both_directions(store, tmp_path):
-    pairings = {"both": {"keys": ["cell_type", "donor_id"]}}
-    rows, _ = rows_of(store, tmp_path / "out", pairings=pairings, both_directions=True)
-    assert pairs_of(rows) == sorted([(0, 1), (1, 0), (2, 3), (3, 2)] * 2)
-
-
 def test_states_of_two_cells(store, tmp_path):
     rows, report = rows_of(store, tmp_path / "out", pairings=TYPE, pseudobulk=2)
     # Type a makes two states that partner each other; b makes one, which is alone, and c none.

@@ -4,13 +4,12 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
-from pair_store import GENES, make_cells
+from pair_store import make_cells
 
 from data_scripts.options import from_mapping
 from data_scripts.pairs.census_pairs import build_pairs
 from data_scripts.pairs.pair_options import PairOptions, SplitOptions
-from data_scripts.pairs.schema import SPLITS
-from data_scripts.pairs.splits import guard_splits, held_out_gene_split
+from data_scripts.pairs.splits import guard_splits
 from data_scripts.store.local_census import CensusSource, write_census
 
 KEYS = ["donor_id", "dataset_id", "cell_type", "tissue"]
@@ -70,9 +69,9 @@ def test_a_held_out_key_is_in_one_split(stores, tmp_path, key):
 
 def splits_well(store, key, rules, seed) -> bool:
     """Whether a seed puts some but not all values of a key into the test split."""
-    from data_scripts.pairs.pair_options import QueryOptions
     from data_scripts.pairs.splits import assign_splits
     from data_scripts.store.census_query import open_query
+    from data_scripts.store.query_options import QueryOptions
 
     query = open_query(QueryOptions(uri=str(store)), {key: "test"})
     options = from_mapping(SplitOptions, {"rules": rules, "seed": seed})
@@ -83,25 +82,3 @@ def swapped(table: pa.Table, column: str, value) -> pa.Table:
     """The same rows, the first of another value."""
     values = [value, *table.column(column).to_pylist()[1:]]
     return table.set_column(table.column_names.index(column), column, pa.array(values))
-
-
-def test_held_out_perturbed_genes(stores, tmp_path):
-    rules = [{"by": "cell", "fractions": {"test": 0.3, "validation": 0.2}}]
-    held_out = {"test": 0.3, "validation": 0.1}
-    folder = build(stores / "two", tmp_path / "out", rules=rules, held_out_genes=held_out)
-    owner = held_out_gene_split(folder.gene_ids, from_mapping(SplitOptions, {"held_out_genes": held_out}))
-    tables = {name: folder.split(name) for name in folder.splits}
-    guard_splits(tables, [], owner)
-    revealed = {
-        name: np.unique(table.column("perturbation_gene_ids").combine_chunks().flatten().to_numpy())
-        for name, table in tables.items()
-    }
-    for index, name in enumerate(SPLITS):
-        assert set(owner[revealed[name]]) == {0, index}
-    # The test rows as training rows reveal what was held out for the test.
-    with pytest.raises(ValueError, match="splits test and train share perturbed gene"):
-        guard_splits({"train": tables["test"]}, [], owner)
-    # A gene's split depends on its name alone.
-    alone = held_out_gene_split(GENES[:7], from_mapping(SplitOptions, {"held_out_genes": held_out}))
-    whole = held_out_gene_split(GENES, from_mapping(SplitOptions, {"held_out_genes": held_out}))
-    np.testing.assert_array_equal(alone, whole[:7])

@@ -1,18 +1,16 @@
 """Packed shards are unpacked once, whole or not at all, a few rows at a time, and mapped."""
 
 import concurrent.futures
-import io
 import os
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from pair_writer import write_pair_folder
 
 from data_scripts.pairs import pair_folder, shard_files
-from data_scripts.pairs.pair_folder import write_pair_folder
 from data_scripts.pairs.schema import GENE_SCHEMA, PAIR_SCHEMA
 from data_scripts.pairs.shard_files import (
-    HashedFile,
     decoded_folder,
     file_digest,
     read_decoded,
@@ -135,15 +133,3 @@ def test_what_was_written_is_told_as_it_is_read(tmp_path, ending):
     summary = write_table_atomically(table.to_batches() * 3, table.schema, path)
     assert summary == {"n_rows": 9, "n_bytes": path.stat().st_size, "digest": file_digest(path)}
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
-
-
-def test_a_disk_that_takes_parts_gets_the_rest(tmp_path, monkeypatch):
-    class Sparing(io.FileIO):
-        def write(self, data):
-            return super().write(data[:5])
-
-    monkeypatch.setattr("data_scripts.pairs.shard_files.io.FileIO", Sparing)
-    with HashedFile(tmp_path / "file") as file:
-        assert file.write(b"thirteen bytes") == 14 == file.tell()
-        digest = file.digest()
-    assert (tmp_path / "file").read_bytes() == b"thirteen bytes" and digest == file_digest(tmp_path / "file")

@@ -14,7 +14,6 @@ from data_scripts.pairs.splits import (
     default_rules,
     describe_rules,
     guard_splits,
-    held_out_gene_split,
     stable_uniform,
 )
 
@@ -154,12 +153,3 @@ def test_unknown_names(rule, message):
 def test_malformed_rules(rule):
     with pytest.raises(ValueError, match="`"):
         SplitRule(**rule)
-
-
-def test_held_out_genes():
-    genes = [f"G{i}" for i in range(2000)]
-    split = held_out_gene_split(genes, SplitOptions(held_out_genes={"test": 0.2}))
-    assert np.mean(split == 2) == pytest.approx(0.2, abs=0.03) and set(split) == {0, 2}
-    np.testing.assert_array_equal(
-        split[:50], held_out_gene_split(genes[:50], SplitOptions(held_out_genes={"test": 0.2}))
-    )

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_scripts.pairs.pair_options import QueryOptions
 from data_scripts.store.cell_stream import TILE_CELLS, CellStream, read_values, tile_boundary
+from data_scripts.store.query_options import QueryOptions
 from modeling_gppc.normalization_gppc import normalize_counts
 
 

@@ -8,8 +8,9 @@ import pytest
 import tiledbsoma
 from scipy import sparse
 
-from data_scripts.store import census_layout, local_census
-from data_scripts.store.census_source import row_blocks
+from data_scripts.cells import anndata_file
+from data_scripts.cells.read_options import CensusReadOptions
+from data_scripts.store import census_layout
 from data_scripts.store.local_census import CensusSource, sources_from_file, write_census
 from gppc.cli import main
 
@@ -246,15 +247,16 @@ def test_symbols_join_genes_across_files(tmp_path):
 def test_log_values_come_back_bit_by_bit(tmp_path):
     values = np.random.default_rng(1).normal(size=(50, 9)).astype(np.float32)
     adata = anndata.AnnData(values, var=pd.DataFrame(index=GENES))
-    report = write_census(tmp_path / "log", [CensusSource(adata, "linear")], layer="log_values")
+    log = CensusReadOptions(value_kind="log")
+    report = write_census(tmp_path / "log", [CensusSource(adata, "linear", options=log)])
     with cellxgene_census.open_soma(uri=str(report.store)) as census:
         assert set(census["census_data"][HUMAN].ms["RNA"].X) == {"log_values"}
     found, adata = read_x(report.store, "log_values")
     assert found.tobytes() == values.tobytes()
     assert set(adata.obs["raw_sum"]) == {1.0}
     values[3, 3] = np.nan
-    with pytest.raises(ValueError, match="NaN or infinite"):
-        write_census(tmp_path / "nan", [CensusSource(anndata.AnnData(values), "linear")], layer="log_values")
+    with pytest.raises(ValueError, match="`X` holds nan; log values are finite"):
+        write_census(tmp_path / "nan", [CensusSource(anndata.AnnData(values), "linear", options=log)])
 
 
 @pytest.mark.parametrize("form", ["csr", "csc", "dense", "integers"])
@@ -268,9 +270,7 @@ def test_every_form_of_matrix_gives_the_same_store(tmp_path, monkeypatch, form, 
         "dense": counts.astype(np.float32),
         "integers": sparse.csr_array(counts.astype(np.int64)),
     }
-    monkeypatch.setattr(
-        local_census, "row_blocks", lambda matrix: row_blocks(matrix, values_per_block=40), raising=True
-    )
+    monkeypatch.setattr(anndata_file, "VALUES_PER_BLOCK", 40)
     adata = anndata.AnnData(forms[form], var=pd.DataFrame(index=GENES))
     if lazy:
         adata.write_h5ad(tmp_path / "cells.h5ad")
@@ -301,29 +301,32 @@ def bad(**changes) -> anndata.AnnData:
         adata.X[1, 1] = changes["value"]
     if "cells" in changes:
         adata = adata[: changes["cells"]]
-    if "names" in changes:
-        adata.var_names = changes["names"]
-        adata.var = adata.var[[]]
     return adata
 
 
 @pytest.mark.parametrize(
     ("adata", "options", "message"),
     [
-        (bad(value=1.5), {}, "`counts of data set 'bad'` holds non-integer values"),
-        (bad(value=-1), {}, "negative values"),
+        (bad(value=1.5), {}, "data set 'bad' mixes raw and log values: 1 cells hold non-integer values"),
+        (bad(value=-1), {}, "data set 'bad': `X` holds negative values"),
         (bad(value=np.nan), {}, "NaN or infinite"),
         (bad(cells=0), {}, "data set 'bad' has no cells"),
-        (bad(names=["A", "B", "A", "C", "D"]), {}, "duplicated genes: `A` stands 2 times"),
-        (bad(), {"cell_type_key": "celltypes"}, "`cell_type_key` is 'celltypes'.*did you mean `cell_type`"),
-        (bad(), {"donor_key": "who"}, "`donor_key` is 'who', which is not a column of obs"),
-        (bad(), {"library_size_key": "n_count"}, "`library_size_key` is 'n_count'.*`n_counts_full`"),
-        (bad(), {"library_size_key": "score"}, "`library_size_key` 'score' of data set 'bad' is .* for cell `cell"),
-        (bad(), {"counts": "counts"}, "`counts` is 'counts', which data set 'bad' does not have"),
+        (bad(), {"cell_type_column": "celltypes"}, "`cell_type_column` is 'celltypes'.*did you mean `cell_type`"),
+        (bad(), {"donor_column": "who"}, "`donor_column` is 'who', which is not a column of obs"),
+        (bad(), {"library_size_column": "n_count"}, "`library_size_column` is 'n_count'.*`n_counts_full`"),
+        (
+            bad(),
+            {"library_size_column": "score"},
+            "`library_size_column` 'score' of data set 'bad' is .* for cell `cell",
+        ),
+        (bad(), {"layer": "counts"}, "`layer` is 'counts', which data set 'bad' does not have"),
     ],
 )
 def test_bad_cells_are_refused_before_anything_is_written(tmp_path, adatas, adata, options, message):
-    sources = [CensusSource(adatas["second"], "good"), CensusSource(adata, "bad", **options)]
+    sources = [
+        CensusSource(adatas["second"], "good"),
+        CensusSource(adata, "bad", options=CensusReadOptions(**options)),
+    ]
     with pytest.raises(ValueError, match=message):
         write_census(tmp_path / "store", sources)
     assert list(tmp_path.iterdir()) == []
@@ -334,7 +337,6 @@ def test_bad_cells_are_refused_before_anything_is_written(tmp_path, adatas, adat
     [
         ({"organism": "human"}, "`organism` is 'human', which is not a known species"),
         ({"organism": "mus_musculus"}, "`organism` is 'mus_musculus', but 5 of 5 Ensembl ids"),
-        ({"layer": "counts"}, "`layer` is 'counts'; wanted one of raw, log_values"),
         ({"unmapped": "forget"}, "`unmapped` is 'forget'"),
         ({"gene_table": "no.csv"}, "`gene_table` no.csv does not exist"),
         ({"keep_obs": ["batches"]}, "`keep_obs` names 'batches'.*did you mean `batch`"),
@@ -355,10 +357,10 @@ def test_source_takes_one_origin(tmp_path):
     with pytest.raises(ValueError, match="`dataset_id` is empty"):
         CensusSource(make_adata("first"))
     make_adata("first").write_h5ad(tmp_path / "cells.h5ad")
-    with pytest.raises(ValueError, match=r"cell.h5ad does not exist; did you mean `cells.h5ad`"):
+    with pytest.raises(ValueError, match=r"cell.h5ad' does not exist; did you mean `cells.h5ad`"):
         CensusSource(path=tmp_path / "cell.h5ad", dataset_id="x")
     (tmp_path / "broken.h5ad").write_bytes(b"no h5")
-    with pytest.raises(ValueError, match=r"broken.h5ad is not a readable h5ad"):
+    with pytest.raises(ValueError, match=r"broken.h5ad' is not a readable AnnData"):
         write_census(tmp_path / "store", [CensusSource(path=tmp_path / "broken.h5ad", dataset_id="x")])
 
 
@@ -410,7 +412,11 @@ def test_terms_and_labels(tmp_path):
     assert found.obs["cell_type_ontology_term_id"].tolist() == ["CL:0000236", "CL:0000084", "unknown"]
     assert found.obs["tissue_general"].tolist() == found.obs["tissue"].tolist() == ["blood", "blood", "lung"]
     assert found.obs["tissue_ontology_term_id"].tolist() == ["local:blood", "local:blood", "local:lung"]
-    _, found = read_x(write_census(tmp_path / "b", [CensusSource(adata, "d", cell_type_key="mine")]).store)
+    _, found = read_x(
+        write_census(
+            tmp_path / "b", [CensusSource(adata, "d", options=CensusReadOptions(cell_type_column="mine"))]
+        ).store
+    )
     assert found.obs["cell_type_ontology_term_id"].tolist() == ["local:b", "local:t", "local:t"]
 
 
@@ -430,13 +436,13 @@ def test_data_sets_of_a_file(tmp_path, adatas):
     adata.obs["dataset"] = "named"
     adata.write_h5ad(tmp_path / "cells.h5ad")
     assert [source.dataset_id for source in sources_from_file(tmp_path / "cells.h5ad")] == ["named"]
-    sources = sources_from_file(tmp_path / "cells.h5ad", dataset_key="batch")
+    sources = sources_from_file(tmp_path / "cells.h5ad", dataset_column="batch")
     report = write_census(tmp_path / "s", sources)
     values, _ = read_x(report.store)
     order = np.concatenate([np.flatnonzero(adata.obs["batch"] == source.dataset_id) for source in sources])
     np.testing.assert_array_equal(values, adata.X.toarray()[order])
-    with pytest.raises(ValueError, match="`dataset_key` is 'batc', which is not a column"):
-        sources_from_file(tmp_path / "cells.h5ad", dataset_key="batc")
+    with pytest.raises(ValueError, match="`dataset_column` is 'batc', which is not a column"):
+        sources_from_file(tmp_path / "cells.h5ad", dataset_column="batc")
 
 
 def test_command(tmp_path, adatas, capsys):
@@ -446,7 +452,7 @@ def test_command(tmp_path, adatas, capsys):
         adata.write_h5ad(files[-1])
     store = tmp_path / "store"
     (tmp_path / "lengths.csv").write_text(f"symbol,ensembl_id,length\nS3,{GENES[3]},5\n")
-    flags = ["--donor-key", "batch", "--keep-obs", "score", "--gene-table", str(tmp_path / "lengths.csv")]
+    flags = ["--donor-column", "batch", "--keep-obs", "score", "--gene-table", str(tmp_path / "lengths.csv")]
     assert main(["make-census", str(store), *files, *flags]) == 0
     output = capsys.readouterr().out
     assert "23 cells x 8 genes, 2 data sets" in output
@@ -456,7 +462,7 @@ def test_command(tmp_path, adatas, capsys):
     for arguments, message in (
         ([str(store), *files], "exists already"),
         ([str(tmp_path / "t"), files[0], files[0]], "is given twice"),
-        ([str(tmp_path / "t"), "none.h5ad"], "file none.h5ad does not exist"),
+        ([str(tmp_path / "t"), "none.h5ad"], "file 'none.h5ad' does not exist"),
         ([str(tmp_path / "t"), *files, "--organism", "mouse"], "`organism` is 'mouse'"),
     ):
         assert main(["make-census", *arguments]) == 2
