@@ -18,45 +18,44 @@ class CensusSource:
     """
     One data set, or one part of it, on its way into a store.
 
-    A source gives its cells as an AnnData (in memory or backed), as a file, or by a function that is called when they
-    are needed: once to check them, once to write them, so that only one source is in memory at a time. Consecutive
-    sources with the same `dataset_id` and the same genes are parts of one data set.
+    A function is called when the cells are needed: once to check them, once to write them, so that only one source is in
+    memory at a time. Consecutive sources with the same `dataset_id` and the same genes are parts of one data set.
 
     Args:
-        adata (`AnnData`, *optional*): The cells.
+        cells (`AnnData`, `str`, `Path` or `Callable[[], AnnData]`): Cells in memory, a file (see [`open_cells`] for its
+            formats), or a function that returns the same cells at every call.
         dataset_id (`str`): Name of the data set.
-        load (`Callable[[], AnnData]`, *optional*): Returns the cells, the same ones at every call.
-        path (`str` or `Path`, *optional*): A file; see [`open_cells`] for its formats.
         rows (`np.ndarray`, *optional*): Only these cells, a mask of shape `(n_obs,)`.
         options ([`CensusReadOptions`], *optional*): What is where.
     """
 
-    adata: anndata.AnnData | None = None
-    dataset_id: str = ""
-    load: Callable[[], anndata.AnnData] | None = None
-    path: str | Path | None = None
+    cells: anndata.AnnData | str | Path | Callable[[], anndata.AnnData]
+    dataset_id: str
     rows: np.ndarray | None = None
     options: CensusReadOptions = field(default_factory=CensusReadOptions)
 
     def __post_init__(self):
-        if sum(given is not None for given in (self.adata, self.load, self.path)) != 1:
-            raise ValueError("`CensusSource` takes exactly one of `adata`, `load` and `path`.")
-        if self.path is not None:
-            check_path(self.path)
+        if self.is_file:
+            check_path(self.cells)
         if not self.dataset_id:
             raise ValueError("`dataset_id` is empty; every data set needs a name.")
 
     @contextlib.contextmanager
-    def cells(self) -> Iterator[CellFile]:
+    def open(self) -> Iterator[CellFile]:
         """The cells; a file is opened without reading its counts, and closed afterwards."""
-        source = self.path or (self.adata if self.load is None else self.load())
+        source = self.cells if self.is_file or isinstance(self.cells, anndata.AnnData) else self.cells()
         with open_cells(source, self.options, self.where) as cells:
             yield cells if self.rows is None else cells.subset(self.rows)
 
     @property
+    def is_file(self) -> bool:
+        """Whether the cells lie in a file."""
+        return isinstance(self.cells, (str, Path))
+
+    @property
     def where(self) -> str:
         """What messages call the source."""
-        return f"data set {self.dataset_id!r}" if self.path is None else f"file {self.path}"
+        return f"file {self.cells}" if self.is_file else f"data set {self.dataset_id!r}"
 
 
 def sources_from_file(
@@ -75,11 +74,11 @@ def sources_from_file(
         ValueError: If the file is absent or unreadable, or the column does not exist.
     """
     path, options = Path(path), options or CensusReadOptions()
-    whole = CensusSource(path=path, dataset_id=path.stem, options=options)
-    with whole.cells() as cells:
+    whole = CensusSource(path, path.stem, options=options)
+    with whole.open() as cells:
         column = find_column(cells.obs, "dataset", dataset_column, where=f"obs of {whole.where}")
         labels = np.array([] if column is None else [text or "unknown" for text in texts(cells.obs[column])])
     names = list(dict.fromkeys(labels.tolist()))
     if dataset_column is None and len(names) != 1:
         return [whole]
-    return [CensusSource(path=path, dataset_id=name, rows=labels == name, options=options) for name in names]
+    return [CensusSource(path, name, labels == name, options) for name in names]

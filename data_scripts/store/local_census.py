@@ -176,7 +176,7 @@ def write_census(
 
 def _check_source(source: CensusSource, organism: str, keep_obs: Sequence[str]) -> _Checked:
     where = source.where
-    with source.cells() as cells:
+    with source.open() as cells:
         check_species(organism, cells.genes, where)
         obs, labels = census_obs(cells.obs, source.options, source.dataset_id, where)
         for name in keep_obs:
@@ -222,11 +222,11 @@ def _write_store(
     statistics, gene_nnz, first = [], np.zeros(len(var), dtype=np.int64), 0
     with tqdm(total=len(obs), desc="writing cells", unit="cell", disable=not progress) as bar:
         for part in checked:
-            with part.source.cells() as cells:
+            with part.source.open() as cells:
                 if len(cells.obs) != len(part.obs):
                     raise ValueError(
                         f"{part.source.where} gave {len(part.obs)} cells when checked and {len(cells.obs)} when written; "
-                        "`load` must return the same cells at every call."
+                        "a function must return the same cells at every call."
                     )
                 for start, block in cells.blocks():
                     block = _stored(block, part.joinids)
@@ -277,13 +277,11 @@ def _write_block(
 
 def _row_statistics(block: sparse.csr_matrix) -> pd.DataFrame:
     """Number, mean and sample variance of the stored values of each row, as Census defines them."""
-    nnz = np.diff(block.indptr)
-    rows = np.repeat(np.arange(block.shape[0]), nnz)
-    values = block.data.astype(np.float64)
-    total = np.bincount(rows, weights=values, minlength=block.shape[0])
-    mean = np.divide(total, nnz, out=np.zeros_like(total), where=nnz > 0)
-    squares = np.bincount(rows, weights=(values - mean[rows]) ** 2, minlength=block.shape[0])
-    variance = np.divide(squares, nnz - 1, out=np.zeros_like(total), where=nnz > 1)
+    nnz, values = np.diff(block.indptr), block.data.astype(np.float64)
+    rows = np.repeat(np.arange(len(nnz)), nnz)
+    mean = np.bincount(rows, weights=values, minlength=len(nnz)) / np.maximum(nnz, 1)
+    squares = np.bincount(rows, weights=(values - mean[rows]) ** 2, minlength=len(nnz))
+    variance = squares / np.maximum(nnz - 1, 1)
     return pd.DataFrame({"nnz": nnz.astype(np.int64), "raw_mean_nnz": mean, "raw_variance_nnz": variance})
 
 
@@ -313,7 +311,7 @@ def _dataset_table(checked: Sequence[_Checked], measured: dict[str, np.ndarray])
             {
                 "dataset_id": source.dataset_id,
                 "dataset_title": source.dataset_id,
-                "dataset_h5ad_path": Path(source.path or "").name,
+                "dataset_h5ad_path": Path(source.cells).name if source.is_file else "",
                 "n_obs": 0,
                 "n_vars": len(measured[source.dataset_id]),
                 "n_mapped": int(mapped.sum()),

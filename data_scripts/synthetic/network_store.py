@@ -83,6 +83,6 @@ def _write_parts(network: GeneNetwork, folder: Path, progress: bool) -> list[Cen
                 if len(values) == PART_CHUNKS or drawn == size:
                     path = folder / f"dataset{dataset + 1}-{len(sources):05d}.h5ad"
                     anndata.AnnData(sp.vstack(values, format="csr"), obs=pd.concat(tables), var=var).write_h5ad(path)
-                    sources.append(CensusSource(path=path, dataset_id=f"dataset{dataset + 1}", options=options))
+                    sources.append(CensusSource(path, f"dataset{dataset + 1}", options=options))
                     values, tables = [], []
     return sources

@@ -1,6 +1,9 @@
 """How a model is fitted on a CRISPR screen."""
 
 import dataclasses
+from typing import Annotated
+
+from data_scripts.options import Count, NotNegative, Range, Seed, check_numbers
 
 REPLICATES = ("batch", "cell_line")
 CONTROLS = ("disjoint", "shared")
@@ -30,20 +33,17 @@ class ScreenFitOptions:
         seed (`int`, *optional*, defaults to 0): Everything random.
     """
 
-    max_genes: int = 2_000
+    max_genes: Annotated[int, Range(10)] = 2_000
     gene_features: str | None = None
-    n_factors: int | None = None
-    hold_targets: float = 0.1
+    n_factors: Count | None = None
+    hold_targets: NotNegative = 0.1
     replicates: str = "batch"
     controls: str = "disjoint"
-    divisions: int = 3
-    seed: int = 0
+    divisions: Count = 3
+    seed: Seed = 0
 
     def __post_init__(self):
+        check_numbers(self)
         for name, wanted in (("replicates", REPLICATES), ("controls", CONTROLS)):
             if getattr(self, name) not in wanted:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; wanted one of {', '.join(wanted)}.")
-        for name, least in (("max_genes", 10), ("hold_targets", 0), ("seed", 0), ("n_factors", 1), ("divisions", 1)):
-            value = getattr(self, name)
-            if value is not None and not value >= least:
-                raise ValueError(f"`{name}` is {value}; wanted at least {least}.")

@@ -81,7 +81,7 @@ def open_pairs(path: str | Path) -> PairFolder:
     """
     folder = PairFolder(path)
     try:
-        guard_splits({name: folder.split(name) for name in folder.splits}, [])
+        guard_splits({name: folder.split(name) for name in folder.splits})
     except ValueError as error:
         raise ValueError(
             f"`data.pairs` {path}: {error} Scores on such pairs say nothing; split them by cell."
@@ -101,8 +101,8 @@ def write_store(store: Path, data: DataOptions, organism: str, progress: bool) -
     if data.example is not None:
         from data_scripts.cells.example_cells import library_cells_pbmc68k
 
-        sources = [CensusSource(adata=library_cells_pbmc68k(), dataset_id=data.example)]
+        sources = [CensusSource(library_cells_pbmc68k(), data.example)]
     else:
         reading = data.file_options
-        sources = [CensusSource(path=file, dataset_id=Path(file).stem, options=reading) for file in data.files]
+        sources = [CensusSource(file, Path(file).stem, options=reading) for file in data.files]
     write_census(store, sources, organism=organism, progress=progress)

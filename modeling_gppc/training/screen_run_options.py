@@ -1,7 +1,9 @@
 """What of a CRISPR screen a training run is fitted on."""
 
 import dataclasses
+from typing import Annotated
 
+from data_scripts.options import Range
 from modeling_gppc.fitting.fit_screen_options import ScreenFitOptions
 
 TRAIN_ON = ("perturbations", "controls")
@@ -24,7 +26,7 @@ class ScreenRunOptions(ScreenFitOptions):
     """
 
     train_on: str = "perturbations"
-    folds: int = 5
+    folds: Annotated[int, Range(2)] = 5
     fold: str | int | None = None
     half_controls: bool | None = None
 
@@ -32,8 +34,6 @@ class ScreenRunOptions(ScreenFitOptions):
         super().__post_init__()
         if self.train_on not in TRAIN_ON:
             raise ValueError(f"`screen.train_on` is {self.train_on!r}; wanted one of {', '.join(TRAIN_ON)}.")
-        if self.folds < 2:
-            raise ValueError(f"`screen.folds` is {self.folds}; wanted at least 2.")
         one = isinstance(self.fold, int) and 0 <= self.fold < self.folds
         if not one and self.fold not in (None, EVERY_FOLD):
             raise ValueError(

@@ -114,12 +114,11 @@ def blocks_of_some_cells(monkeypatch):
 
 def read_store(path, source, **options):
     """Genes, library sizes, log values and where the sizes come from: `make-census`, then streamed back."""
-    given = {"adata": source} if isinstance(source, anndata.AnnData) else {"path": source}
     kind = options.get("value_kind", "counts")
     reading = CensusReadOptions(**options)
     layer = {"counts": "raw", "estimated_counts": "normalized", "log": "log_values"}[kind]
     query = QueryOptions(layer=layer, normalization="none" if kind == "log" else "log1p")
-    report = write_census(path, [CensusSource(**given, dataset_id="one", options=reading)])
+    report = write_census(path, [CensusSource(source, "one", options=reading)])
     with tiledbsoma.open(f"{path}/census_data/homo_sapiens") as experiment:
         sizes = experiment.obs.read().concat()["raw_sum"].to_numpy()
         genes = experiment.ms["RNA"].var.read().concat()["feature_id"].to_pylist()

@@ -98,7 +98,7 @@ def test_policies_on_real_cells(real_data, tmp_path):
     files = sorted((real_data / "singlecell").glob("tian*.h5ad")) + sorted((real_data / "singlecell").glob("pbmc3k*"))
     write_census(
         tmp_path / "store",
-        [CensusSource(path=file, dataset_id=file.stem) for file in files],
+        [CensusSource(file, file.stem) for file in files],
         gene_table=real_data / "genes" / "symbol_to_ensembl.parquet",
     )
     command = [sys.executable, str(ROOT / "benchmarks" / "bench_matching.py"), "--store", str(tmp_path / "store")]

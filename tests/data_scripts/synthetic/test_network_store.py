@@ -94,7 +94,7 @@ def test_config_file_then_flags(tmp_path):
         (["--n_gene", "5"], "`--n_gene` is not an option; did you mean `n_genes`"),
         (["--n_genes"], "`--n_genes` has no value; wanted `--n_genes INTEGER`"),
         (["--dropout", "much"], "`dropout` is 'much'"),
-        (["--n_genes", "2"], "`n_genes` is 2; wanted at least 3"),
+        (["--n_genes", "2"], "`n_genes` is 2; wanted a number >= 3"),
     ],
 )
 def test_bad_flags_end_with_one_line(tmp_path, capsys, flags, message):
