@@ -20,6 +20,7 @@ import torch
 from bench_tools import parser_of, run_training, write_result
 
 from data_scripts.cells.anndata_file import open_cells
+from data_scripts.pairs.gene_selection import standardized_dispersion
 from data_scripts.pairs.pair_folder import PairFolder
 from data_scripts.store.census_source import CensusSource
 from data_scripts.store.local_census import write_census
@@ -34,6 +35,7 @@ IMPOSED = (
     ("ISG15", "IFI6", "IFIT3", "LY6E", "ISG20"),
     ("CXCL10",),
 )
+ALL_IMPOSED = sorted({symbol for symbols in IMPOSED for symbol in symbols})
 SOURCES_PER_TARGET = 4
 # Differences below this are rounding: the same response computed in two ways.
 ROUNDING = 1e-5
@@ -51,10 +53,17 @@ def smoke_cells(path: Path) -> Path:
     rate = (rng.normal(size=(2, 40)) + 1)[kind] + ~control[:, None] * (np.arange(40) < 12) * 1.5
     obs = pd.DataFrame({"cell_type": np.array(["a", "b"])[kind], "donor_id": "x", "is_control": control})
     cells = anndata.AnnData(rng.poisson(np.exp(rate)).astype(np.float32), obs.set_index(obs.index.astype(str)))
-    imposed = sorted({symbol for symbols in IMPOSED for symbol in symbols})
-    cells.var_names = imposed + [f"G{index}" for index in range(40 - len(imposed))]
+    cells.var_names = ALL_IMPOSED + [f"G{index}" for index in range(40 - len(ALL_IMPOSED))]
     cells.write_h5ad(path)
     return path
+
+
+def variable_genes(values: np.ndarray, names: np.ndarray, n_genes: int) -> list[str]:
+    """The imposed genes and those that vary most between some cells for their mean."""
+    sums, squares = (values.astype(np.float64) ** power for power in (1, 2))
+    dispersion = standardized_dispersion(len(values), (values != 0).sum(0), sums.sum(0), squares.sum(0))
+    rest = [name for name in names[np.argsort(-dispersion, kind="stable")] if name not in ALL_IMPOSED]
+    return ALL_IMPOSED + rest[: n_genes - len(ALL_IMPOSED)]
 
 
 def train(uri: Path, out: Path, flags: dict, components: int, steps: int) -> GppcForPerturbationPrediction:
@@ -103,7 +112,9 @@ def examine(path: Path, held_out: str, n_genes: int, steps: int) -> list[dict]:
         own, control = type_of == held_out, control.astype(bool)
         store, out = Path(scratch) / "store", Path(scratch) / "run"
         write_census(store, [CensusSource(path, "cells", ~own | control)])
-        flags = FLAGS | {"pairs.panel": f"{{rule: variable, n_genes: {n_genes}}}"}
+        panel = Path(scratch) / "panel.txt"
+        panel.write_text("\n".join(variable_genes(values[~own | control], np.array(names), n_genes)))
+        flags = FLAGS | {"pairs.panel": f"{{rule: file, file: {panel}}}"}
         model, gaussian = train(store, out, flags, 8, steps), train(store, Path(scratch) / "gaussian", flags, 1, 1)
         folder = PairFolder(out / "pairs")
         position = {name: index for index, name in enumerate(names)}

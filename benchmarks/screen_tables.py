@@ -64,9 +64,9 @@ def annotation_table(annotation: pd.DataFrame, names: pd.DataFrame) -> pd.DataFr
     return pd.DataFrame({"gene": joined[symbol], "term": joined[term].astype(str)}).drop_duplicates()
 
 
-def tasks_of(screen: Screen, features: str | None, model: str, seeds: int, steps: int) -> dict[str, dict]:
+def tasks_of(screen: Screen, features: str | None, controls: str) -> dict[str, dict]:
     """Name -> options of every evaluation that a screen allows."""
-    common = {"model": model, "seeds": seeds, "steps": steps}
+    common = {"controls": controls}
     labels, tasks = screen.perturbations.values(), {}
     if sum(p.measured for p in labels) >= 2:
         tasks["in-context"] = common
@@ -74,7 +74,7 @@ def tasks_of(screen: Screen, features: str | None, model: str, seeds: int, steps
         tasks["fine-tuned"] = common | {"mode": "fine-tuned"}
         if features is not None:
             tasks["fine-tuned, features"] = tasks["fine-tuned"] | {"gene_features": features}
-    closed = {"mode": "fine-tuned", "model": "factor"}
+    closed = common | {"mode": "fine-tuned"}
     if any(len(p.genes) > 1 for p in labels):
         for seen in (2, 1, 0):
             tasks[f"doubles, {seen} seen"] = closed | {"split": "combinations", "seen": seen}
@@ -100,11 +100,10 @@ def in_context_row(name: str, summary: dict) -> list[str]:
     """One screen in context."""
     entry, rule = summary["methods"][summary["subject"]], summary["methods"]["covariance"]
     against = summary["comparisons"]["covariance"]
-    high, seeds = against["above_ceiling_half"], entry.get("seeds")
+    high = against["above_ceiling_half"]
     return [
         f"{name} ({summary['n_perturbations']})",
         with_interval(entry["pearson_delta"], entry["pearson_delta_ci95"]),
-        f"{seeds['mean']:.3f} +- {seeds['sd']:.4f}" if seeds else "",
         number(rule["pearson_delta"]),
         with_interval(against["difference"], against["ci95"], "+"),
         f"{with_interval(high['difference'], high['ci95'], '+')} ({high['n']})",
@@ -118,7 +117,6 @@ def in_context_row(name: str, summary: dict) -> list[str]:
 IN_CONTEXT_HEADER = (
     "screen",
     "gppc pearson_delta",
-    "seeds, mean +- sd",
     "covariance rule",
     "gppc - covariance",
     "the same, ceiling > .5",
@@ -175,7 +173,7 @@ def make_tables(files: list[Path], out: Path, arguments: argparse.Namespace) -> 
         screen = read_screen(
             file, ScreenOptions(label_genes=dict(pair.split("=", 1) for pair in arguments.label_genes or ()))
         )
-        tasks = tasks_of(screen, arguments.gene_features, arguments.model, arguments.seeds, arguments.steps)
+        tasks = tasks_of(screen, arguments.gene_features, arguments.controls)
         for task, options in tasks.items():
             if arguments.only and not any(task.startswith(name) for name in arguments.only):
                 continue
@@ -204,9 +202,7 @@ def main() -> None:
     parser.add_argument("--gene-features", metavar="FILE", help="table of gene and term, or gene and numbers")
     parser.add_argument("--label-genes", nargs="+", metavar="LABEL=GENE", help="genes that other labels stand for")
     parser.add_argument("--only", nargs="+", metavar="TASK", help="in-context, fine-tuned, doubles, held-out")
-    parser.add_argument("--model", default="gppc", help="gppc, or factor: its closed form alone")
-    parser.add_argument("--seeds", type=int, default=5, help="runs of the model")
-    parser.add_argument("--steps", type=int, default=300, help="training steps of the departure")
+    parser.add_argument("--controls", default="disjoint", help="disjoint, or shared: the form of the literature")
     parser.add_argument("--annotation", metavar="FILE", help="table of gene ids and terms, to be turned into features")
     parser.add_argument("--names", metavar="FILE", help="table of the same ids and symbols")
     parser.add_argument("--smoke", action="store_true", help="a tiny synthetic screen, seconds")
@@ -229,7 +225,6 @@ def main() -> None:
             terms = pd.DataFrame({"gene_id": ids, "GO_ID": ["a", "b", "c"] * 2})
             arguments.gene_features = str(folder / "terms.tsv")
             annotation_table(terms, names).to_csv(arguments.gene_features, sep="\t", index=False)
-            arguments.seeds, arguments.steps = 2, 3
         files = sorted(folder.glob("*.h5ad"))
         if not files:
             parser.error(f"{folder} holds no .h5ad file")

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
 from data_scripts.files import write_text
-from data_scripts.options import from_mapping, merge, nested, read_yaml
+from data_scripts.options import Count, Seed, check_numbers, from_mapping, merge, nested, read_yaml
 from data_scripts.pairs.pair_folder import PairFolder
 from gppc.run_options import RunOptions
 from modeling_gppc.training.arguments import find_config
@@ -44,12 +44,13 @@ class SweepOptions:
     config: str = "default"
     options: dict[str, Any] = field(default_factory=dict)
     output_dir: str | None = None
-    n_trials: int = 20
-    seed: int = 0
+    n_trials: Count = 20
+    seed: Seed = 0
 
     def __post_init__(self):
-        if self.n_trials < 1 or not self.space:
-            raise ValueError("`n_trials` or `space` is empty; wanted a trial and an option with its values at least.")
+        check_numbers(self)
+        if not self.space:
+            raise ValueError("`space` is empty; wanted an option with its values at least.")
         run = self.run_options({})
         if run.data.stream:
             raise ValueError("`data.stream` is set; wanted stored pairs, which all trials read: leave it out.")

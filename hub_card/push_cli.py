@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from data_scripts.command_line import POSITIONAL
+from data_scripts.options import Count, check_numbers
 
 
 @dataclass
@@ -39,7 +40,10 @@ class PushOptions:
     license: str = "other"
     model: str | None = None
     evaluation: list[str] = field(default_factory=list)
-    attempts: int = 6
+    attempts: Count = 6
+
+    def __post_init__(self):
+        check_numbers(self)
 
 
 OPTIONS = (PushOptions,)

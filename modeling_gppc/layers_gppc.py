@@ -31,8 +31,12 @@ def scatter_tokens(
     return values.new_zeros(len(values), vocab_size + 1).scatter(1, input_ids, values)[:, :-1]
 
 
-def where_imposed(perturbation_ids: torch.Tensor, mask: torch.Tensor, query_ids: torch.Tensor) -> torch.Tensor:
-    """Which queried genes `(Q,)` each of the perturbed ones `(B, K)` is, padding none of them, `(B, K, Q)`."""
+def where_imposed(
+    perturbation_ids: torch.Tensor, mask: torch.Tensor, query_ids: torch.Tensor | None, vocab_size: int
+) -> torch.Tensor:
+    """Which queried gene `(Q,)`, or which of all, each of the perturbed ones `(B, K)` is, padding none, `(B, K, Q)`."""
+    if query_ids is None:
+        query_ids = torch.arange(vocab_size, device=mask.device)
     return (query_ids == perturbation_ids[:, :, None]) & mask.bool()[:, :, None]
 
 

@@ -31,7 +31,7 @@ from .screen_response_gppc import GppcScreenResponse
 IGNORED_LABEL = -100.0
 
 
-class GppcDecodeKwargs(TransformersKwargs):
+class GppcDecodeKwargs(TransformersKwargs, total=False):
     """Keyword arguments of `decode`; `with_variance`: whether to predict `logvar` too."""
 
     with_variance: bool
@@ -393,15 +393,12 @@ class GppcForPerturbationPrediction(GppcPreTrainedModel, GppcResponseMixin):
             **kwargs,
         )
         response, factors, perturbation = self.model.linear_response, output.factors, output.perturbation
-        genes = (
-            torch.arange(self.config.vocab_size, device=perturbation.ids.device) if query_ids is None else query_ids
-        )
-        with torch.autocast(device_type=genes.device.type, enabled=False):
+        with torch.autocast(device_type=response.loadings.device.type, enabled=False):
             linear = response.expected(factors.factors, query_ids)
             logvar = response.variance(factors.factors, query_ids).log_() if with_variance else None
         if not self.config.use_linear_response:
             linear = rows_of(response.gene_mean, query_ids).expand_as(linear)
-        imposed = where_imposed(perturbation.ids, perturbation.mask, genes)
+        imposed = where_imposed(perturbation.ids, perturbation.mask, query_ids, self.config.vocab_size)
         linear = impose(linear, perturbation.levels, imposed)
         logits = linear
         if self.config.use_network:

@@ -88,8 +88,7 @@ class GppcResponseMixin:
         variance = variance if query_ids is None else variance[query_ids]
         # Nothing perturbed: nothing changes, surely. And what is imposed changes by what is imposed.
         perturbed = mask.bool().any(dim=1, keepdim=True)
-        genes = torch.arange(self.config.vocab_size, device=mask.device) if query_ids is None else query_ids
-        imposed = where_imposed(perturbation_ids, mask, genes)
+        imposed = where_imposed(perturbation_ids, mask, query_ids, self.config.vocab_size)
         return GppcResponseOutput(
             change=impose((after.logits - before.logits) * perturbed, perturbation_values, imposed),
             variance=(variance * perturbed).masked_fill(imposed.any(1), 0),

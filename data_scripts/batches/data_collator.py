@@ -40,7 +40,7 @@ class PairCollator:
         self.n_query_genes = n_query_genes
         self._all_measured = self.panels.all(1)
 
-    def __call__(self, rows: PairRows | list[PairRows]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: PairRows) -> dict[str, torch.Tensor]:
         """
         Returns:
             `dict` with `input_ids`, `expression_values`, `attention_mask` `(B, N)`; `measured_mask` `(P', V)` and
@@ -48,12 +48,6 @@ class PairCollator:
             `perturbation_mask` `(B, K)`; `pairing_ids` `(B,)`; `labels` `(B, Q)`, -100 at genes that the target did
             not measure and at imposed genes; `query_ids` and `label_weights` `(Q,)` if only some genes are predicted.
         """
-        if isinstance(rows, list):
-            if len(rows) != 1:
-                raise ValueError(
-                    f"`rows` holds {len(rows)} batches; wanted one: the data set hands out whole batches."
-                )
-            rows = rows[0]
         n_genes = self.panels.shape[1]
         labels = self._labels(rows)
         if self.redraw is None:

@@ -3,6 +3,7 @@
 import concurrent.futures
 import dataclasses
 import itertools
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from data_scripts.files import write_json
+from data_scripts.options import Count, Seed, check_numbers
 from data_scripts.pairs.build_tasks import open_plan
 from data_scripts.pairs.pair_plan import PairPlan, digest_of
 from data_scripts.pairs.pair_shard import ShardRows, read_shard_values
@@ -33,16 +36,14 @@ class StreamOptions:
     """
 
     split: str = "train"
-    batch_size: int = 128
-    pool_shards: int = 2
-    seed: int = 0
+    batch_size: Count = 128
+    pool_shards: Count = 2
+    seed: Seed = 0
 
     def __post_init__(self):
+        check_numbers(self)
         if self.split not in SPLITS:
             raise ValueError(f"`split` is {self.split!r}; wanted one of {', '.join(SPLITS)}.")
-        for name in ("batch_size", "pool_shards"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)}; wanted at least 1.")
 
 
 class _Reader(torch.utils.data.IterableDataset):
@@ -260,3 +261,18 @@ class PairStream(torch.utils.data.IterableDataset):
                     "would be another."
                 )
         self.next_reader, self.positions = state["next"], [tuple(position) for position in state["positions"]]
+
+    def save(self, checkpoint: str | Path) -> None:
+        """Writes where the stream stands into a checkpoint, as `pair_stream-RANK.json`."""
+        write_json(self.state_dict(), Path(checkpoint) / f"pair_stream-{self.rank}.json")
+
+    def restore(self, checkpoint: str | Path) -> None:
+        """Goes to where the stream of a checkpoint stood; call it before training resumes.
+
+        Raises:
+            ValueError: If the checkpoint holds no such state, or that of another stream.
+        """
+        path = Path(checkpoint) / f"pair_stream-{self.rank}.json"
+        if not path.is_file():
+            raise ValueError(f"`checkpoint` {checkpoint} has no {path.name}; it was trained from other data.")
+        self.load_state_dict(json.loads(path.read_text()))

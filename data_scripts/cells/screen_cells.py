@@ -8,18 +8,19 @@ import numpy as np
 from data_scripts.cells.screens import CONTROL, Screen
 
 
-def keep_genes(screen: Screen, at_most: int, chosen_on: np.ndarray | None = None) -> Screen:
+def keep_genes(screen: Screen, at_most: int, like: Screen | None = None) -> Screen:
     """The genes most variable among controls, and every measured target; chosen without any perturbed cell.
 
     Args:
         screen (`Screen`): The screen.
         at_most (`int`): Genes that are kept.
-        chosen_on (`np.ndarray`, *optional*): Rows of the controls whose variance chooses; all controls when absent.
+        like (`Screen`, *optional*): Other cells of the same screen, whose controls choose.
     """
     n_genes = len(screen.gene_ids)
     if n_genes <= at_most:
         return screen
-    spread = screen.values[screen.cells_of(CONTROL) if chosen_on is None else chosen_on].var(axis=0)
+    chooses = like or screen
+    spread = chooses.values[chooses.cells_of(CONTROL)].var(axis=0)
     spread[screen.panel_targets] = np.inf
     kept = np.sort(np.argsort(-spread, kind="stable")[:at_most])
     position = np.full(n_genes, -1)
@@ -94,6 +95,15 @@ def some_cells(screen: Screen, cells: np.ndarray) -> Screen:
     )
 
 
-def cells_digest(screen: Screen) -> str:
-    """Digest of the cells' names, whatever their order: tells whether two runs read the same screen."""
-    return hashlib.blake2b("\n".join(sorted(screen.barcodes.tolist())).encode(), digest_size=16).hexdigest()
+def perturbed_digest(screen: Screen) -> str:
+    """Digest of the names of the perturbed cells: tells whether two runs read the same screen."""
+    return _digest(screen.barcodes[~screen.is_control])
+
+
+def controls_digest(screen: Screen) -> str:
+    """Digest of the names of the control cells: tells which of them a model was fitted on."""
+    return _digest(screen.barcodes[screen.is_control])
+
+
+def _digest(names: np.ndarray) -> str:
+    return hashlib.blake2b("\n".join(sorted(names.tolist())).encode(), digest_size=16).hexdigest()

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from data_scripts.command_line import POSITIONAL
+from data_scripts.options import Count, check_numbers
 from data_scripts.pairs.pair_options import PairOptions
 
 
@@ -19,9 +20,12 @@ class BuildOptions:
     """
 
     out: str = field(metadata=POSITIONAL)
-    num_proc: int = 1
+    num_proc: Count = 1
     dask: str | None = None
     dry_run: bool = False
+
+    def __post_init__(self):
+        check_numbers(self)
 
 
 OPTIONS = (BuildOptions, PairOptions)

@@ -16,11 +16,10 @@ import pyarrow as pa
 from data_scripts.files import write_json
 from data_scripts.pairs.build_tasks import build_shard, count_part, load_part, run_tasks, shard_done
 from data_scripts.pairs.gene_selection import find_genes, read_gene_list, select_genes
-from data_scripts.pairs.pair_folder import MANIFEST, PairFolder, finish_pair_folder, read_table
+from data_scripts.pairs.pair_folder import PairFolder, finish_pair_folder, read_table
 from data_scripts.pairs.pair_options import PairOptions
-from data_scripts.pairs.pair_plan import WORK, PairPlan, check_folder, digest_of, plan_identity, query_for, write_array
+from data_scripts.pairs.pair_plan import PairPlan, check_folder, digest_of, plan_identity, query_for, write_array
 from data_scripts.pairs.schema import GENE_SCHEMA, PAIR_SCHEMA, SPLITS
-from data_scripts.store.census_query import CellQuery
 from data_scripts.store.freed_memory import return_freed_memory
 
 
@@ -72,40 +71,45 @@ def build_pairs(
     out = Path(out) if dask is None else Path(out).resolve()
     if num_proc < 1:
         raise ValueError(f"`num_proc` is {num_proc}; wanted at least 1.")
+    with planned(options, out, num_proc, progress, dask, train_rows) as plan:
+        if plan is not None:
+            todo = [index for index in range(plan.n_shards) if not shard_done(plan, index)]
+            run_tasks(build_shard, plan, todo, num_proc, progress, "pairs", dask)
+            finish(plan)
+            return_freed_memory()
+    return PairFolder(out)
+
+
+@contextlib.contextmanager
+def planned(
+    options: PairOptions,
+    out: Path,
+    num_proc: int,
+    progress: bool,
+    dask: str | None = None,
+    train_rows: int | None = None,
+) -> Iterator[PairPlan | None]:
+    """Holds a folder exclusively, with its plan made or opened and its genes chosen; `None` where it is finished.
+
+    Args and errors are those of [`build_pairs`].
+    """
     query = query_for(options)
     identity = plan_identity(options, query.source)
     if train_rows is not None:
         identity["train_rows"] = train_rows
     if check_folder(out, identity) == "finished":
-        return PairFolder(out)
+        yield None
+        return
     with exclusive(out):
         state = check_folder(out, identity)  # another build may have ended since
         if state == "finished":
-            return PairFolder(out)
-        plan = prepare(out, query, options, identity, state, num_proc, progress, dask)
-        todo = [index for index in range(plan.n_shards) if not shard_done(plan, index)]
-        run_tasks(build_shard, plan, todo, num_proc, progress, "pairs", dask)
-        finish(plan)
-        return_freed_memory()
-    return PairFolder(out)
-
-
-def prepare(
-    out: Path,
-    query: CellQuery,
-    options: PairOptions,
-    identity: dict,
-    state: str,
-    num_proc: int,
-    progress: bool,
-    dask: str | None = None,
-) -> PairPlan:
-    """Makes or opens the plan of a folder that is held exclusively, and chooses the genes."""
-    for leftover in out.rglob(".*.tmp"):
-        leftover.unlink()
-    plan = PairPlan(out) if state == "unfinished" else PairPlan.create(out, query, options, identity)
-    choose_genes(plan, num_proc, progress, dask)
-    return plan
+            yield None
+            return
+        for leftover in out.rglob(".*.tmp"):
+            leftover.unlink()
+        plan = PairPlan(out) if state == "unfinished" else PairPlan.create(out, query, options, identity)
+        choose_genes(plan, num_proc, progress, dask)
+        yield plan
 
 
 def plan_pairs(options: PairOptions, out: str | Path, num_proc: int = 1, progress: bool = True) -> PairPlan:
@@ -113,14 +117,10 @@ def plan_pairs(options: PairOptions, out: str | Path, num_proc: int = 1, progres
 
     Args and errors are those of [`build_pairs`]; a folder that is finished already is refused.
     """
-    out = Path(out)
-    query = query_for(options)
-    identity = plan_identity(options, query.source)
-    with exclusive(out):
-        state = check_folder(out, identity)
-        if state == "finished":
+    with planned(options, Path(out), num_proc, progress) as plan:
+        if plan is None:
             raise ValueError(f"`out` {out} holds the finished rows; train from them, or stream into another folder.")
-        return prepare(out, query, options, identity, state, num_proc, progress)
+        return plan
 
 
 def choose_genes(plan: PairPlan, num_proc: int, progress: bool, dask: str | None = None) -> None:
@@ -310,6 +310,3 @@ class CensusPairs(datasets.ArrowBasedBuilder):
         for shard in shards:
             for index, batch in enumerate(read_table(shard).to_batches()):
                 yield f"{Path(shard).name}-{index}", pa.Table.from_batches([batch])
-
-
-__all__ = ["MANIFEST", "WORK", "CensusPairs", "CensusPairsConfig", "build_pairs"]

@@ -110,7 +110,6 @@ def refuse_leaks(plan: SplitPlan) -> None:
 
 
 def guard_fold(
-    barcodes: Sequence[str],
     train_cells,
     test_cells,
     train: Sequence[str],
@@ -119,14 +118,14 @@ def guard_fold(
     target_genes: Sequence[str],
     seen_members: int | None = None,
 ) -> None:
-    """[`refuse_leaks`] for one fold of a screen, cells given as rows of `barcodes`.
+    """[`refuse_leaks`] for one fold of a screen, perturbed cells given as rows.
 
     With `seen_members` the fold holds out combinations, of which so many members were seen alone.
     """
     refuse_leaks(
         SplitPlan(
-            train_cells=[barcodes[row] for row in train_cells],
-            test_cells=[barcodes[row] for row in test_cells],
+            train_cells=train_cells,
+            test_cells=test_cells,
             train_perturbations=train,
             test_perturbations=test,
             reference_perturbations=train,

@@ -13,12 +13,7 @@ from tqdm.auto import tqdm
 
 from data_scripts.files import write_json
 from data_scripts.pairs.schema import GENE_SCHEMA, PANEL_SCHEMA, SCHEMA_VERSION, SPLITS
-from data_scripts.pairs.shard_files import (
-    file_digest,
-    read_decoded,
-    read_table,
-    write_table_atomically,
-)
+from data_scripts.pairs.shard_files import file_digest, read_decoded, read_table, write_table_atomically
 from modeling_gppc.normalization_gppc import close_matches
 
 MANIFEST = "manifest.json"

@@ -131,36 +131,24 @@ def check_held_out(values: np.ndarray, split: np.ndarray, given: np.ndarray, col
         )
 
 
-def guard_splits(tables: Mapping[str, pa.Table], columns: Sequence[str]) -> None:
-    """Refuses pair tables whose splits share a cell or a held-out value.
+def guard_splits(tables: Mapping[str, pa.Table]) -> None:
+    """Refuses pair tables whose splits share a cell.
 
     Args:
         tables (`Mapping[str, pa.Table]`): Split name -> rows in `PAIR_SCHEMA`.
-        columns (`Sequence[str]`): Columns whose values must not be in two splits, e.g. `donor_id`; a value is told
-            apart by all columns together.
 
     Raises:
-        ValueError: Naming the value and the two splits.
+        ValueError: Naming the cell and the two splits.
     """
-    sides = ("source_soma_joinid", "target_soma_joinid")
-    seen: dict[str, tuple[np.ndarray, set]] = {}
+    seen: dict[str, np.ndarray] = {}
     for name, table in tables.items():
-        cells = np.unique(np.concatenate([table.column(side).to_numpy() for side in sides]))
-        keys = set()
-        for prefix in ("", "target_") if columns else ():
-            # The target lies in the data set of the source wherever the row does not name its own.
-            names = [prefix + column if prefix + column in table.column_names else column for column in columns]
-            rows = table.select(list(dict.fromkeys(names))).group_by(list(dict.fromkeys(names))).aggregate([])
-            keys |= {tuple(row[column] for column in names) for row in rows.to_pylist()}
-        for other, (known_cells, known_keys) in seen.items():
-            shared = np.intersect1d(cells, known_cells, assume_unique=True)
+        sides = [table.column(f"{side}_soma_joinid").to_numpy() for side in ("source", "target")]
+        cells = np.unique(np.concatenate(sides))
+        for other, known in seen.items():
+            shared = np.intersect1d(cells, known, assume_unique=True)
             if len(shared):
                 raise ValueError(f"splits {other} and {name} share soma_joinid {shared[0]} ({len(shared)} in all).")
-            both = sorted(keys & known_keys, key=str)
-            if both:
-                what, value = ", ".join(columns), ", ".join(map(str, both[0]))
-                raise ValueError(f"splits {other} and {name} share {what} {value} ({len(both)} in all).")
-        seen[name] = cells, keys
+        seen[name] = cells
 
 
 def _matches(obs: pd.DataFrame, where: dict) -> np.ndarray:

@@ -225,27 +225,13 @@ def write_x(
 
 
 def write_presence(path: str | Path, organism: str, measured: Sequence[np.ndarray], n_vars: int) -> None:
-    """Writes which genes each data set measured.
-
-    Args:
-        measured (`Sequence[np.ndarray]`): For each data set, `soma_joinid` of the genes it measured.
-    """
-    rows = np.repeat(np.arange(len(measured)), [len(columns) for columns in measured])
-    columns = np.concatenate(measured)
+    """Writes which genes each data set measured: for each data set, `soma_joinid` of its genes."""
+    name, rows = "feature_dataset_presence_matrix", np.repeat(np.arange(len(measured)), list(map(len, measured)))
     with tiledbsoma.open(measurement_uri(path, organism), "w") as measurement:
-        measurement.add_new_sparse_ndarray(
-            "feature_dataset_presence_matrix", type=pa.bool_(), shape=(len(measured), n_vars)
-        ).close()
-    with tiledbsoma.open(f"{measurement_uri(path, organism)}/feature_dataset_presence_matrix", "w") as matrix:
-        matrix.write(
-            pa.table(
-                {
-                    "soma_dim_0": rows.astype(np.int64),
-                    "soma_dim_1": columns.astype(np.int64),
-                    "soma_data": np.ones(len(rows), dtype=bool),
-                }
-            )
-        )
+        measurement.add_new_sparse_ndarray(name, type=pa.bool_(), shape=(len(measured), n_vars)).close()
+    columns = {"soma_dim_0": rows.astype(np.int64), "soma_dim_1": np.concatenate(measured).astype(np.int64)}
+    with tiledbsoma.open(f"{measurement_uri(path, organism)}/{name}", "w") as matrix:
+        matrix.write(pa.table({**columns, "soma_data": np.ones(len(rows), dtype=bool)}))
 
 
 def write_obs(path: str | Path, organism: str, obs: pd.DataFrame, extra: Mapping[str, pa.DataType]) -> None:
@@ -301,26 +287,15 @@ def _write_numbered(
 
 
 def _count_cells(obs: pd.DataFrame, organism_label: str) -> pd.DataFrame:
-    parts = [
-        pd.DataFrame(
-            {
-                "category": ["all"],
-                "label": ["na"],
-                "ontology_term_id": ["na"],
-                "total_cell_count": [len(obs)],
-                "unique_cell_count": [int(obs["is_primary_data"].sum())],
-            }
-        )
-    ]
-    for category in (*COUNTED_TERMS, "suspension_type"):
-        keys = {"label": obs[category].astype(str)}
-        keys["ontology_term_id"] = (
-            "na" if category == "suspension_type" else obs[f"{category}_ontology_term_id"].astype(str)
-        )
-        cells = pd.DataFrame({**keys, "primary": obs["is_primary_data"].to_numpy()})
-        counted = cells.groupby(["ontology_term_id", "label"], as_index=False)["primary"].agg(["size", "sum"])
+    primary, nothing = obs["is_primary_data"].to_numpy(), pd.Series("na", index=obs.index)
+    parts = []
+    for category in ("all", *COUNTED_TERMS, "suspension_type"):
+        label = nothing if category == "all" else obs[category].astype(str)
+        term = obs[f"{category}_ontology_term_id"].astype(str) if category in COUNTED_TERMS else nothing
+        cells = pd.DataFrame({"category": category, "label": label, "ontology_term_id": term, "primary": primary})
         parts.append(
-            counted.rename(columns={"size": "total_cell_count", "sum": "unique_cell_count"}).assign(category=category)
+            cells.groupby(["category", "ontology_term_id", "label"], as_index=False)["primary"].agg(["size", "sum"])
         )
     frame = pd.concat(parts, ignore_index=True).assign(organism=organism_label)
+    frame = frame.rename(columns={"size": "total_cell_count", "sum": "unique_cell_count"})
     return frame.astype({"total_cell_count": np.int64, "unique_cell_count": np.int64})

@@ -2,7 +2,9 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Annotated
 
+from data_scripts.options import CountOrZero, Range
 from modeling_gppc.fitting.fit_screen_options import ScreenFitOptions
 
 MODES = ("zero-shot", "in-context", "fine-tuned")
@@ -37,12 +39,12 @@ class EvaluateOptions(ScreenFitOptions):
 
     mode: str = "in-context"
     model: list[str] = dataclasses.field(default_factory=lambda: ["gppc"])
-    folds: int = 5
+    folds: Annotated[int, Range(2)] = 5
     split: str = "perturbations"
-    seen: int = 2
+    seen: Annotated[int, Range(0, 2)] = 2
     hold_out: str | None = None
     change: str = "measured"
-    n_shuffles: int = 20
+    n_shuffles: CountOrZero = 20
 
     def __post_init__(self):
         super().__post_init__()
@@ -60,8 +62,6 @@ class EvaluateOptions(ScreenFitOptions):
             )
         if self.hold_out is not None and (self.split != "perturbations" or self.folders):
             raise ValueError("`hold_out` divides cells; give it without `split` and without a model folder.")
-        if self.seen not in (0, 1, 2):
-            raise ValueError(f"`seen` is {self.seen}; wanted 0, 1 or 2 members of a double.")
         if not self.model:
             raise ValueError(f"`model` is empty; wanted model folders or one of {', '.join(BUILT_IN_MODELS)}.")
         for name in self.model:
@@ -76,10 +76,6 @@ class EvaluateOptions(ScreenFitOptions):
             raise ValueError("`model` is 'gppc' with `mode` 'zero-shot'; wanted a model folder.")
         if self.gene_features is not None and not Path(self.gene_features).is_file():
             raise ValueError(f"`gene_features` {self.gene_features} is not a file; wanted .parquet, .csv or .tsv.")
-        if self.n_shuffles < 0:
-            raise ValueError(f"`n_shuffles` is {self.n_shuffles}; wanted at least 0.")
-        if self.folds < 2:
-            raise ValueError(f"`folds` is {self.folds}; wanted at least 2.")
 
     @property
     def folders(self) -> list[str]:

@@ -77,11 +77,14 @@ class LinearJointFloor(Floor):
 
 
 class ConditionalGaussianFloor(Floor):
-    """The factor model of one cell and the coupling of two, conditioned exactly on all that is given."""
+    """The factor model of one cell and, `with_coupling`, of two, conditioned exactly on all that is given."""
 
     name = "conditional_gaussian"
     ranks = (10, 20, 40)
-    with_coupling = True
+
+    def __init__(self, with_coupling: bool = True):
+        super().__init__()
+        self.with_coupling = with_coupling
 
     def fit(self, train: PairArrays, validation: PairArrays) -> "ConditionalGaussianFloor":
         self.panels = train.panels
@@ -124,19 +127,6 @@ class ConditionalGaussianFloor(Floor):
             pairs.revealed_mask,
             with_variance,
         )
-
-
-class FactorRevealedFloor(ConditionalGaussianFloor):
-    """`linear_revealed` for more genes than a dense covariance allows: the factor model without the source."""
-
-    name = "linear_revealed"
-    with_coupling = False
-
-
-class FactorJointFloor(ConditionalGaussianFloor):
-    """`linear_joint` for more genes than a dense covariance allows."""
-
-    name = "linear_joint"
 
 
 class LabelledGaussianFloor(Floor):

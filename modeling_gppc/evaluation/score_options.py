@@ -1,8 +1,9 @@
 """What is scored at the end of a run, checked before anything is trained."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from data_scripts.options import Count, check_numbers
+from data_scripts.options import Count, Range, check_numbers
 from modeling_gppc.normalization_gppc import close_matches
 
 
@@ -28,7 +29,7 @@ class EvaluationOptions:
     n_resamples: Count = 1_000
     floors: list[str] | None = None
     optimum_pairs: Count = 150
-    optimum_samples: Count = 512
+    optimum_samples: Annotated[int, Range(16)] = 512
     splits: list[str] | None = None
     perturbation: str | None = None
 

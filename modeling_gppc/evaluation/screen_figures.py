@@ -38,7 +38,7 @@ def plot_screen_scores(summary: dict, path: str | Path) -> Path:
 def plot_responses(evaluation, method: str, path: str | Path, at_most: int = 12) -> Path:
     """Predicted against observed change of every scored gene, a panel a perturbation, highest ceilings first."""
     truth, prediction = evaluation.truth, evaluation.predictions[method]
-    order = np.argsort(-truth.ceiling, kind="stable")[:at_most]
+    order = np.argsort(-evaluation.ceiling, kind="stable")[:at_most]
     columns = min(4, len(order))
     rows = -(-len(order) // columns)
     figure = Figure(figsize=(2.6 * columns, 2.4 * rows), layout="constrained")
@@ -49,7 +49,7 @@ def plot_responses(evaluation, method: str, path: str | Path, at_most: int = 12)
         axis.axhline(0, color="#999999", linewidth=0.6)
         axis.axvline(0, color="#999999", linewidth=0.6)
         score = evaluation.scores[method]["pearson_delta"][index]
-        axis.set_title(f"{truth.labels[index]}: r {score:.2f}, ceiling {truth.ceiling[index]:.2f}", fontsize=8)
+        axis.set_title(f"{truth.labels[index]}: r {score:.2f}, ceiling {evaluation.ceiling[index]:.2f}", fontsize=8)
         axis.tick_params(labelsize=6)
     for axis in axes[len(order) :]:
         axis.set_visible(False)

@@ -131,7 +131,7 @@ def write_per_perturbation(evaluation: ScreenEvaluation, path: Path) -> None:
         measured = evaluation.screen.perturbations[label].measured
         for name, scores in evaluation.scores.items():
             values = [f"{scores[m][row]:.6g}" if m in scores and np.isfinite(scores[m][row]) else "" for m in metrics]
-            writer.writerow([label, name, truth.n_cells[row], measured, f"{truth.ceiling[row]:.4f}", *values])
+            writer.writerow([label, name, truth.n_cells[row], measured, f"{evaluation.ceiling[row]:.4f}", *values])
     write_text(buffer.getvalue(), path)
 
 
@@ -215,7 +215,7 @@ def render_page(evaluation: ScreenEvaluation, figures: dict[str, Path]) -> str:
     truth = evaluation.truth
     methods = [row[0].split()[0] for row in rows]
     detail = [
-        [label, int(truth.n_cells[i]), f"{truth.ceiling[i]:.2f}"]
+        [label, int(truth.n_cells[i]), f"{evaluation.ceiling[i]:.2f}"]
         + [f"{evaluation.scores[name]['pearson_delta'][i]:.2f}" for name in methods]
         for i, label in enumerate(truth.labels)
     ]

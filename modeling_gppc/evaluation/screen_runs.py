@@ -6,7 +6,8 @@ from collections.abc import Callable
 import numpy as np
 from tqdm.auto import tqdm
 
-from data_scripts.cells.screen_cells import cells_digest, some_cells
+from data_scripts.cells.control_halves import control_halves, with_controls
+from data_scripts.cells.screen_cells import controls_digest, keep_genes, perturbed_digest, some_cells
 from data_scripts.cells.screen_splits import (
     Fold,
     combination_folds,
@@ -48,8 +49,8 @@ class ScreenRun:
     notes: list[str]
 
 
-def run_screen(screen: Screen, options: EvaluateOptions, progress: bool) -> ScreenRun:
-    """Runs the mode that the options ask for.
+def run_screen(screen: Screen, options: EvaluateOptions, progress: bool) -> list[ScreenRun]:
+    """Runs the mode that the options ask for: once for every division of the controls, or once where none is shared.
 
     Raises:
         ValueError: If no perturbation can be scored in this mode, or the division of cells leaks.
@@ -61,12 +62,43 @@ def run_screen(screen: Screen, options: EvaluateOptions, progress: bool) -> Scre
         features = read_gene_features(options.gene_features, genes)
         notes.append(f"{len(features.table(genes))} of {len(genes)} perturbed genes have features in the table given.")
     if options.hold_out is not None:
-        run = held_out(screen, group_folds(screen, options.hold_out), options, features, progress)
-    elif options.mode == "fine-tuned":
-        run = fine_tuned(screen, choose_folds(screen, options), options, features, progress)
+        # A batch or cell line is judged by its own controls.
+        runs = [held_out(screen, group_folds(screen, options.hold_out), options, features, progress)]
     else:
-        run = from_controls(screen, options, progress)
-    return dataclasses.replace(run, notes=[*notes, *run.notes])
+        folds = choose_folds(screen, options) if options.mode == "fine-tuned" else None
+        runs = []
+        for seen, judged in tqdm(divisions(screen, options), desc="divisions", disable=not progress):
+            guard_controls(seen, judged, options)
+            runs.append(
+                from_controls(seen, judged, options)
+                if folds is None
+                else fine_tuned(seen, judged, folds, options, features)
+            )
+    return [dataclasses.replace(run, notes=[*notes, *run.notes]) for run in runs]
+
+
+def divisions(screen: Screen, options: EvaluateOptions) -> list[tuple[Screen, Screen]]:
+    """The screen as it is read and as it is judged, with control cells of their own, for every division; a folder that
+    was fitted without some of the controls is judged by those."""
+    if options.controls == "shared":
+        screen = keep_genes(screen, options.max_genes)
+        return [(screen, screen)]
+    halves = control_halves(screen, options.divisions, options.seed)
+    parts = [(with_controls(screen, first), with_controls(screen, second)) for first, second in halves]
+    if options.folders and options.mode != "zero-shot":
+        # Folders are judged by the controls that they were fitted without.
+        stated = {((read_run(folder) or {}).get("screen") or {}).get("controls_digest") for folder in options.folders}
+        parts = [part for part in parts if stated == {controls_digest(part[0])}]
+        if not parts:
+            raise ValueError(
+                "`model` was not fitted on one half of the screen's control cells, as `divisions` "
+                f"{options.divisions} and `seed` {options.seed} divide them: no control cell is left to measure the "
+                "truth with. Fit it with `--screen.half_controls true` (as `--screen.fold all` does) and the same "
+                "`divisions` and `seed`, or give `controls` 'shared' for the biased form."
+            )
+    # The genes are chosen on the controls that are read.
+    most = options.max_genes
+    return [(keep_genes(first, most), keep_genes(second, most, like=first)) for first, second in parts]
 
 
 def check_models(screen: Screen, options: EvaluateOptions) -> list[str]:
@@ -78,7 +110,7 @@ def check_models(screen: Screen, options: EvaluateOptions) -> list[str]:
     notes = []
     for folder in options.folders:
         run = read_run(folder)
-        guard_model(run, screen.name, cells_digest(screen), options.mode)
+        guard_model(run, screen.name, perturbed_digest(screen), options.mode)
         if run is None or "datasets" not in run:
             notes.append("What the model was trained on is not stated: leaks through pre-training were not checked.")
     return notes[:1]
@@ -98,26 +130,22 @@ def need(labels: list[str], options: EvaluateOptions) -> list[str]:
     return labels
 
 
-def from_controls(screen: Screen, options: EvaluateOptions, progress: bool) -> ScreenRun:
+def from_controls(seen: Screen, judged: Screen, options: EvaluateOptions) -> ScreenRun:
     """Zero-shot and in-context: no perturbed cell is read but for the change at the target."""
-    labels = need(sorted(label for label, p in screen.perturbations.items() if p.measured), options)
-    guard_controls(screen, labels, options.mode)
-    context = ScreenContext.build(screen, [], labels)
+    labels = need(sorted(label for label, p in seen.perturbations.items() if p.measured), options)
+    context = ScreenContext.build(seen, [], labels)
     predictions = run_baselines(context, mode=options.mode)
     predictors = {"covariance": lambda c: run_baselines(c, ["covariance"], options.mode)["covariance"]}
     if options.folders:
         predictors[MODEL] = ScreenModel.load(options.folders[0], options.change).predict
     elif options.model != ["covariance"]:
-        predictors[MODEL] = ScreenModel(*fit_screen(screen, [], options), options.change).predict
+        predictors[MODEL] = ScreenModel(*fit_screen(seen, [], options), options.change).predict
     if MODEL in predictors:
         predictions[MODEL] = predictors[MODEL](context)
-    shuffled = {
-        name: shuffled_null(predict, context, options)
-        for name, predict in tqdm(predictors.items(), desc="target-shuffled null", unit="method", disable=not progress)
-    }
-    truth = observe(screen, labels, options.seed)
+    shuffled = {name: shuffled_null(predict, context, options) for name, predict in predictors.items()}
+    truth = observe(judged, labels, options.seed, controls_of=seen)
     reference = (truth.delta.sum(axis=0) - truth.delta) / (len(labels) - 1)
-    return ScreenRun(screen, truth, predictions, reference, shuffled, [])
+    return ScreenRun(judged, truth, predictions, reference, shuffled, [])
 
 
 def shuffled_null(
@@ -171,7 +199,7 @@ def choose_folds(screen: Screen, options: EvaluateOptions) -> list[Fold]:
 
 
 def fine_tuned(
-    screen: Screen, folds: list[Fold], options: EvaluateOptions, features: GeneFeatures | None, progress: bool
+    screen: Screen, judged: Screen, folds: list[Fold], options: EvaluateOptions, features: GeneFeatures | None
 ) -> ScreenRun:
     """Every label is predicted by methods that saw none of its cells."""
     labels = need(sorted(label for fold in folds for label in fold.test), options)
@@ -184,9 +212,8 @@ def fine_tuned(
     shape = (len(labels), screen.values.shape[1])
     predictions: dict[str, ScreenPrediction] = {}
     reference = np.zeros(shape)
-    for index, fold in enumerate(tqdm(folds, desc="folds", unit="fold", disable=not progress)):
+    for index, fold in enumerate(folds):
         guard_fold(
-            screen.barcodes,
             fold.train_cells,
             fold.test_cells,
             fold.train,
@@ -214,7 +241,8 @@ def fine_tuned(
             whole.delta[rows] = output.delta
             if variance is not None:
                 whole.variance[rows] = output.variance
-    return ScreenRun(screen, observe(screen, labels, options.seed), predictions, reference, {}, [])
+    truth = observe(judged, labels, options.seed, controls_of=screen)
+    return ScreenRun(judged, truth, predictions, reference, {}, [])
 
 
 def perturbed_features(screen: Screen, features: GeneFeatures | None) -> dict[str, np.ndarray] | None:
@@ -307,17 +335,18 @@ def held_out(screen: Screen, folds: list[Fold], options: EvaluateOptions, featur
 MIN_GROUP_CELLS = 10
 
 
-def guard_controls(screen: Screen, labels: list[str], mode: str) -> None:
-    """Refuses a run from controls in which a cell that is scored would also have been read."""
-    controls = [screen.barcodes[row] for row in screen.cells_of(CONTROL)]
+def guard_controls(seen: Screen, judged: Screen, options: EvaluateOptions) -> None:
+    """Refuses a run in which a cell that the truth is measured from would also have been read."""
+    controls = [seen.barcodes[row] for row in seen.cells_of(CONTROL)]
+    perturbed = [] if options.mode == "fine-tuned" else judged.barcodes[~judged.is_control].tolist()
+    truth = [] if options.controls == "shared" else judged.barcodes[judged.is_control].tolist()
     refuse_leaks(
         SplitPlan(
             train_cells=controls,
-            panel_cells=controls,
+            panel_cells=controls if options.controls == "shared" else (),
             normalisation_cells=controls,
             selection_cells=controls,
-            test_cells=[screen.barcodes[row] for row in np.flatnonzero(np.isin(screen.label, labels))],
-            test_perturbations=labels,
-            mode=mode,
+            test_cells=[*perturbed, *truth],
+            mode=options.mode,
         )
     )

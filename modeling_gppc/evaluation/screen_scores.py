@@ -102,45 +102,63 @@ class ScreenPrediction:
     reads_perturbed_cells: bool = False
 
 
-def observe(screen: Screen, labels: Sequence[str], seed: int = 0, n_splits: int = 10) -> ScreenTruth:
-    """Observed responses, their sampling error, differential expression and split-half ceiling."""
+def observe(
+    screen: Screen,
+    labels: Sequence[str],
+    seed: int = 0,
+    n_splits: int = 10,
+    controls_of: Screen | None = None,
+) -> ScreenTruth:
+    """Observed responses, their sampling error, differential expression and split-half ceiling.
+
+    Args:
+        screen (`Screen`): The perturbed cells, and the controls that responses are measured against.
+        labels (`Sequence[str]`): Perturbations.
+        seed (`int`, *optional*, defaults to 0), n_splits (`int`, *optional*, defaults to 10): Of the ceiling.
+        controls_of (`Screen`, *optional*): The screen whose controls a replicate has; those of `screen` in halves when
+            absent or the same.
+    """
     values = screen.values
     controls = screen.cells_of(CONTROL)
     control = values[controls].mean(axis=0, dtype=np.float64)
     within = within_variance(screen, [CONTROL, *screen.perturbations])
-    delta, variance, ceiling, counts = [], [], [], []
     mask = scored_genes(screen)
-    for label in labels:
-        cells = screen.cells_of(label)
-        delta.append(values[cells].mean(axis=0, dtype=np.float64) - control)
-        variance.append(within * (1 / len(cells) + 1 / len(controls)))
-        ceiling.append(split_half(values[cells], values[controls], mask, n_splits, seed))
-        counts.append(len(cells))
+    generator = np.random.default_rng(seed)
+    sides = []
+    for _ in range(n_splits):
+        if controls_of is None or controls_of is screen:
+            order = generator.permutation(len(controls))
+            sides.append([values[controls[order[start::2]]].mean(axis=0) for start in (0, 1)])
+        else:
+            other = controls_of.values[controls_of.cells_of(CONTROL)].mean(axis=0, dtype=np.float64)
+            sides.append([control, other])
+    cells = [screen.cells_of(label) for label in labels]
+    counts = np.array([len(rows) for rows in cells])
     scores, fdr, change = differential_expression(screen, labels)
     return ScreenTruth(
         labels=list(labels),
-        delta=np.array(delta),
+        delta=np.array([values[rows].mean(axis=0, dtype=np.float64) - control for rows in cells]),
         control=control,
-        sampling_variance=np.array(variance),
+        sampling_variance=within * (1 / counts[:, None] + 1 / len(controls)),
         mask=mask,
-        ceiling=np.array(ceiling),
-        n_cells=np.array(counts),
-        countable=np.array(counts)[:, None] * (values != 0).mean(axis=0) >= 1,
+        ceiling=np.array([split_half(values[rows], sides, mask, generator) for rows in cells]),
+        n_cells=counts,
+        countable=counts[:, None] * (values != 0).mean(axis=0) >= 1,
         de_scores=scores,
         de_fdr=fdr,
         de_change=change,
     )
 
 
-def split_half(cells: np.ndarray, controls: np.ndarray, mask: np.ndarray, n_splits: int, seed: int) -> float:
-    """Mean correlation of the responses of two halves of the cells (controls halved too): what a replicate scores."""
-    generator = np.random.default_rng(seed)
+def split_half(
+    cells: np.ndarray, sides: Sequence[Sequence[np.ndarray]], mask: np.ndarray, generator: np.random.Generator
+) -> float:
+    """Mean correlation of the responses of two halves of the cells, each against the mean of other controls: what a
+    replicate scores."""
     found = []
-    for _ in range(n_splits):
-        halves = []
-        order, control_order = generator.permutation(len(cells)), generator.permutation(len(controls))
-        for start in (0, 1):
-            halves.append(cells[order[start::2]].mean(axis=0) - controls[control_order[start::2]].mean(axis=0))
+    for controls in sides:
+        order = generator.permutation(len(cells))
+        halves = [cells[order[start::2]].mean(axis=0) - controls[start] for start in (0, 1)]
         found.append(metrics.pearson_delta(halves[0][None], halves[1][None], mask)[0])
     return float(np.nanmean(found)) if np.isfinite(found).any() else 0.0
 
@@ -276,8 +294,19 @@ def bootstrap_perturbations(values: np.ndarray, n_resamples: int = 2_000, seed: 
     return metrics.percentile_interval(samples[:, 0])
 
 
-def resample_responses(screen: Screen, truth: ScreenTruth, n_resamples: int = 200, seed: int = 0) -> np.ndarray:
-    """Responses recomputed from cells drawn with replacement, controls too, at the scored genes: `(B, P, scored)`."""
+def resampled_correlations(
+    screen: Screen,
+    truth: ScreenTruth,
+    predictions: Mapping[str, ScreenPrediction],
+    n_resamples: int = 200,
+    seed: int = 0,
+) -> dict[str, np.ndarray]:
+    """pearson_delta of every method against responses recomputed from cells drawn with replacement, controls too.
+
+    Returns:
+        Method -> correlations `(n_resamples + 1, P)`, the first row those with the responses as observed; 0 where there is
+        no direction. One perturbation is in memory at a time.
+    """
     generator = np.random.default_rng(seed)
 
     def means(cells):
@@ -286,81 +315,91 @@ def resample_responses(screen: Screen, truth: ScreenTruth, n_resamples: int = 20
         return (times.astype(np.float32) @ values) / len(cells)
 
     controls = means(screen.cells_of(CONTROL))
-    return np.stack([means(screen.cells_of(label)) - controls for label in truth.labels], axis=1)
+    units = {name: _directions(prediction.delta[:, truth.mask]) for name, prediction in predictions.items()}
+    found = {name: np.zeros((n_resamples + 1, len(truth.labels))) for name in predictions}
+    for row, label in enumerate(truth.labels):
+        drawn = means(screen.cells_of(label)) - controls
+        drawn = _directions(np.concatenate([truth.delta[row][None, truth.mask], drawn]))
+        for name, rows in units.items():
+            found[name][:, row] = drawn @ rows[row]
+    return found
+
+
+def _directions(rows: np.ndarray) -> np.ndarray:
+    """Rows less their mean, of length one; zero where nothing varies."""
+    rows = rows - rows.mean(axis=1, keepdims=True)
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 1e-12)
+
+
+def interval_of_mean(correlations: np.ndarray, rows: np.ndarray | None = None, seed: int = 0) -> list[float]:
+    """95 % interval of a mean over perturbations, which are drawn with replacement together with the cells behind them.
+
+    The mean of the control cells errs for all perturbations alike; drawing perturbations alone would not see it. What
+    drawing cells adds is taken about its own mean: responses of drawn cells are noisier than those observed.
+
+    Args:
+        correlations (`np.ndarray`): From [`resampled_correlations`], or the difference of two, `(n_resamples + 1, P)`.
+        rows (`np.ndarray`, *optional*): Some of the perturbations.
+        seed (`int`, *optional*, defaults to 0): Of the bootstrap.
+    """
+    rows = np.arange(correlations.shape[1]) if rows is None else rows
+    if len(rows) < 2:
+        return [float("nan"), float("nan")]
+    point, drawn = correlations[0], correlations[1:]
+    drawn = drawn - drawn.mean(axis=0) + point
+    generator = np.random.default_rng(seed)
+    picks = rows[generator.integers(0, len(rows), size=(2_000, len(rows)))]
+    samples = drawn[generator.integers(0, len(drawn), size=2_000)[:, None], picks].mean(axis=1)
+    return metrics.percentile_interval(samples)
 
 
 def compare_methods(
-    first: ScreenPrediction,
-    second: ScreenPrediction,
-    truth: ScreenTruth,
-    resampled: np.ndarray,
-    seed: int = 0,
+    first: np.ndarray, second: np.ndarray, ceiling: np.ndarray, seed: int = 0
 ) -> dict[str, float | list[float]]:
     """Difference in mean pearson_delta, with a paired interval over perturbations x resampled cells.
+
+    Args:
+        first, second (`np.ndarray`): From [`resampled_correlations`], `(n_resamples + 1, P)`.
+        ceiling (`np.ndarray`): Of each perturbation, shape `(P,)`.
+        seed (`int`, *optional*, defaults to 0): Of the bootstrap.
 
     Returns:
         `dict` with `difference`, `ci95`, and the same for the perturbations whose ceiling exceeds 0.5 under
         `above_ceiling_half` (`n`, `difference`, `ci95`).
     """
-    point = _correlations(first, truth, truth.delta[None][:, :, truth.mask]) - _correlations(
-        second, truth, truth.delta[None][:, :, truth.mask]
-    )
-    drawn = _correlations(first, truth, resampled) - _correlations(second, truth, resampled)
+    gap = first - second
 
     def summarise(rows: np.ndarray) -> dict:
-        if len(rows) < 2:
-            difference = float(point[0, rows].mean()) if len(rows) else float("nan")
-            return {"n": len(rows), "difference": difference, "ci95": [float("nan"), float("nan")]}
-        generator = np.random.default_rng(seed)
-        picks = rows[generator.integers(0, len(rows), size=(2_000, len(rows)))]
-        samples = drawn[generator.integers(0, len(drawn), size=2_000)[:, None], picks].mean(axis=1)
-        return {
-            "n": len(rows),
-            "difference": float(point[0, rows].mean()),
-            "ci95": metrics.percentile_interval(samples),
-        }
+        difference = float(gap[0, rows].mean()) if len(rows) else float("nan")
+        return {"n": len(rows), "difference": difference, "ci95": interval_of_mean(gap, rows, seed)}
 
-    everything = np.arange(len(truth.labels))
-    return summarise(everything) | {"above_ceiling_half": summarise(np.flatnonzero(truth.ceiling > 0.5))}
-
-
-def _correlations(prediction: ScreenPrediction, truth: ScreenTruth, observed: np.ndarray) -> np.ndarray:
-    """Correlation of one prediction with many versions `(B, P, scored)` of the observation; `(B, P)`, 0 if undefined."""
-    predicted = prediction.delta[:, truth.mask]
-    predicted = predicted - predicted.mean(axis=1, keepdims=True)
-    observed = observed - observed.mean(axis=2, keepdims=True)
-    product = np.einsum("pv,bpv->bp", predicted, observed)
-    norms = np.linalg.norm(predicted, axis=1) * np.linalg.norm(observed, axis=2)
-    return np.divide(product, norms, out=np.zeros_like(product), where=norms > 1e-12)
+    return summarise(np.arange(len(ceiling))) | {"above_ceiling_half": summarise(np.flatnonzero(ceiling > 0.5))}
 
 
 def summarise_method(
-    prediction: ScreenPrediction,
-    truth: ScreenTruth,
     scores: Mapping[str, np.ndarray],
+    swapped: np.ndarray,
     shuffled: np.ndarray | None = None,
     seed: int = 0,
 ) -> dict:
     """Means over perturbations with their 95 % intervals.
 
     Args:
-        prediction (`ScreenPrediction`), truth (`ScreenTruth`): What was predicted and observed.
         scores (`Mapping[str, np.ndarray]`): From [`score_prediction`].
+        swapped (`np.ndarray`): See [`swapped_pearson`], shape `(P,)`.
         shuffled (`np.ndarray`, *optional*): pearson_delta of the target-shuffled null, shape `(P,)`.
         seed (`int`, *optional*, defaults to 0): Of the bootstrap.
     """
-    entry: dict = {"n_perturbations": len(truth.labels), "reads_perturbed_cells": prediction.reads_perturbed_cells}
+    entry: dict = {"n_perturbations": len(swapped)}
     for name in METRICS:
         if name in scores:
             values = scores[name]
             entry[name] = float(np.nanmean(values)) if np.isfinite(values).any() else None
             entry[f"{name}_ci95"] = bootstrap_perturbations(values, seed=seed)
-    for name, null in (("swapped", swapped_pearson(prediction, truth)), ("shuffled", shuffled)):
+    for name, null in (("swapped", swapped), ("shuffled", shuffled)):
         if null is not None and np.isfinite(null).all():
             entry[f"{name}_pearson"] = float(null.mean())
             entry[f"matched_minus_{name}"] = float((scores["pearson_delta"] - null).mean())
             entry[f"matched_minus_{name}_ci95"] = bootstrap_perturbations(scores["pearson_delta"] - null, seed=seed)
-    # Size of all responses together, which a few strong perturbations dominate instead of many weak ones.
-    gap = ((prediction.delta - truth.delta)[:, truth.mask] ** 2).sum()
-    entry["pooled_normalised_squared_error"] = float(gap / (truth.delta[:, truth.mask] ** 2).sum())
     return entry

@@ -10,7 +10,7 @@ from data_scripts.cells.screens import BATCH_PREFIX, Screen
 from modeling_gppc import GppcConfig, GppcFeatureExtractor, GppcForPerturbationPrediction
 from modeling_gppc.fitting.fit_controls import SHARE, ControlFit, fit_controls
 from modeling_gppc.fitting.fit_screen_options import ScreenFitOptions
-from modeling_gppc.fitting.fit_screen_response import fit_screen_response
+from modeling_gppc.fitting.fit_screen_response import SeenPerturbations, fit_screen_response
 from modeling_gppc.fitting.gene_features import GeneFeatures
 
 CONTROL_PAIRING = "same_type"
@@ -83,7 +83,8 @@ def fit_screen(
             getattr(module, name).copy_(torch.as_tensor(value))
     if len(labels):
         likeness = target_likeness(screen, labels, extractor, features)
-        fit_screen_response(part, linear_response, screen, labels, inputs, likeness, options.replicates)
+        seen = SeenPerturbations(list(labels), *inputs, likeness)
+        fit_screen_response(part, linear_response, screen, seen, options)
     return model, extractor
 
 

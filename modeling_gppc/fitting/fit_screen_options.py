@@ -1,8 +1,12 @@
 """How a model is fitted on a CRISPR screen."""
 
 import dataclasses
+from typing import Annotated
+
+from data_scripts.options import Count, NotNegative, Range, Seed, check_numbers
 
 REPLICATES = ("batch", "cell_line")
+CONTROLS = ("disjoint", "shared")
 
 
 @dataclasses.dataclass
@@ -22,20 +26,24 @@ class ScreenFitOptions:
             away; where targets act through each other it hides what they do.
         replicates (`str`, *optional*, defaults to `"batch"`): What replicates of a perturbation differ in, `"batch"` or
             `"cell_line"`; the spread between them is the uncertainty of a response that was seen.
+        controls (`str`, *optional*, defaults to `"disjoint"`): What is chosen by leaving perturbations out, and scored, is
+            measured from control cells that nothing was fitted on (`"disjoint"`). `"shared"` is the form of the
+            literature: one mean of all controls on both sides, whose error passes for signal; only for comparison.
+        divisions (`int`, *optional*, defaults to 3): Divisions of the controls in halves, each used in both directions.
         seed (`int`, *optional*, defaults to 0): Everything random.
     """
 
-    max_genes: int = 2_000
+    max_genes: Annotated[int, Range(10)] = 2_000
     gene_features: str | None = None
-    n_factors: int | None = None
-    hold_targets: float = 0.1
+    n_factors: Count | None = None
+    hold_targets: NotNegative = 0.1
     replicates: str = "batch"
-    seed: int = 0
+    controls: str = "disjoint"
+    divisions: Count = 3
+    seed: Seed = 0
 
     def __post_init__(self):
-        if self.replicates not in REPLICATES:
-            raise ValueError(f"`replicates` is {self.replicates!r}; wanted one of {', '.join(REPLICATES)}.")
-        for name, least in (("max_genes", 10), ("hold_targets", 0), ("seed", 0), ("n_factors", 1)):
-            value = getattr(self, name)
-            if value is not None and not value >= least:
-                raise ValueError(f"`{name}` is {value}; wanted at least {least}.")
+        check_numbers(self)
+        for name, wanted in (("replicates", REPLICATES), ("controls", CONTROLS)):
+            if getattr(self, name) not in wanted:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}; wanted one of {', '.join(wanted)}.")

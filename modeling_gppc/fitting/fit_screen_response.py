@@ -1,23 +1,28 @@
 """Fits what perturbations of a screen do: blend, size and spread by leave-one-out over those that were seen."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
+from data_scripts.cells.control_halves import control_halves
 from data_scripts.cells.screens import Screen
+from modeling_gppc.fitting.fit_screen_options import ScreenFitOptions
 from modeling_gppc.fitting.observed_responses import ObservedResponses
 from modeling_gppc.fitting.replicate_variance import responses_by_group, variance_between
 from modeling_gppc.linear_response_gppc import GppcLinearResponse
 from modeling_gppc.screen_response_gppc import GppcScreenResponse
 
-# Each response is divided by its length to this power before it is averaged: 0 is the plain mean, 1 gives every
-# perturbation the same length, so that strong ones do not drown the others.
-POWERS = (0.0, 0.5, 1.0)
+# With shared controls each response is divided by its length to one of these powers before it is averaged, as it used to
+# be; clean leave-one-out never wants it: noise of the controls is raised to the length of signal.
+SHARED_POWERS = (0.0, 0.5, 1.0)
 # Weight of the linear response to the change at the target, relative to what perturbations share.
 WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.6)
 # Variance of a response that features of its target do not explain, in units of what they do.
 UNEXPLAINED = 1.0
+# Least size of a response relative to the blend: where no size is shown there is a direction all the same.
+LEAST_SCALE = 0.05
 Z90 = 1.6448536
 
 
@@ -37,56 +42,83 @@ def process_mean(votes: np.ndarray, like: np.ndarray, to: np.ndarray, unexplaine
     return mean + to @ np.linalg.solve(like + unexplained * np.eye(len(votes)), votes - mean)
 
 
+@dataclasses.dataclass
+class SeenPerturbations:
+    """
+    The T perturbations that are seen, as the model is asked about them.
+
+    Args:
+        labels (`list[str]`): Their names in the screen.
+        ids, changes, mask (`np.ndarray`): Ids of their targets among the genes that may be asked about, measured changes
+            of log value (0 where not measured) and 1 where real, each `(T, K)`.
+        likeness (`np.ndarray`): Of every gene that may be asked about to each of them, `(V + E, T)`.
+    """
+
+    labels: list[str]
+    ids: np.ndarray
+    changes: np.ndarray
+    mask: np.ndarray
+    likeness: np.ndarray
+
+    @property
+    def kernel(self) -> np.ndarray:
+        """How alike they are among each other, `(T, T)`."""
+        return (self.likeness[self.ids] * self.mask[:, :, None]).sum(axis=1)
+
+    @property
+    def related(self) -> np.ndarray:
+        """Which share a gene, each with itself too; bool of shape `(T, T)`."""
+        genes = np.where(self.mask, self.ids, -1 - np.arange(len(self.ids))[:, None])
+        return (genes[:, None, :, None] == genes[None, :, None, :]).any(axis=(2, 3))
+
+
 @torch.no_grad()
 def fit_screen_response(
     part: GppcScreenResponse,
     linear_response: GppcLinearResponse,
     screen: Screen,
-    labels: Sequence[str],
-    inputs: tuple[np.ndarray, np.ndarray, np.ndarray],
-    likeness: np.ndarray,
-    replicates: str = "batch",
+    seen: SeenPerturbations,
+    options: ScreenFitOptions,
 ) -> None:
     """
     Fills the part of a screen response that knows perturbations, in place.
 
-    A perturbation that is left out takes with it all that share a gene with it, as folds over perturbations do.
+    Weight, size and spread are chosen by leaving out each perturbation, with all that share a gene with it, as folds do.
+    What is left out is measured from other control cells than what it is predicted with.
 
     Args:
         part ([`GppcScreenResponse`]): Its `counted` and `held` are set.
         linear_response ([`GppcLinearResponse`]): Of the control cells.
-        screen (`Screen`): Only the controls and the cells of `labels` are read.
-        labels (`Sequence[str]`): The T perturbations that are seen.
-        inputs (`tuple`): Target ids, changes and mask of the T perturbations, each `(T, K)`.
-        likeness (`np.ndarray`): Of every gene that may be asked about to each perturbation, `(V + E, T)`.
-        replicates (`str`, *optional*, defaults to `"batch"`): What replicates differ in: `"batch"` or `"cell_line"`.
+        screen (`Screen`): Only the controls and the cells of the seen perturbations are read.
+        seen ([`SeenPerturbations`]): The perturbations.
+        options ([`ScreenFitOptions`]): `controls`, `divisions`, `replicates`, `seed`.
     """
-    observed = ObservedResponses.of(screen, labels)
-    counted, delta = observed.counted, observed.delta
-    ids, changes, mask = inputs
-    tensors = (torch.as_tensor(ids), torch.as_tensor(changes), torch.as_tensor(mask) > 0)
+    labels, counted = seen.labels, part.counted.numpy()
+    tensors = (torch.as_tensor(array) for array in (seen.ids, seen.changes, seen.mask))
     direction = unit(part.linear(linear_response, *tensors).double().numpy(), counted)
-    related = (ids[:, None, :, None] == ids[None, :, None, :]) & mask[:, None, :, None] & mask[None, :, None, :]
-    related = related.any(axis=(2, 3))
-    like = (likeness[ids] * mask[:, :, None]).sum(axis=1)
-    norms = np.maximum(np.linalg.norm(delta[:, counted], axis=1, keepdims=True), 1e-12)
-    power, weight, guess = choose_blend(delta, norms, like, related, direction, counted)
-    votes = delta / norms**power
-    # Least squares with weights between "every gene alike" and "every perturbation alike".
-    products, squares = (guess * delta)[:, counted].sum(axis=1), (guess**2)[:, counted].sum(axis=1)
-    scale = max(float((products / norms[:, 0]).sum() / max((squares / norms[:, 0]).sum(), 1e-12)), 0.0)
-    groups = responses_by_group(screen, labels, getattr(screen, replicates))
+    observed = ObservedResponses.of(screen, labels)
+    shared = options.controls == "shared"
+    pairs = [(observed, observed)]
+    if not shared:
+        halves = control_halves(screen, options.divisions, options.seed)
+        both = {rows.tobytes(): ObservedResponses.of(screen, labels, rows) for rows, _ in halves}
+        pairs = [(both[first.tobytes()], both[second.tobytes()]) for first, second in halves]
+    choice = choose_blend(pairs, seen, direction, SHARED_POWERS if shared else (0.0,), shrink=not shared)
+    votes = training_votes(observed, choice.power, shrink=not shared)
+    groups = responses_by_group(screen, labels, getattr(screen, options.replicates))
     share, mean = observed.signal_share, votes.mean(axis=0)
     fitted = {
         "mean": mean,
-        "votes": np.linalg.solve(like + UNEXPLAINED * np.eye(len(votes)), votes - mean),
-        "likeness": likeness,
-        "weight": weight,
-        "scale": scale,
-        "variance": error_variance(delta - scale * guess, observed),
-        "seen_targets": np.where(mask, ids, -1),
+        "votes": np.linalg.solve(seen.kernel + UNEXPLAINED * np.eye(len(votes)), votes - mean),
+        "likeness": seen.likeness,
+        "weight": choice.weight,
+        "scale": choice.scale,
+        "variance": np.mean(
+            [error_variance(gap, truth, shared) for gap, (_, truth) in zip(choice.residuals, pairs)], axis=0
+        ),
+        "seen_targets": np.where(seen.mask, seen.ids, -1),
         "own": observed.shrunken,
-        "between": variance_between(screen, groups, replicates),
+        "between": variance_between(screen, groups, options.replicates),
         "within": observed.within,
         "own_between": [1 + 1 / max(len(groups[label].groups), 1) for label in labels],
         # Drawn towards zero, an estimate has so much less error (its posterior variance).
@@ -96,34 +128,94 @@ def fit_screen_response(
         getattr(part, name).copy_(torch.as_tensor(np.asarray(value)))
 
 
+def training_votes(observed: ObservedResponses, power: float, shrink: bool) -> np.ndarray:
+    """Responses as they are averaged, `(T, V)`: divided by their length to a power, or shrunk by the share of their
+    squared length that sampling explains, so that weak responses, which are mostly noise, count for little."""
+    if shrink:
+        return observed.shrunken
+    norms = np.linalg.norm(observed.delta[:, observed.counted], axis=1, keepdims=True)
+    return observed.delta / np.maximum(norms, 1e-12) ** power
+
+
+@dataclasses.dataclass
+class Blend:
+    """
+    What leave-one-out chose.
+
+    Args:
+        power, weight (`float`): See [`SHARED_POWERS`] and [`WEIGHTS`].
+        scale (`float`): Size of the responses relative to the blend.
+        residuals (`list[np.ndarray]`): Response minus prediction, `(T, V)`, a pair of halves each.
+    """
+
+    power: float
+    weight: float
+    scale: float
+    residuals: list[np.ndarray]
+
+
 def choose_blend(
-    delta: np.ndarray,
-    norms: np.ndarray,
-    like: np.ndarray,
-    related: np.ndarray,
+    pairs: Sequence[tuple[ObservedResponses, ObservedResponses]],
+    seen: SeenPerturbations,
     direction: np.ndarray,
-    counted: np.ndarray,
-) -> tuple[float, float, np.ndarray]:
-    """Power and weight whose leave-one-out predictions have the highest mean cosine with the responses, and those
-    predictions `(T, V)`; see [`POWERS`] and [`WEIGHTS`]."""
-    best, found = -np.inf, None
-    target = unit(delta, counted)[:, counted]
-    for power in POWERS:
-        votes, shared = delta / norms**power, np.zeros_like(delta)
-        for row in range(len(delta)):
-            rest = np.flatnonzero(~related[row])
-            if len(rest):
-                shared[row] = process_mean(votes[rest], like[np.ix_(rest, rest)], like[row][None, rest])[0]
-        size = np.linalg.norm(shared[:, counted], axis=1, keepdims=True)
+    powers: Sequence[float],
+    shrink: bool,
+) -> Blend:
+    """Power and weight whose leave-one-out predictions have the highest mean cosine with the responses, and the size
+    that fits them best.
+
+    Args:
+        pairs (`Sequence`): Responses that predictions are made of, and responses that they are held against.
+        seen ([`SeenPerturbations`]): The perturbations.
+        direction (`np.ndarray`): Of the linear response to each, shape `(T, V)`.
+        powers (`Sequence[float]`), shrink (`bool`): See [`training_votes`].
+    """
+    kernel, related, counted = seen.kernel, seen.related, pairs[0][0].counted
+    best, chosen, guesses = -np.inf, (powers[0], 0.0), []
+    targets = [unit(truth.delta, counted)[:, counted] for _, truth in pairs]
+    for power in powers:
+        shared = [leave_one_out(training_votes(given, power, shrink), kernel, related) for given, _ in pairs]
+        sizes = [np.linalg.norm(rows[:, counted], axis=1, keepdims=True) for rows in shared]
         for weight in WEIGHTS:
-            guess = shared + weight * size * direction
-            agreement = (unit(guess, counted)[:, counted] * target).sum(axis=1).mean()
+            found = [rows + weight * size * direction for rows, size in zip(shared, sizes)]
+            agreement = np.mean(
+                [(unit(rows, counted)[:, counted] * target).sum(axis=1).mean() for rows, target in zip(found, targets)]
+            )
             if agreement > best + 1e-9:
-                best, found = agreement, (power, weight, guess)
+                best, chosen, guesses = agreement, (power, weight), found
+    # The size that makes the mean normalised squared error least; as it used to be, between that and the least pooled one.
+    power = 2 if shrink else 1
+    products = squares = 0.0
+    for guess, (_, truth) in zip(guesses, pairs):
+        weights = np.maximum(np.linalg.norm(truth.delta[:, counted], axis=1), 1e-12) ** -power
+        products += (guess * truth.delta)[:, counted].sum(axis=1) @ weights
+        squares += (guess**2)[:, counted].sum(axis=1) @ weights
+    scale = max(float(products / max(squares, 1e-12)), LEAST_SCALE if shrink else 0.0)
+    return Blend(*chosen, scale, [truth.delta - scale * guess for guess, (_, truth) in zip(guesses, pairs)])
+
+
+def leave_one_out(votes: np.ndarray, kernel: np.ndarray, related: np.ndarray) -> np.ndarray:
+    """Posterior mean at each perturbation of the process about the mean of those that are not related to it, `(T, V)`;
+    zero where there is none.
+
+    Where a perturbation is related to itself alone, from one inverse: with A = (K + u I)^-1 and any mean m, the
+    prediction for i is y_i - (A (y - m))_i / A_ii (Rasmussen and Williams 2006, 5.12).
+    """
+    n = len(votes)
+    if n < 2:
+        return np.zeros_like(votes)
+    inverse = np.linalg.inv(kernel + UNEXPLAINED * np.eye(n))
+    means = (votes.sum(axis=0) - votes) / (n - 1)
+    found = votes - (inverse @ votes - inverse.sum(axis=1)[:, None] * means) / np.diag(inverse)[:, None]
+    for row in np.flatnonzero(related.sum(axis=1) > 1):
+        rest = np.flatnonzero(~related[row])
+        found[row] = 0.0
+        if len(rest):
+            found[row] = process_mean(votes[rest], kernel[np.ix_(rest, rest)], kernel[row][None, rest])[0]
     return found
 
 
-def error_variance(residual: np.ndarray, observed: ObservedResponses) -> np.ndarray:
+def error_variance(residual: np.ndarray, observed: ObservedResponses, shared_controls: bool) -> np.ndarray:
     """Variance of true responses about predicted ones, a gene, from leave-one-out errors `(T, V)`; shape `(V,)`.
 
     Half the gene's own error, half what genes of its spread have: a variance from a handful of perturbations is itself
@@ -135,7 +227,9 @@ def error_variance(residual: np.ndarray, observed: ObservedResponses) -> np.ndar
     spread = np.sqrt(0.5 * (residual**2).mean(axis=0) + 0.5 * shared)
     widening = np.quantile(np.abs(residual[:, counted]) / np.maximum(spread[counted], 1e-9), 0.9) / Z90
     variance = (spread * widening) ** 2
-    return np.maximum(variance - within * np.mean(1 / observed.n_cells), 0.05 * variance)
+    # The error of a mean of controls that both sides subtract is not in their difference.
+    sampling = within * (np.mean(1 / observed.n_cells) + (0 if shared_controls else 1 / observed.n_controls))
+    return np.maximum(variance - sampling, 0.05 * variance)
 
 
 def unit(rows: np.ndarray, counted: np.ndarray) -> np.ndarray:

@@ -55,9 +55,9 @@ class ObservedResponses:
     counted: np.ndarray
 
     @classmethod
-    def of(cls, screen: Screen, labels: Sequence[str]) -> "ObservedResponses":
-        """Reads the cells of `labels` and the controls, and no others."""
-        controls = screen.cells_of(CONTROL)
+    def of(cls, screen: Screen, labels: Sequence[str], controls: np.ndarray | None = None) -> "ObservedResponses":
+        """Reads the cells of `labels` and control cells (rows `controls`, or all), and no others."""
+        controls = screen.cells_of(CONTROL) if controls is None else controls
         control = screen.values[controls].mean(axis=0, dtype=np.float64)
         cells = [screen.cells_of(label) for label in labels]
         delta = [screen.values[rows].mean(axis=0, dtype=np.float64) - control for rows in cells]

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_scripts.command_line import POSITIONAL
+from data_scripts.options import Count, check_numbers
 
 
 @dataclass
@@ -33,10 +34,11 @@ class PredictOptions:
     overwrite: bool = False
     pairing: str | None = None
     genes: list[str] | None = None
-    batch_size: int = 256
+    batch_size: Count = 256
     device: str | None = None
     quiet: bool = False
 
     def __post_init__(self):
+        check_numbers(self)
         if Path(self.out).exists() and not self.overwrite:
             raise ValueError(f"`out` {self.out!r} exists; choose another name or add --overwrite.")

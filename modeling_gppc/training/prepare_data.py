@@ -81,7 +81,7 @@ def open_pairs(path: str | Path) -> PairFolder:
     """
     folder = PairFolder(path)
     try:
-        guard_splits({name: folder.split(name) for name in folder.splits}, [])
+        guard_splits({name: folder.split(name) for name in folder.splits})
     except ValueError as error:
         raise ValueError(
             f"`data.pairs` {path}: {error} Scores on such pairs say nothing; split them by cell."

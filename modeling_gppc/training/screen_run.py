@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data_scripts.cells.screen_cells import cells_digest, keep_genes
+from data_scripts.cells.control_halves import control_halves, with_controls
+from data_scripts.cells.screen_cells import controls_digest, keep_genes, perturbed_digest
 from data_scripts.cells.screen_options import ScreenOptions
 from data_scripts.cells.screen_splits import Fold, perturbation_folds
 from data_scripts.cells.screens import Screen, read_screen
@@ -34,13 +35,18 @@ def fit_screen_run(
 
     Yields:
         Folder of the model, with the facts of its run in `run.json`; `screen` there is what leak guards ask for (`name`,
-        `cells_digest`, `train_on`, `train_perturbations`, `held_out_perturbations`).
+        `cells_digest`, `controls_digest`, `train_on`, `train_perturbations`, `held_out_perturbations`).
 
     Raises:
         ValueError: For a screen that cannot be used, before anything is fitted.
     """
-    screen = keep_genes(read_screen(path, reading), options.max_genes)
+    screen = read_screen(path, reading)
     print(screen.summary(), flush=True)
+    if options.half_controls:
+        kept, _ = control_halves(screen, options.divisions, options.seed)[0]
+        screen = with_controls(screen, kept)
+        print(f"Fitted with {len(kept)} control cells; the other half is left for the truth.", flush=True)
+    screen = keep_genes(screen, options.max_genes)
     everything = sorted(screen.perturbations)
     features = None
     if options.gene_features is not None:
@@ -83,7 +89,8 @@ def screen_facts(screen: Screen, fold: Fold, options: ScreenRunOptions) -> dict:
         "datasets": [screen.name],
         "screen": {
             "name": screen.name,
-            "cells_digest": cells_digest(screen),
+            "cells_digest": perturbed_digest(screen),
+            "controls_digest": controls_digest(screen),
             "train_on": options.train_on,
             "train_perturbations": fold.train,
             "held_out_perturbations": fold.test,

@@ -22,7 +22,6 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from data_scripts.batches.data_collator import PairCollator
 from data_scripts.batches.pair_dataset import PairDataset
-from data_scripts.batches.stream_checkpoint import restore_stream, save_stream
 from modeling_gppc import GppcForPerturbationPrediction
 from modeling_gppc.modeling_gppc import IGNORED_LABEL
 from modeling_gppc.training.arguments import TrainingOptions
@@ -223,7 +222,7 @@ class GppcTrainer(Trainer):
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         if self.stream is not None:
-            save_stream(self.stream, output_dir)
+            self.stream.save(output_dir)
 
     def _best_folder(self) -> Path:
         return Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
@@ -239,7 +238,7 @@ class GppcTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if checkpoint is None or not is_finished(checkpoint, self.args.max_steps):
             if self.stream is not None and checkpoint is not None:
-                restore_stream(self.stream, checkpoint)
+                self.stream.restore(checkpoint)
             self.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             return
         # One more call of `train` would take one step too many.

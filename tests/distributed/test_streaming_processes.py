@@ -18,7 +18,6 @@ from tiny_runs import (
     write_stream_store,
 )
 
-from data_scripts.batches.stream_checkpoint import stream_file
 from data_scripts.pairs.pair_folder import PairFolder
 from modeling_gppc.training.arguments import CONFIGS
 
@@ -84,7 +83,7 @@ def test_ranks_see_every_cell_once(store, two):
 def test_what_two_processes_leave(two):
     facts = json.loads((two / "model" / "run.json").read_text())
     assert facts["processes"] == 2 and facts["steps"] == 24
-    assert all((two / "checkpoint-24" / stream_file(rank)).is_file() for rank in range(2))
+    assert all((two / "checkpoint-24" / f"pair_stream-{rank}.json").is_file() for rank in range(2))
     assert len(logged(two, "loss")) == 24
 
 

@@ -1,5 +1,7 @@
 """Floors against closed forms, and what must never reach them."""
 
+import dataclasses
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 from sklearn.linear_model import Ridge
 
 from data_scripts.pairs.schema import PAIR_SCHEMA
+from modeling_gppc.evaluation import pair_floors
 from modeling_gppc.evaluation.gaussian_floors import LabelledGaussianFloor, LinearJointFloor, LinearRevealedFloor
 from modeling_gppc.evaluation.linear_floors import PairMoments, StateRegression, condition_on_revealed
 from modeling_gppc.evaluation.mean_floors import ContextMeanFloor, masked_mse
@@ -220,3 +223,16 @@ def test_bad_floors_are_named():
         fit_floors(pairs, pairs, names=["linear_jiont"], progress=False)
     with pytest.raises(ValueError, match="`train` holds no pairs"):
         fit_floors(pairs.select(slice(0, 0)), pairs, progress=False)
+
+
+def test_wide_panels_get_a_factor_model(monkeypatch):
+    monkeypatch.setattr(pair_floors, "MAX_DENSE_GENES", GENES - 1)
+    names = ["linear_revealed", "linear_joint", "conditional_gaussian"]
+    fitted = fit_floors(make_pairs(), make_pairs(n=50, seed=1), names=names, progress=False)
+    test = make_pairs(n=20, seed=5)
+    other = dataclasses.replace(test, source=test.source[::-1], source_panel=test.source_panel[::-1])
+    # Levels are kept: the change from another source is another one.
+    other.revealed_changes = test.revealed_levels - np.take_along_axis(other.source, test.revealed_ids, axis=1)
+    apart = {name: np.abs(floor.predict(test) - floor.predict(other)).max() for name, floor in fitted.items()}
+    assert apart["linear_revealed"] < 1e-4 < 0.1 < apart["linear_joint"]
+    np.testing.assert_array_equal(*(fitted[name].predict(test) for name in names[1:]))

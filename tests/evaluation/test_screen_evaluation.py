@@ -280,7 +280,7 @@ def test_a_saved_model_is_scored_as_it_is(screen, tmp_path):
     model.model.linear_response.loadings.normal_(std=0.3)
     model.save_pretrained(tmp_path)
     extractor.save_pretrained(tmp_path)
-    options = EvaluateOptions(mode="zero-shot", model=[str(tmp_path)], n_shuffles=2)
+    options = EvaluateOptions(mode="zero-shot", model=[str(tmp_path)], controls="shared", n_shuffles=2)
     evaluation = evaluate_screen(screen, options, progress=False)
     assert evaluation.summary["model"] == "folder" and str(tmp_path) not in json.dumps(evaluation.summary)
     prediction = evaluation.predictions["gppc"].delta

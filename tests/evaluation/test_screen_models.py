@@ -8,7 +8,7 @@ import pytest
 from tiny_screens import make_adata
 
 import train
-from data_scripts.cells.screen_cells import cells_digest, some_cells
+from data_scripts.cells.screen_cells import perturbed_digest, some_cells
 from data_scripts.cells.screen_splits import group_folds, stated_fold
 from data_scripts.cells.screens import ScreenOptions, read_screen
 from data_scripts.pairs.leak_guards import guard_model, model_leaks
@@ -36,6 +36,10 @@ def screen(file):
     return read_screen(file, ScreenOptions(value_kind="log"))
 
 
+CONTROLS, FOLDS = ("--screen.train_on", "controls"), ("--screen.folds", "2", "--screen.fold", "all")
+SHARED = ("--screen.controls", "shared")
+
+
 def train_on(file, out, *flags):
     base = ["--config", "screen", "--data.screen", str(file), "--data.screen_options.value_kind", "log"]
     assert train.main([*base, "--training.use_cpu", "true", "--output_dir", str(out), *flags]) == 0
@@ -44,12 +48,12 @@ def train_on(file, out, *flags):
 
 @pytest.fixture(scope="module")
 def in_context(file, tmp_path_factory):
-    return train_on(file, tmp_path_factory.mktemp("in_context"), "--screen.train_on", "controls") / "model"
+    return train_on(file, tmp_path_factory.mktemp("in_context"), *CONTROLS, *SHARED) / "model"
 
 
 @pytest.fixture(scope="module")
 def folds(file, tmp_path_factory):
-    out = train_on(file, tmp_path_factory.mktemp("folds"), "--screen.folds", "2", "--screen.fold", "all")
+    out = train_on(file, tmp_path_factory.mktemp("folds"), *FOLDS, *SHARED)
     return sorted(out.glob("fold_*/model"))
 
 
@@ -61,14 +65,15 @@ def evaluate(file, out, *arguments):
 def test_a_model_of_controls_is_scored_in_context(in_context, file, screen, tmp_path, capsys):
     run = read_run(in_context)
     assert run["screen"]["train_on"] == "controls" and run["screen"]["held_out_perturbations"] == []
-    assert run["datasets"] == ["screen"] and run["screen"]["cells_digest"] == cells_digest(screen)
-    assert evaluate(file, tmp_path / "out", "--mode", "in-context", "--model", in_context) == 0
+    assert run["datasets"] == ["screen"] and run["screen"]["cells_digest"] == perturbed_digest(screen)
+    shared = ("--mode", "in-context", "--controls", "shared")
+    assert evaluate(file, tmp_path / "out", *shared, "--model", in_context) == 0
     summary = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     method = summary["methods"]["gppc"]
     assert summary["model"] == "folder" and not method["reads_perturbed_cells"] and summary["notes"] == []
     assert method["pearson_delta"] > 0.8 and method["normalised_squared_error"] < 1
     # The very numbers of an evaluation that fits the model itself.
-    assert evaluate(file, tmp_path / "here", "--mode", "in-context") == 0
+    assert evaluate(file, tmp_path / "here", *shared) == 0
     assert json.loads((tmp_path / "here" / "evaluation.json").read_text())["methods"]["gppc"] == method
     for mode, words in (("zero-shot", "was among what"), ("fine-tuned", "wants a model trained on perturbations")):
         assert evaluate(file, tmp_path / mode, "--mode", mode, "--model", in_context) == 2
@@ -79,7 +84,7 @@ def test_models_of_folds_are_scored_on_what_they_did_not_see(folds, file, tmp_pa
     seen = [read_run(folder)["screen"] for folder in folds]
     assert not set(seen[0]["held_out_perturbations"]) & set(seen[0]["train_perturbations"])
     assert sorted(seen[0]["held_out_perturbations"] + seen[1]["held_out_perturbations"]) == [f"G{i}" for i in range(6)]
-    flags = ["--mode", "fine-tuned", "--folds", 2]
+    flags = ["--mode", "fine-tuned", "--folds", 2, "--controls", "shared"]
     assert evaluate(file, tmp_path / "out", *flags, "--model", *folds) == 0
     summary = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert summary["n_perturbations"] == 6 and summary["methods"]["gppc"]["reads_perturbed_cells"]
@@ -91,11 +96,27 @@ def test_models_of_folds_are_scored_on_what_they_did_not_see(folds, file, tmp_pa
     assert "wants a model trained on controls" in capsys.readouterr().err
 
 
+def test_a_model_is_judged_by_controls_that_it_was_fitted_without(in_context, file, tmp_path, capsys):
+    """Half of the controls are left out of a fold; a model that read them all has none left to be judged by."""
+    folds = sorted(train_on(file, tmp_path / "folds", *FOLDS).glob("fold_*/model"))
+    flags = ["--mode", "fine-tuned", "--folds", 2]
+    assert evaluate(file, tmp_path / "out", *flags, "--model", *folds) == 0
+    summary = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert summary["n_divisions"] == 1 and summary["n_controls"] == 150
+    assert evaluate(file, tmp_path / "here", *flags) == 0
+    assert json.loads((tmp_path / "here" / "evaluation.json").read_text())["n_divisions"] == 6
+    capsys.readouterr()
+    assert evaluate(file, tmp_path / "none", "--mode", "in-context", "--model", in_context) == 2
+    assert "no control cell is left to measure the truth with" in capsys.readouterr().err
+    assert evaluate(file, tmp_path / "seed", *flags, "--seed", 1, "--model", *folds) == 2
+    assert "was not fitted on one half" in capsys.readouterr().err
+
+
 def test_shipped_configs_trip_no_guard(in_context, folds, screen):
     """What the screen configuration leaves passes in the mode it is for; the others read no screen at all."""
-    guard_model(read_run(in_context), screen.name, cells_digest(screen), "in-context")
+    guard_model(read_run(in_context), screen.name, perturbed_digest(screen), "in-context")
     for folder in folds:
-        guard_model(read_run(folder), screen.name, cells_digest(screen), "fine-tuned")
+        guard_model(read_run(folder), screen.name, perturbed_digest(screen), "fine-tuned")
     for path in CONFIGS.glob("*.yaml"):
         flags = ["--data.screen", "x.h5ad"] if path.stem == "screen" else []
         flags += ["--pairs.query.uri", "cells"] if path.stem in ("own", "pbmc") else []

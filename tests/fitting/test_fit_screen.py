@@ -11,7 +11,7 @@ from data_scripts.cells.screens import ScreenOptions, read_screen
 from modeling_gppc.fitting.fit_controls import SHARE, batch_drift, fit_controls
 from modeling_gppc.fitting.fit_screen import fit_screen, target_inputs, target_likeness
 from modeling_gppc.fitting.fit_screen_options import ScreenFitOptions
-from modeling_gppc.fitting.fit_screen_response import process_mean
+from modeling_gppc.fitting.fit_screen_response import leave_one_out, process_mean
 from modeling_gppc.fitting.gene_features import read_gene_features
 from modeling_gppc.fitting.observed_responses import ObservedResponses
 from modeling_gppc.screen_response_gppc import OWN
@@ -82,17 +82,33 @@ def test_perturbations_of_like_genes_respond_alike(screen, tmp_path):
     ]
     # A gene of the table that the screen does not measure may be asked about.
     assert extractor.target_ids == ["FAR"] and likeness[N_GENES].tolist() == [0, 0, 1]
-    part, delta = model.screen_response, ObservedResponses.of(screen, labels).delta
-    power = next(
-        p
-        for p in (0.0, 0.5, 1.0)
-        if np.allclose(
-            part.mean, (delta / np.linalg.norm(delta[:, 6:], axis=1, keepdims=True) ** p).mean(0), atol=1e-5
-        )
-    )
-    votes = delta / np.linalg.norm(delta[:, 6:], axis=1, keepdims=True) ** power
+    part, votes = model.screen_response, ObservedResponses.of(screen, labels).shrunken
+    assert part.mean.numpy() == pytest.approx(votes.mean(axis=0), abs=1e-5)
     alike = process_mean(votes, likeness[:3], likeness[[N_GENES]])[0]
     assert change_of((model, extractor), "FAR=ko") == pytest.approx(float(part.scale) * alike, abs=1e-4)
+
+
+def test_leave_one_out_is_what_is_left(monkeypatch):
+    """From one inverse, and one by one; a row that is related to another leaves both out."""
+    generator = np.random.default_rng(0)
+    votes, root = generator.normal(size=(6, 4)), generator.normal(size=(6, 6))
+    kernel, related = root @ root.T / 6, np.eye(6, dtype=bool)
+    related[4, 5] = related[5, 4] = True
+    found = leave_one_out(votes, kernel, related)
+    for row in range(6):
+        rest = np.flatnonzero(~related[row])
+        wanted = process_mean(votes[rest], kernel[np.ix_(rest, rest)], kernel[row][None, rest])
+        assert found[row] == pytest.approx(wanted[0])
+    assert not leave_one_out(votes[:1], kernel[:1, :1], related[:1, :1]).any()
+
+
+def test_shared_controls_divide_by_length_as_they_used_to(screen):
+    labels = sorted(screen.perturbations)
+    delta = ObservedResponses.of(screen, labels).delta
+    norms = np.linalg.norm(delta[:, 6:], axis=1, keepdims=True)
+    model, _ = fit_screen(screen, labels, ScreenFitOptions(n_factors=3, controls="shared"))
+    means = [(delta / norms**power).mean(axis=0) for power in (0.0, 0.5, 1.0)]
+    assert any(np.allclose(model.screen_response.mean, mean, atol=1e-5) for mean in means)
 
 
 def test_process_by_hand():

@@ -10,7 +10,6 @@ from tiny_runs import arguments, distance, last_weights, logged, stream_argument
 
 from data_scripts.batches.data_collator import PairCollator
 from data_scripts.batches.pair_dataset import PairDataset
-from data_scripts.batches.stream_checkpoint import stream_file
 from data_scripts.options import from_mapping
 from data_scripts.pairs.pair_folder import PairFolder
 from gppc.run_options import RunOptions
@@ -170,9 +169,9 @@ def test_a_killed_run_goes_on(store, streamed, tmp_path, name, call):
 
 def test_a_checkpoint_holds_the_place_in_the_stream(streamed):
     newest = max(streamed.glob("checkpoint-*"), key=lambda path: int(path.name.rsplit("-", 1)[1]))
-    state = json.loads((newest / stream_file(0)).read_text())
+    state = json.loads((newest / "pair_stream-0.json").read_text())
     listed = json.loads((newest / "checkpoint.json").read_text())
-    assert stream_file(0) in listed and state["positions"][0][0] in (2, 3)
+    assert "pair_stream-0.json" in listed and state["positions"][0][0] in (2, 3)
 
 
 def test_workers_give_the_same_pairs_and_the_same_model(store, tmp_path):

@@ -49,14 +49,6 @@ def test_only_the_panels_of_the_batch_are_given():
     assert batch["panel_index"].tolist() == [0, 0]
 
 
-def test_one_whole_batch_in_a_list():
-    collator, rows = PairCollator(PANELS), dataset().__getitems__([1, 2])
-    for name, tensor in collator([rows]).items():
-        assert torch.equal(tensor, collator(rows)[name]), name
-    with pytest.raises(ValueError, match="`rows` holds 2 batches; wanted one"):
-        collator([rows, rows])
-
-
 def revealed(batch, row):
     """Revealed genes of a row with their changes."""
     mask = batch["perturbation_mask"][row].bool()

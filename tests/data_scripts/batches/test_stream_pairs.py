@@ -12,7 +12,6 @@ import pytest
 import torch
 from pair_store import make_store
 
-from data_scripts.batches.stream_checkpoint import restore_stream
 from data_scripts.batches.stream_pairs import PairStream, StreamOptions, n_rounds, rounds_of, streamed_shards
 from data_scripts.options import from_mapping
 from data_scripts.pairs.census_pairs import build_pairs, plan_pairs
@@ -259,7 +258,7 @@ def test_refusals(plan, built, options, tmp_path):
     with pytest.raises(ValueError, match="saved with num_workers 0; this stream has 2"):
         PairStream(plan, SMALL, num_workers=2).load_state_dict(stream.state_dict())
     with pytest.raises(ValueError, match=r"has no pair_stream-0\.json"):
-        restore_stream(stream, tmp_path)
+        stream.restore(tmp_path)
     with pytest.raises(ValueError, match="`rank` is 2"):
         PairStream(plan, SMALL, rank=2, world_size=2)
     with pytest.raises(ValueError, match="`split` is 'trian'"):

@@ -81,7 +81,6 @@ def test_each_leak_is_refused_with_its_reason(name, change, reason):
 
 
 def test_a_fold_is_guarded_by_rows():
-    barcodes = ["a", "b", "c"]
-    guard_fold(barcodes, [0, 1], [2], ["A"], ["B"], ["g"], ["B"])
+    guard_fold([0, 1], [2], ["A"], ["B"], ["g"], ["B"])
     with pytest.raises(ValueError, match="a cell is in training and in test"):
-        guard_fold(barcodes, [0, 1], [1], ["A"], ["B"], ["g"], ["B"])
+        guard_fold([0, 1], [1], ["A"], ["B"], ["g"], ["B"])

@@ -1,0 +1,51 @@
+"""Control cells in two halves: one for all that is fitted or chosen, the other for the truth.
+
+A response is the mean of perturbed cells minus the mean of control cells. Where the training responses and the truth
+subtract the *same* mean of controls, the sampling error of that mean is in both, and whatever repeats training responses
+predicts it.
+"""
+
+import numpy as np
+
+from data_scripts.cells.screen_cells import some_cells
+from data_scripts.cells.screens import Screen
+
+# Fewer controls than this on a side make a mean that says nothing.
+MIN_HALF = 10
+
+
+def control_halves(screen: Screen, divisions: int = 3, seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
+    """
+    Divides the control cells of a screen, batches and cell lines alike on both sides.
+
+    Args:
+        screen (`Screen`): The screen.
+        divisions (`int`, *optional*, defaults to 3): Random divisions; each is given in both directions.
+        seed (`int`, *optional*, defaults to 0): Of the divisions.
+
+    Returns:
+        `list` of `2 x divisions` pairs of rows of control cells, which share none.
+
+    Raises:
+        ValueError: If a half would hold fewer than 10 cells.
+    """
+    controls = np.flatnonzero(screen.is_control)
+    if len(controls) < 2 * MIN_HALF:
+        raise ValueError(
+            f"`screen` has {len(controls)} control cells; wanted at least {2 * MIN_HALF}, so that the truth and what is "
+            "fitted have controls of their own: give `controls` 'shared' for the biased form."
+        )
+    group = np.char.add(np.char.add(screen.batch, "\x1f"), screen.cell_line)[controls]
+    generator, found = np.random.default_rng(seed), []
+    for _ in range(divisions):
+        # Within a shuffled order of cells, sorted by group, every second one: groups of odd size take turns.
+        order = generator.permutation(len(controls))
+        order = order[np.argsort(group[order], kind="stable")]
+        first, second = np.sort(controls[order[::2]]), np.sort(controls[order[1::2]])
+        found += [(first, second), (second, first)]
+    return found
+
+
+def with_controls(screen: Screen, controls: np.ndarray) -> Screen:
+    """The screen with all its perturbed cells and only the control cells `controls` (rows)."""
+    return some_cells(screen, np.sort(np.concatenate([np.flatnonzero(~screen.is_control), controls])))

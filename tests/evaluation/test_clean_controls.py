@@ -1,0 +1,88 @@
+"""What an evaluation gives when there is nothing: no score, for any method; and what shared controls make of it."""
+
+import dataclasses
+
+import anndata
+import numpy as np
+import pytest
+
+from data_scripts.cells.screen_options import ScreenOptions
+from data_scripts.cells.screens import read_screen
+from modeling_gppc.evaluation.evaluate_options import EvaluateOptions
+from modeling_gppc.evaluation.screen_evaluation import evaluate_screen
+
+REAL = {
+    "papalexi": "papalexi2021_thp1_ko_303genes",
+    "norman": "norman2019_k562_crispra_500hvg",
+    "schraivogel": "schraivogel2020_k562_tapseq_crispri_72genes",
+    "gasperini": "gasperini2019_k562_crispri_366genes",
+}
+
+
+def permuted(screen, seed=0):
+    """The same cells with their labels shuffled within batches and cell lines: a screen without any effect."""
+    generator, label = np.random.default_rng(seed), screen.label.copy()
+    group = np.char.add(screen.batch, screen.cell_line)
+    for name in np.unique(group):
+        rows = np.flatnonzero(group == name)
+        label[rows] = label[generator.permutation(rows)]
+    return dataclasses.replace(screen, label=label)
+
+
+def nothing_scores(methods):
+    for name, entry in methods.items():
+        low, high = entry["pearson_delta_ci95"]
+        assert abs(entry["pearson_delta"]) <= 0.03 or low <= 0 <= high, (name, entry["pearson_delta"], low, high)
+
+
+def empty_screen(seed):
+    """Twenty perturbations of cells that are all alike, and few controls: their mean is known badly."""
+    labels = np.repeat(["control", *(f"G{i}" for i in range(20))], [60, *[40] * 20])
+    adata = anndata.AnnData(np.random.default_rng(seed).normal(3, 1, (len(labels), 150)).astype(np.float32))
+    adata.var_names = [f"G{i}" for i in range(150)]
+    adata.obs_names = [f"c{i}" for i in range(len(labels))]
+    adata.obs["perturbation"] = labels
+    return read_screen(adata, ScreenOptions(value_kind="log"))
+
+
+@pytest.fixture(scope="module")
+def empty():
+    return empty_screen(0)
+
+
+def test_screens_of_nothing_score_nothing():
+    """The mean over screens: in one, few controls err for all perturbations alike, either way."""
+    options = EvaluateOptions(mode="fine-tuned", n_factors=3, n_shuffles=0)
+    found = [evaluate_screen(empty_screen(seed), options, progress=False).summary["methods"] for seed in range(4)]
+    for name in found[0]:
+        assert abs(np.mean([methods[name]["pearson_delta"] for methods in found])) < 0.08, name
+
+
+def test_shared_controls_score_their_own_noise(empty):
+    options = EvaluateOptions(mode="fine-tuned", controls="shared", n_factors=3, n_shuffles=0)
+    summary = evaluate_screen(empty, options, progress=False).summary
+    assert summary["methods"]["mean"]["pearson_delta"] > 0.4 and summary["n_divisions"] == 1
+
+
+def test_no_cell_of_the_truth_is_read(empty):
+    """Whatever the controls of the truth hold, predictions are the same; the truth is not."""
+    options = EvaluateOptions(mode="fine-tuned", divisions=1, n_factors=3, n_shuffles=0)
+    before = evaluate_screen(empty, options, progress=False)
+    spoiled = dataclasses.replace(empty, values=empty.values.copy())
+    kept = set(before.runs[1].screen.barcodes[before.runs[1].screen.is_control])
+    rows = [row for row in np.flatnonzero(empty.is_control) if empty.barcodes[row] not in kept]
+    # The first run's truth is measured from these, and nothing else of it reads them.
+    spoiled.values[rows] += 5.0
+    after = evaluate_screen(spoiled, options, progress=False)
+    for name, prediction in before.runs[0].predictions.items():
+        assert np.array_equal(prediction.delta, after.runs[0].predictions[name].delta), name
+    assert not np.allclose(before.runs[0].truth.delta, after.runs[0].truth.delta)
+
+
+@pytest.mark.slow
+@pytest.mark.real_data
+@pytest.mark.parametrize("name", REAL)
+def test_permuted_labels_score_nothing_on_real_screens(name, real_data):
+    screen = permuted(read_screen(real_data / "perturbation" / f"{REAL[name]}.h5ad"))
+    options = EvaluateOptions(mode="fine-tuned", n_shuffles=0)
+    nothing_scores(evaluate_screen(screen, options, progress=False).summary["methods"])
