@@ -43,7 +43,12 @@ class FirstPrediction:
             for symbol, change, error in zip(self.symbols[:n_genes], self.delta, self.standard_error)
         ]
         title = f"First prediction: {self.perturbation} in {self.n_cells} test cells, strongest responses"
-        return f"{title}\n{text_table(('gene', 'change of log value', 'standard error'), rows)}"
+        table = text_table(("gene", "change of log value", "standard error"), rows)
+        return (
+            f"{title}\n{table}\nThis is what cells with such levels look like among unperturbed ones, a change of cell type "
+            "included; it is not shown that imposing the levels does it. The standard error says how alike the cells are, "
+            "not how sure the model is."
+        )
 
     def plot(self, path: str | Path, n_genes: int = 20) -> Path:
         """Bars of the strongest responses."""
