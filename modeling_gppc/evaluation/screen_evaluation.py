@@ -77,10 +77,7 @@ def summarise(
     """Content of `evaluation.json`; docs/evaluation.md says what each entry is."""
     run = runs[0]
     screen, truth, predictions = run.screen, run.truth, run.predictions
-    drawn = [
-        resampled_correlations(one.screen, one.truth, one.predictions, seed=options.seed + place)
-        for place, one in enumerate(runs)
-    ]
+    drawn = [resampled_correlations(one.screen, one.truth, one.predictions, seed=options.seed) for one in runs]
     mean = {name: np.mean([part[name] for part in drawn], axis=0) for name in predictions}
     methods = {}
     measured = np.array([screen.perturbations[label].measured for label in truth.labels])

@@ -1,6 +1,7 @@
 """Observed responses of a screen, and the scores of predicted ones with their intervals, null and ceiling."""
 
 import dataclasses
+import zlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -307,12 +308,12 @@ def resampled_correlations(
         Method -> correlations `(n_resamples + 1, P)`, the first row those with the responses as observed; 0 where there is
         no direction. One perturbation is in memory at a time.
     """
-    generator = np.random.default_rng(seed)
 
     def means(cells):
         values = screen.values[cells][:, truth.mask]
-        times = generator.multinomial(len(cells), np.full(len(cells), 1 / len(cells)), size=n_resamples)
-        return (times.astype(np.float32) @ values) / len(cells)
+        # A cell is drawn as often in every division of the controls: what a division shares with others, their error does.
+        times = np.stack([_times_drawn(name, n_resamples, seed) for name in screen.barcodes[cells]], axis=1)
+        return (times.astype(np.float32) @ values) / np.maximum(times.sum(axis=1, keepdims=True), 1)
 
     controls = means(screen.cells_of(CONTROL))
     units = {name: _directions(prediction.delta[:, truth.mask]) for name, prediction in predictions.items()}
@@ -323,6 +324,11 @@ def resampled_correlations(
         for name, rows in units.items():
             found[name][:, row] = drawn @ rows[row]
     return found
+
+
+def _times_drawn(name: str, n_resamples: int, seed: int) -> np.ndarray:
+    """How often a cell is drawn in each resample (Poisson bootstrap), from its name; int of shape `(n_resamples,)`."""
+    return np.random.default_rng([seed, zlib.crc32(name.encode())]).poisson(1.0, n_resamples)
 
 
 def _directions(rows: np.ndarray) -> np.ndarray:
