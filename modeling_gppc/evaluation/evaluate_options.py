@@ -35,6 +35,8 @@ class EvaluateOptions(ScreenFitOptions):
             mean in the perturbed cells (`"measured"`), or what its modality and the stated guide efficiency say
             (`"stated"`), as `gppc predict GENE=ko` does.
         n_shuffles (`int`, *optional*, defaults to 20): Random genes in the target's place, a perturbation.
+        shuffle_labels (`bool`, *optional*, defaults to `False`): Permute the labels of the cells within batches and cell
+            lines first: what this evaluation gives when there is nothing to predict.
     """
 
     mode: str = "in-context"
@@ -45,6 +47,7 @@ class EvaluateOptions(ScreenFitOptions):
     hold_out: str | None = None
     change: str = "measured"
     n_shuffles: CountOrZero = 20
+    shuffle_labels: bool = False
 
     def __post_init__(self):
         super().__post_init__()

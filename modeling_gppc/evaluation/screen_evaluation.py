@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
+from data_scripts.cells.screen_cells import shuffle_labels
 from data_scripts.cells.screens import Screen
 from modeling_gppc.evaluation.evaluate_options import EvaluateOptions
 from modeling_gppc.evaluation.metrics import interval_coverage, pearson_delta
@@ -58,7 +59,7 @@ def evaluate_screen(screen: Screen, options: EvaluateOptions, progress: bool = T
             f"`hold_out`: {len(screen.gene_ids)} genes are more than `max_genes` = {options.max_genes}, and choosing "
             "some would read controls of the group that is held out; raise `max_genes`, or give a file with fewer."
         )
-    runs = run_screen(screen, options, progress)
+    runs = run_screen(shuffle_labels(screen, options.seed) if options.shuffle_labels else screen, options, progress)
     parts: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in runs[0].predictions}
     for run in tqdm(runs, desc="scoring", unit="division", disable=not progress):
         for name, prediction in run.predictions.items():

@@ -92,16 +92,24 @@ class ScreenModel:
                 "`value_kind`."
             )
         encoded, values = self._cells(context, columns, found)
+        texts = [self.text(context, label) for label in context.test]
+        if encoded is None:
+            # A model of a screen answers for its mean control cell: all perturbations at once.
+            change, variance = self._answer(None, texts, values.expand(len(texts), -1))
+        else:
+            means = [[part.mean(dim=0) for part in self._answer(encoded, text, values)] for text in texts]
+            change, variance = (torch.stack(part) for part in zip(*means))
         prediction = no_change(context)
         prediction.variance = np.zeros_like(prediction.delta)
-        for row, label in enumerate(context.test):
-            text = self.text(context, label)
-            features = extractor.perturbation_features(text, values)
-            output = self.model.respond(encoded, **features)
-            prediction.delta[row, found] = output.change.double().mean(dim=0).numpy()[columns[found]]
-            prediction.variance[row, found] = output.variance.double().mean(dim=0).numpy()[columns[found]]
+        prediction.delta[:, found] = change[:, columns[found]].numpy()
+        prediction.variance[:, found] = variance[:, columns[found]].numpy()
         prediction.reads_perturbed_cells = self.model.config.num_perturbations > 0
         return prediction
+
+    def _answer(self, encoded, texts: str | list[str], values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Change and variance `(n, vocab_size)` of every row of log values `(n, vocab_size)` under its perturbation."""
+        output = self.model.respond(encoded, **self.extractor.perturbation_features(texts, values))
+        return output.change.double(), output.variance.double()
 
     def _cells(self, context: ScreenContext, columns: np.ndarray, found: np.ndarray):
         """What the model answers for: encoded cells and their log values. A model of a screen has its own controls."""

@@ -5,7 +5,9 @@ import dataclasses
 import anndata
 import numpy as np
 import pytest
+from tiny_screens import make_adata
 
+from data_scripts.cells.screen_cells import shuffle_labels
 from data_scripts.cells.screen_options import ScreenOptions
 from data_scripts.cells.screens import read_screen
 from modeling_gppc.evaluation.evaluate_options import EvaluateOptions
@@ -18,16 +20,6 @@ REAL = {
     "schraivogel": "schraivogel2020_k562_tapseq_crispri_72genes",
     "gasperini": "gasperini2019_k562_crispri_366genes",
 }
-
-
-def permuted(screen, seed=0):
-    """The same cells with their labels shuffled within batches and cell lines: a screen without any effect."""
-    generator, label = np.random.default_rng(seed), screen.label.copy()
-    group = np.char.add(screen.batch, screen.cell_line)
-    for name in np.unique(group):
-        rows = np.flatnonzero(group == name)
-        label[rows] = label[generator.permutation(rows)]
-    return dataclasses.replace(screen, label=label)
 
 
 def nothing_scores(methods):
@@ -80,10 +72,19 @@ def test_no_cell_of_the_truth_is_read(empty):
     assert not np.allclose(before.runs[0].truth.delta, after.runs[0].truth.delta)
 
 
+def test_labels_are_shuffled_within_groups():
+    screen = read_screen(make_adata(), ScreenOptions(value_kind="log"))
+    mixed = shuffle_labels(screen, seed=1)
+    assert (mixed.label != screen.label).any() and mixed.values is screen.values
+    for batch in np.unique(screen.batch):
+        rows = screen.batch == batch
+        assert sorted(mixed.label[rows]) == sorted(screen.label[rows])
+
+
 @pytest.mark.slow
 @pytest.mark.real_data
 @pytest.mark.parametrize("name", REAL)
 def test_permuted_labels_score_nothing_on_real_screens(name, real_data):
-    screen = permuted(read_screen(real_data / "perturbation" / f"{REAL[name]}.h5ad"))
-    options = EvaluateOptions(mode="fine-tuned", n_shuffles=0)
+    screen = read_screen(real_data / "perturbation" / f"{REAL[name]}.h5ad")
+    options = EvaluateOptions(mode="fine-tuned", n_shuffles=0, shuffle_labels=True)
     nothing_scores(evaluate_screen(screen, options, progress=False).summary["methods"])
