@@ -35,15 +35,20 @@ def control_halves(screen: Screen, divisions: int = 3, seed: int = 0) -> list[tu
             f"`screen` has {len(controls)} control cells; wanted at least {2 * MIN_HALF}, so that the truth and what is "
             "fitted have controls of their own: give `controls` 'shared' for the biased form."
         )
-    group = np.char.add(np.char.add(screen.batch, "\x1f"), screen.cell_line)[controls]
     generator, found = np.random.default_rng(seed), []
     for _ in range(divisions):
-        # Within a shuffled order of cells, sorted by group, every second one: groups of odd size take turns.
-        order = generator.permutation(len(controls))
-        order = order[np.argsort(group[order], kind="stable")]
-        first, second = np.sort(controls[order[::2]]), np.sort(controls[order[1::2]])
+        first, second = stratified_halves(controls, screen.group, generator)
         found += [(first, second), (second, first)]
     return found
+
+
+def stratified_halves(
+    rows: np.ndarray, group: np.ndarray, generator: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Two random halves of `rows`, each with half of every group; groups of odd size take turns."""
+    order = generator.permutation(rows)
+    order = order[np.argsort(group[order], kind="stable")]
+    return np.sort(order[::2]), np.sort(order[1::2])
 
 
 def with_controls(screen: Screen, controls: np.ndarray) -> Screen:

@@ -98,9 +98,8 @@ def some_cells(screen: Screen, cells: np.ndarray) -> Screen:
 def shuffle_labels(screen: Screen, seed: int = 0) -> Screen:
     """The same cells with their labels permuted within batches and cell lines: a screen without any effect."""
     generator, label = np.random.default_rng(seed), screen.label.copy()
-    group = np.char.add(np.char.add(screen.batch, "\x1f"), screen.cell_line)
-    for name in np.unique(group):
-        rows = np.flatnonzero(group == name)
+    for name in np.unique(screen.group):
+        rows = np.flatnonzero(screen.group == name)
         label[rows] = label[generator.permutation(rows)]
     return dataclasses.replace(screen, label=label)
 

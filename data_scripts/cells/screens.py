@@ -1,6 +1,7 @@
 """CRISPR screens in AnnData files: labels read, genes found, cells normalised, exclusions counted."""
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import anndata
@@ -9,6 +10,7 @@ import pandas as pd
 
 from data_scripts.cells.anndata_file import open_cells
 from data_scripts.cells.column_names import find_column, numbers, texts
+from data_scripts.cells.control_levels import ControlLevels
 from data_scripts.cells.screen_labels import CONTROL, Perturbation, read_labels
 from data_scripts.cells.screen_options import ScreenOptions
 
@@ -38,6 +40,8 @@ class Screen:
         name (`str`): Of the file.
         notes (`list[str]`): What was read otherwise than it stands in the file, a line each.
         normalization (`str`), target_sum (`float`): How the values were made, see `normalize_counts`.
+        matched (`bool`): Whether a response is against controls with the same mix of batches and cell lines, or against
+            all (the biased form of the literature).
     """
 
     values: np.ndarray
@@ -58,15 +62,34 @@ class Screen:
     notes: list[str] = dataclasses.field(default_factory=list)
     normalization: str = "log1p"
     target_sum: float = 10_000.0
+    matched: bool = True
 
     @property
     def is_control(self) -> np.ndarray:
         """Bool of shape `(n_obs,)`."""
         return self.label == CONTROL
 
+    @functools.cached_property
+    def group(self) -> np.ndarray:
+        """Batch and cell line of each cell as one text, within which perturbed cells are compared with control cells;
+        str of shape `(n_obs,)`."""
+        group = np.char.add(np.char.add(self.batch, "\x1f"), self.cell_line)
+        return group if self.matched else np.zeros_like(group)
+
+    @functools.cached_property
+    def _rows(self) -> dict[str, np.ndarray]:
+        order = np.argsort(self.label, kind="stable")
+        names, start = np.unique(self.label[order], return_index=True)
+        return dict(zip(names.tolist(), np.split(order, start[1:])))
+
     def cells_of(self, label: str) -> np.ndarray:
         """Rows of the cells of one label."""
-        return np.flatnonzero(self.label == label)
+        return self._rows.get(label, np.zeros(0, dtype=np.intp))
+
+    @functools.cached_property
+    def control_levels(self) -> ControlLevels:
+        """Levels of all control cells."""
+        return ControlLevels(self.values, self.group, self.cells_of(CONTROL))
 
     @property
     def panel_targets(self) -> np.ndarray:
@@ -82,7 +105,8 @@ class Screen:
         counted has a small measured change: a stated efficiency then says what the user knows, and is kept apart.
         """
         perturbation = self.perturbations[label]
-        cells, controls = self.cells_of(label), self.matched_control_mean(label)
+        cells = self.cells_of(label)
+        controls = self.control_levels.mean_for(self.group[cells])
         changes = []
         for gene, column in zip(perturbation.genes, perturbation.gene_index):
             if column < 0:
@@ -93,22 +117,6 @@ class Screen:
             else:
                 changes.append((int(column), float(self.values[cells, column].mean() - controls[column]), "measured"))
         return changes
-
-    def matched_control_mean(self, label: str) -> np.ndarray:
-        """Mean of the controls, batches and cell lines weighted as among the cells of `label`; shape `(n_vars,)`."""
-        group = np.char.add(np.char.add(self.batch, "\x1f"), self.cell_line)
-        cells = self.cells_of(label)
-        controls = np.flatnonzero(self.is_control)
-        groups, times = np.unique(group[cells], return_counts=True)
-        total, weight = np.zeros(self.values.shape[1]), 0
-        for name, count in zip(groups, times):
-            rows = controls[group[controls] == name]
-            if len(rows):
-                total += count * self.values[rows].mean(axis=0, dtype=np.float64)
-                weight += count
-        if weight == 0:
-            return self.values[controls].mean(axis=0, dtype=np.float64)
-        return total / weight
 
     def summary(self) -> str:
         """What was read and what was set aside, for people."""

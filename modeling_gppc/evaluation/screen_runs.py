@@ -81,7 +81,7 @@ def divisions(screen: Screen, options: EvaluateOptions) -> list[tuple[Screen, Sc
     """The screen as it is read and as it is judged, with control cells of their own, for every division; a folder that
     was fitted without some of the controls is judged by those."""
     if options.controls == "shared":
-        screen = keep_genes(screen, options.max_genes)
+        screen = dataclasses.replace(keep_genes(screen, options.max_genes), matched=False)
         return [(screen, screen)]
     halves = control_halves(screen, options.divisions, options.seed)
     parts = [(with_controls(screen, first), with_controls(screen, second)) for first, second in halves]

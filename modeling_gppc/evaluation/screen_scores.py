@@ -8,6 +8,8 @@ import numpy as np
 import scipy.special
 import scipy.stats
 
+from data_scripts.cells.control_halves import stratified_halves
+from data_scripts.cells.control_levels import ControlLevels
 from data_scripts.cells.screens import CONTROL, Screen
 from modeling_gppc.evaluation import metrics
 from modeling_gppc.fitting.observed_responses import scored_genes, within_variance
@@ -41,7 +43,7 @@ class ScreenTruth:
 
     Args:
         labels (`list[str]`): The P perturbations.
-        delta (`np.ndarray`): Pseudobulk minus pseudobulk of all controls, shape `(P, V)`.
+        delta (`np.ndarray`): Pseudobulk minus that of controls with the same mix of batches, shape `(P, V)`.
         control (`np.ndarray`): Pseudobulk of the controls, shape `(V,)`.
         sampling_variance (`np.ndarray`): Of `delta`, from the variance of cells within labels, shape `(P, V)`.
         mask (`np.ndarray` of bool): Genes that are scored: no target of any perturbation of the screen, shape `(V,)`.
@@ -119,30 +121,27 @@ def observe(
         controls_of (`Screen`, *optional*): The screen whose controls a replicate has; those of `screen` in halves when
             absent or the same.
     """
-    values = screen.values
-    controls = screen.cells_of(CONTROL)
-    control = values[controls].mean(axis=0, dtype=np.float64)
+    values, levels = screen.values, screen.control_levels
     within = within_variance(screen, [CONTROL, *screen.perturbations])
     mask = scored_genes(screen)
     generator = np.random.default_rng(seed)
-    sides = []
-    for _ in range(n_splits):
-        if controls_of is None or controls_of is screen:
-            order = generator.permutation(len(controls))
-            sides.append([values[controls[order[start::2]]].mean(axis=0) for start in (0, 1)])
-        else:
-            other = controls_of.values[controls_of.cells_of(CONTROL)].mean(axis=0, dtype=np.float64)
-            sides.append([control, other])
+    if controls_of is None or controls_of is screen:
+        halves = [stratified_halves(screen.cells_of(CONTROL), screen.group, generator) for _ in range(n_splits)]
+        sides = [[ControlLevels(values, screen.group, rows) for rows in pair] for pair in halves]
+    else:
+        sides = [[levels, controls_of.control_levels]] * n_splits
     cells = [screen.cells_of(label) for label in labels]
     counts = np.array([len(rows) for rows in cells])
+    delta = [values[rows].mean(axis=0, dtype=np.float64) - levels.mean_for(screen.group[rows]) for rows in cells]
+    error = [1 / len(rows) + 1 / levels.number_for(screen.group[rows]) for rows in cells]
     scores, fdr, change = differential_expression(screen, labels)
     return ScreenTruth(
         labels=list(labels),
-        delta=np.array([values[rows].mean(axis=0, dtype=np.float64) - control for rows in cells]),
-        control=control,
-        sampling_variance=within * (1 / counts[:, None] + 1 / len(controls)),
+        delta=np.array(delta),
+        control=values[screen.cells_of(CONTROL)].mean(axis=0, dtype=np.float64),
+        sampling_variance=within * np.array(error)[:, None],
         mask=mask,
-        ceiling=np.array([split_half(values[rows], sides, mask, generator) for rows in cells]),
+        ceiling=np.array([split_half(screen, rows, sides, mask, generator) for rows in cells]),
         n_cells=counts,
         countable=counts[:, None] * (values != 0).mean(axis=0) >= 1,
         de_scores=scores,
@@ -152,14 +151,21 @@ def observe(
 
 
 def split_half(
-    cells: np.ndarray, sides: Sequence[Sequence[np.ndarray]], mask: np.ndarray, generator: np.random.Generator
+    screen: Screen,
+    cells: np.ndarray,
+    sides: Sequence[Sequence[ControlLevels]],
+    mask: np.ndarray,
+    generator: np.random.Generator,
 ) -> float:
-    """Mean correlation of the responses of two halves of the cells, each against the mean of other controls: what a
-    replicate scores."""
+    """Mean correlation of the responses of two halves of the rows `cells`, each against other controls: what a replicate
+    scores."""
     found = []
     for controls in sides:
-        order = generator.permutation(len(cells))
-        halves = [cells[order[start::2]].mean(axis=0) - controls[start] for start in (0, 1)]
+        order = generator.permutation(cells)
+        halves = [
+            screen.values[rows].mean(axis=0) - level.mean_for(screen.group[rows])
+            for rows, level in zip((order[::2], order[1::2]), controls)
+        ]
         found.append(metrics.pearson_delta(halves[0][None], halves[1][None], mask)[0])
     return float(np.nanmean(found)) if np.isfinite(found).any() else 0.0
 
@@ -313,13 +319,16 @@ def resampled_correlations(
         values = screen.values[cells][:, truth.mask]
         # A cell is drawn as often in every division of the controls: what a division shares with others, their error does.
         times = np.stack([_times_drawn(name, n_resamples, seed) for name in screen.barcodes[cells]], axis=1)
-        return (times.astype(np.float32) @ values) / np.maximum(times.sum(axis=1, keepdims=True), 1)
+        times[times.sum(axis=1) == 0] = 1  # a small group of which no cell is drawn
+        return (times.astype(np.float32) @ values) / times.sum(axis=1, keepdims=True)
 
-    controls = means(screen.cells_of(CONTROL))
+    controls, levels = screen.cells_of(CONTROL), screen.control_levels
+    drawn_levels = np.stack([means(controls[screen.group[controls] == name]) for name in levels.names])
     units = {name: _directions(prediction.delta[:, truth.mask]) for name, prediction in predictions.items()}
     found = {name: np.zeros((n_resamples + 1, len(truth.labels))) for name in predictions}
     for row, label in enumerate(truth.labels):
-        drawn = means(screen.cells_of(label)) - controls
+        cells = screen.cells_of(label)
+        drawn = means(cells) - np.tensordot(levels.shares(screen.group[cells]), drawn_levels, axes=1)
         drawn = _directions(np.concatenate([truth.delta[row][None, truth.mask], drawn]))
         for name, rows in units.items():
             found[name][:, row] = drawn @ rows[row]

@@ -228,7 +228,7 @@ def error_variance(residual: np.ndarray, observed: ObservedResponses, shared_con
     widening = np.quantile(np.abs(residual[:, counted]) / np.maximum(spread[counted], 1e-9), 0.9) / Z90
     variance = (spread * widening) ** 2
     # The error of a mean of controls that both sides subtract is not in their difference.
-    sampling = within * (np.mean(1 / observed.n_cells) + (0 if shared_controls else 1 / observed.n_controls))
+    sampling = within * np.mean(1 / observed.n_cells + (0 if shared_controls else 1 / observed.n_controls))
     return np.maximum(variance - sampling, 0.05 * variance)
 
 

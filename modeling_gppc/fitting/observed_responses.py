@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from data_scripts.cells.control_levels import ControlLevels
 from data_scripts.cells.screens import CONTROL, Screen
 
 # A response too small to be told from noise has a direction all the same: so much of it is always kept.
@@ -36,13 +37,13 @@ def within_variance(screen: Screen, labels: Sequence[str]) -> np.ndarray:
 @dataclasses.dataclass
 class ObservedResponses:
     """
-    Responses to some perturbations: mean of their cells minus mean of the control cells.
+    Responses to some perturbations: mean of their cells minus mean of control cells with the same mix of batches.
 
     Args:
         labels (`list[str]`): The T perturbations.
         delta (`np.ndarray`): Shape `(T, V)`.
         n_cells (`np.ndarray`): Cells behind each, shape `(T,)`.
-        n_controls (`int`): Control cells.
+        n_controls (`np.ndarray`): Control cells behind each, see [`ControlLevels.number_for`], shape `(T,)`.
         within (`np.ndarray`): Variance of single cells, see [`within_variance`], shape `(V,)`.
         counted (`np.ndarray` of bool): See [`scored_genes`], shape `(V,)`.
     """
@@ -50,22 +51,25 @@ class ObservedResponses:
     labels: list[str]
     delta: np.ndarray
     n_cells: np.ndarray
-    n_controls: int
+    n_controls: np.ndarray
     within: np.ndarray
     counted: np.ndarray
 
     @classmethod
     def of(cls, screen: Screen, labels: Sequence[str], controls: np.ndarray | None = None) -> "ObservedResponses":
         """Reads the cells of `labels` and control cells (rows `controls`, or all), and no others."""
-        controls = screen.cells_of(CONTROL) if controls is None else controls
-        control = screen.values[controls].mean(axis=0, dtype=np.float64)
+        levels = screen.control_levels if controls is None else ControlLevels(screen.values, screen.group, controls)
         cells = [screen.cells_of(label) for label in labels]
-        delta = [screen.values[rows].mean(axis=0, dtype=np.float64) - control for rows in cells]
+        groups = [screen.group[rows] for rows in cells]
+        delta = [
+            screen.values[rows].mean(axis=0, dtype=np.float64) - levels.mean_for(group)
+            for rows, group in zip(cells, groups)
+        ]
         return cls(
             list(labels),
             np.array(delta).reshape(len(cells), screen.values.shape[1]),
             np.array([len(rows) for rows in cells], dtype=int),
-            len(controls),
+            np.array([levels.number_for(group) for group in groups]),
             within_variance(screen, [CONTROL, *labels]),
             scored_genes(screen),
         )

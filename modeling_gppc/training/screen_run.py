@@ -1,5 +1,6 @@
 """A training run on a CRISPR screen: control cells and perturbations in, model folders out."""
 
+import dataclasses
 import shutil
 import time
 from collections.abc import Iterator
@@ -46,7 +47,7 @@ def fit_screen_run(
         kept, _ = control_halves(screen, options.divisions, options.seed)[0]
         screen = with_controls(screen, kept)
         print(f"Fitted with {len(kept)} control cells; the other half is left for the truth.", flush=True)
-    screen = keep_genes(screen, options.max_genes)
+    screen = dataclasses.replace(keep_genes(screen, options.max_genes), matched=options.controls != "shared")
     everything = sorted(screen.perturbations)
     features = None
     if options.gene_features is not None:

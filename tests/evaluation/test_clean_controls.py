@@ -13,9 +13,8 @@ from data_scripts.cells.screens import read_screen
 from modeling_gppc.evaluation.evaluate_options import EvaluateOptions
 from modeling_gppc.evaluation.screen_evaluation import evaluate_screen
 
-# Papalexi is not among them: there perturbations and controls differ in how their cells spread over batches, which is a
-# response of its own as long as responses are not matched by batch (docs/evaluation.md, limits).
 REAL = {
+    "papalexi": "papalexi2021_thp1_ko_303genes",
     "norman": "norman2019_k562_crispra_500hvg",
     "schraivogel": "schraivogel2020_k562_tapseq_crispri_72genes",
     "gasperini": "gasperini2019_k562_crispri_366genes",
