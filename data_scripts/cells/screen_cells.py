@@ -9,11 +9,12 @@ from data_scripts.cells.screens import CONTROL, Screen
 
 
 def keep_genes(screen: Screen, at_most: int, like: Screen | None = None) -> Screen:
-    """The genes most variable among controls, and every measured target; chosen without any perturbed cell.
+    """Every measured target and the genes most variable among controls; chosen without any perturbed cell.
 
     Args:
         screen (`Screen`): The screen.
-        at_most (`int`): Genes that are kept.
+        at_most (`int`): Genes that are kept; where half of them or more would be targets, which no score counts, half as
+            many others are kept besides.
         like (`Screen`, *optional*): Other cells of the same screen, whose controls choose.
     """
     n_genes = len(screen.gene_ids)
@@ -21,12 +22,15 @@ def keep_genes(screen: Screen, at_most: int, like: Screen | None = None) -> Scre
         return screen
     chooses = like or screen
     spread = chooses.values[chooses.cells_of(CONTROL)].var(axis=0)
-    spread[screen.panel_targets] = np.inf
-    kept = np.sort(np.argsort(-spread, kind="stable")[:at_most])
+    targets = screen.panel_targets
+    spread[targets] = np.inf
+    kept = np.sort(np.argsort(-spread, kind="stable")[: max(at_most, len(targets) + at_most // 2)])
     position = np.full(n_genes, -1)
     position[kept] = np.arange(len(kept))
     perturbations = {
-        label: dataclasses.replace(p, gene_index=np.where(p.gene_index >= 0, position[p.gene_index], -1))
+        label: dataclasses.replace(
+            p, gene_index=np.where(p.gene_index >= 0, position[p.gene_index], -1), columns=position[p.columns]
+        )
         for label, p in screen.perturbations.items()
     }
     return dataclasses.replace(

@@ -11,11 +11,13 @@ import pandas as pd
 from data_scripts.cells.anndata_file import open_cells
 from data_scripts.cells.column_names import find_column, numbers, texts
 from data_scripts.cells.control_levels import ControlLevels
-from data_scripts.cells.screen_labels import CONTROL, Perturbation, read_labels
+from data_scripts.cells.screen_labels import CONTROL, Perturbation, TargetNames, read_labels
 from data_scripts.cells.screen_options import ScreenOptions
 
 # Covariates that are batches: 1 in the cells of one, 0 in all others.
 BATCH_PREFIX = "batch "
+# Where fewer genes than this share are no targets, nothing worth scoring is left.
+LEAST_SCORED_SHARE = 0.1
 
 
 @dataclasses.dataclass
@@ -94,8 +96,8 @@ class Screen:
     @property
     def panel_targets(self) -> np.ndarray:
         """Columns of every measured target of any perturbation: genes that no score may count."""
-        index = np.concatenate([p.gene_index for p in self.perturbations.values()] or [np.zeros(0, int)])
-        return np.unique(index[index >= 0]).astype(int)
+        columns = [p.columns for p in self.perturbations.values()]
+        return np.unique(np.concatenate([*columns, np.zeros(0, int)])).astype(int)
 
     def target_changes(self, label: str) -> list[tuple[int, float, str]]:
         """Change of log value at each target: `(column, change, "measured" or "stated")`.
@@ -141,14 +143,19 @@ def read_screen(source: str | Path | anndata.AnnData, options: ScreenOptions | N
         obs, genes = cells.obs, cells.genes
         column = find_column(obs, "perturbation", options.perturbation_column, required=True)
         library = cells.check()
-        label, perturbations, exclusions = read_labels(
+        labels = read_labels(
             np.array([text.strip() for text in texts(obs[column])]),
             _texts_of(obs, "modality", None, ""),
-            genes.labels,
-            genes.keys,
+            TargetNames(genes.labels, genes.keys),
             options,
             column,
         )
+        labels.drop_unmatched(
+            _texts_of(obs, "batch", options.batch_column, "batch"),
+            _texts_of(obs, "cell_line", options.cell_line_column, "line"),
+        )
+        labels.drop_rare(options.min_cells)
+        label = labels.label
         keep = np.flatnonzero(label != "")
         if options.max_cells is not None:
             generator = np.random.default_rng(options.seed)
@@ -161,9 +168,9 @@ def read_screen(source: str | Path | anndata.AnnData, options: ScreenOptions | N
         values = cells.subset(keep).log_values(sizes, options.target_sum)
     batch = _texts_of(obs, "batch", options.batch_column, "batch")
     covariates, covariate_names = _covariates(obs, sizes if library.is_complete else None, batch)
-    for one in perturbations.values():
+    for one in labels.perturbations.values():
         one.n_cells = int((label == one.label).sum())
-    return Screen(
+    screen = Screen(
         values=values,
         gene_ids=genes.keys,
         gene_symbols=genes.labels,
@@ -173,16 +180,23 @@ def read_screen(source: str | Path | anndata.AnnData, options: ScreenOptions | N
         covariates=covariates,
         covariate_names=covariate_names,
         library_size=sizes,
-        perturbations=perturbations,
+        perturbations=labels.perturbations,
         barcodes=obs.index.to_numpy(dtype=str),
-        exclusions=exclusions,
+        exclusions=labels.exclusions,
         library_is_complete=library.is_complete,
         guide_efficiency=dict(options.guide_efficiency),
         name="screen" if isinstance(source, anndata.AnnData) else Path(source).stem,
-        notes=cells.notes,
+        notes=[*labels.notes, *cells.notes],
         normalization="none" if options.value_kind == "log" else "log1p",
         target_sum=options.target_sum,
     )
+    left = len(genes.keys) - len(screen.panel_targets)
+    if left < LEAST_SCORED_SHARE * len(genes.keys):
+        raise ValueError(
+            f"`screen`: {len(screen.panel_targets)} of its {len(genes.keys)} genes are targets of some perturbation, and "
+            f"no score counts a target: {left} genes would be left. Give a file with more genes or fewer perturbations."
+        )
+    return screen
 
 
 def _texts_of(obs: pd.DataFrame, kind: str, named: str | None, otherwise: str) -> np.ndarray:

@@ -1,5 +1,7 @@
 """Screens of every convention in, and what is refused or set aside."""
 
+import dataclasses
+
 import anndata
 import numpy as np
 import pandas as pd
@@ -7,10 +9,12 @@ import pytest
 import scipy.sparse
 
 from data_scripts.cells.column_names import find_column
+from data_scripts.cells.screen_cells import keep_genes
 from data_scripts.cells.screen_labels import is_control_word, read_modality, split_label
 from data_scripts.cells.screen_options import ScreenOptions
 from data_scripts.cells.screens import read_screen
 from data_scripts.command_line import read_options
+from modeling_gppc.fitting.observed_responses import ObservedResponses
 
 GENES = ["STAT1", "IRF1", "MYC", "HLA-A", "ACTB"]
 
@@ -183,3 +187,107 @@ def test_real_screens(real_data, file, controls, measured):
     screen = read_screen(real_data / "perturbation" / f"{file}.h5ad")
     assert screen.is_control.sum() == controls
     assert sum(p.measured for p in screen.perturbations.values()) == measured
+
+
+SURE, UNSURE = "surer control labels are there", "guide not known"
+
+
+@pytest.mark.parametrize(
+    ("labels", "controls", "expected", "set_aside"),
+    [
+        # Words that may mean "no guide was found" are controls only where no surer word is there.
+        (["None", "STAT1"], {"None"}, {"STAT1"}, {}),
+        (["None", "negative", "neg", "NT", "STAT1"], {"NT"}, {"STAT1"}, {SURE: 60}),
+        (["untreated", "STAT1", "IRF1"], {"untreated"}, {"STAT1", "IRF1"}, {}),
+        (["wt", "mock", "non-targeting-control", "STAT1"], {"non-targeting-control"}, {"STAT1"}, {SURE: 40}),
+        (["NT", "STAT1+", "+", "None+STAT1"], {"NT"}, {"STAT1"}, {"no label": 20}),
+        # Spellings of controls.
+        (["NT-1", "NT-2", "sgNT", "AAVS1", "STAT1"], {"NT-1", "NT-2", "sgNT", "AAVS1"}, {"STAT1"}, {}),
+        (["safe-harbor", "scramble_2", "LacZ", "STAT1"], {"safe-harbor", "scramble_2", "LacZ"}, {"STAT1"}, {}),
+        # A guide that is not known is neither.
+        (["ctrl", "nan", "STAT1"], {"ctrl"}, {"STAT1"}, {UNSURE: 20}),
+        (["ctrl", "NA", "unassigned", "unknown", "STAT1"], {"ctrl"}, {"STAT1"}, {UNSURE: 60}),
+        (["ctrl", "multiple", "doublet", "Doublets", "STAT1"], {"ctrl"}, {"STAT1"}, {UNSURE: 60}),
+        (["ctrl", "STAT1+nan", "IRF1"], {"ctrl"}, {"IRF1"}, {UNSURE: 20}),
+        # Versions of Ensembl ids, renamed symbols and dates.
+        (["ctrl", "ENSG00000115415.19", "IRF1"], {"ctrl"}, {"STAT1", "IRF1"}, {}),
+        (["ctrl", "MARCH8", "IRF1"], {"ctrl"}, {"MARCHF8", "IRF1"}, {}),
+        (["ctrl", "8-Mar", "IRF1"], {"ctrl"}, {"MARCHF8", "IRF1"}, {}),
+        # A symbol that two genes share: both are targets; their ids tell them apart.
+        (["ctrl", "TWIN", "IRF1"], {"ctrl"}, {"TWIN", "IRF1"}, {}),
+        (["ctrl", "ENSG4", "ENSG5", "IRF1"], {"ctrl"}, {"ENSG4", "ENSG5", "IRF1"}, {}),
+    ],
+)
+def test_labels_as_they_come(labels, controls, expected, set_aside):
+    symbols = ["STAT1", "IRF1", "MYC", "MARCHF8", "TWIN", "TWIN", *(f"G{i}" for i in range(8))]
+    ids = ["ENSG00000115415", *(f"ENSG{i}" for i in range(1, len(symbols)))]
+    counts = np.random.default_rng(0).poisson(3.0, size=(20 * len(labels), len(symbols))).astype(np.float32)
+    frame = pd.DataFrame({"perturbation": np.repeat(labels, 20)}, index=[f"c{i}" for i in range(len(counts))])
+    adata = anndata.AnnData(counts, obs=frame, var=pd.DataFrame({"symbol": symbols}, index=ids))
+    screen = read_screen(adata)
+    assert set(screen.perturbations) == expected
+    assert screen.is_control.sum() == 20 * len(controls)
+    for label in controls:
+        assert f"{label!r} (20)" in screen.notes[0]
+    counted = {reason: count for reason, count, _ in screen.exclusions if count}
+    assert len(counted) == len(set_aside)
+    for words, count in set_aside.items():
+        assert [found for reason, found in counted.items() if words in reason] == [count]
+    if "TWIN" in expected:
+        assert screen.panel_targets.tolist() == [1, 4, 5] and screen.perturbations["TWIN"].columns.tolist() == [4, 5]
+    if "ENSG4" in expected:
+        assert screen.perturbations["ENSG5"].gene_index.tolist() == [5]
+
+
+def test_labels_that_look_like_controls_are_listed():
+    screen = read_screen(make_screen(["ctrl", "STAT1", "NonTarget-B"]))
+    assert "name them with `control_labels` if they are none: NonTarget-B" in screen.summary()
+
+
+def test_a_batch_without_controls_is_named_and_left_out():
+    adata = make_screen(["ctrl", "STAT1", "STAT1", "IRF1"], batch=np.repeat(["a", "a", "b", "a"], 20))
+    screen = read_screen(adata)
+    assert ("in a batch without two control cells", 20, "b / line") in screen.exclusions
+    assert screen.perturbations["STAT1"].n_cells == 20 and set(screen.batch) == {"a"}
+    adata.obs["batch"] = np.repeat(["a", "b", "b", "b"], 20)
+    with pytest.raises(ValueError, match="`batch_column`: no batch holds perturbed cells and two control cells"):
+        read_screen(adata)
+
+
+def test_responses_are_against_controls_of_the_same_batches():
+    """Two batches that differ by 3, and perturbations that sit in one or the other: no response holds the difference."""
+    labels, n = ["ctrl", "STAT1", "ctrl", "IRF1"], 200
+    adata = make_screen(labels, n=n, batch=np.repeat(["a", "a", "b", "b"], n))
+    values = np.random.default_rng(1).normal(3, 0.1, (len(labels) * n, len(GENES)))
+    values[2 * n :] += 3
+    adata.X = values.astype(np.float32)
+    for matched in (True, False):
+        screen = dataclasses.replace(read_screen(adata, ScreenOptions(value_kind="log")), matched=matched)
+        delta = ObservedResponses.of(screen, ["IRF1", "STAT1"]).delta
+        assert np.abs(delta - (0 if matched else [[1.5], [-1.5]])).max() < 0.05
+    levels = read_screen(adata, ScreenOptions(value_kind="log")).control_levels
+    assert levels.shares(np.array(["a\x1fline"] * 3 + ["b\x1fline"])) == pytest.approx([0.75, 0.25])
+    assert levels.number_for(np.array(["a\x1fline"])) == pytest.approx(n)
+    # 1 / (.5^2 / n + .5^2 / n) = 2 n
+    assert levels.number_for(np.array(["a\x1fline", "b\x1fline"])) == pytest.approx(2 * n)
+
+
+def test_a_screen_without_a_gene_to_score_is_refused():
+    with pytest.raises(ValueError, match="5 of its 5 genes are targets of some perturbation"):
+        read_screen(make_screen(["ctrl", *GENES]))
+
+
+def test_max_genes_leaves_genes_to_score():
+    adata = make_screen(["ctrl", "STAT1", "IRF1", "MYC"])
+    kept = keep_genes(read_screen(adata), 2)
+    assert len(kept.gene_ids) == 4 and len(kept.panel_targets) == 3
+    assert len(keep_genes(read_screen(make_screen(["ctrl", "STAT1"])), 2).gene_ids) == 2
+
+
+@pytest.mark.parametrize("size", [np.nan, np.inf, 0.0])
+def test_a_library_size_that_cannot_be_is_refused_by_cell(size):
+    adata = make_screen()
+    adata.obs["total"] = 1_000.0
+    adata.obs.loc["cell7", "total"] = size
+    with pytest.raises(ValueError, match="for cell `cell7`"):
+        read_screen(adata, ScreenOptions(library_size_column="total"))
