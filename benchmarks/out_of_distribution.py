@@ -107,7 +107,7 @@ def predictions(model: GppcForPerturbationPrediction, pairs: PairArrays) -> tupl
 def examine(path: Path, held_out: str, n_genes: int, steps: int) -> list[dict]:
     """For one held-out type a row a set of imposed genes and method."""
     with open_cells(path) as cells, tempfile.TemporaryDirectory() as scratch:
-        values, names = cells.log_values(cells.check().sizes), cells.genes.labels
+        values, names = np.asarray(cells.log_values(cells.check().sizes)), cells.genes.labels
         type_of, control = (cells.obs[name].to_numpy() for name in ("cell_type", "is_control"))
         own, control = type_of == held_out, control.astype(bool)
         store, out = Path(scratch) / "store", Path(scratch) / "run"

@@ -18,6 +18,7 @@ COMMANDS = {
     "predict": ("modeling_gppc.inference.predict_cli", "predict expression after perturbations of an AnnData's cells"),
     "score": ("gppc.score_cli", "score a trained run on its test pairs again"),
     "evaluate": ("modeling_gppc.evaluation.evaluate_cli", "score responses of a CRISPR screen beside every baseline"),
+    "compare": ("modeling_gppc.evaluation.compare_cli", "pool the evaluations of several screens in one statement"),
     "push": ("hub_card.push_cli", "upload a model, pairs, the metric or the demo to the Hub"),
 }
 HELP = {"-h", "--help"}

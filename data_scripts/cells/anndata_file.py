@@ -15,6 +15,7 @@ from scipy import sparse
 
 from data_scripts.cells.column_names import STANDARD_NAMES, find_column, numbers
 from data_scripts.cells.gene_mapping import FileGenes, read_file_genes
+from data_scripts.cells.log_values import LogValues
 from data_scripts.cells.read_options import ReadOptions
 from modeling_gppc.normalization_gppc import check_raw_counts, close_matches, normalize_counts
 
@@ -86,7 +87,7 @@ class CellFile:
             block = self._by_gene(block)
             yield first, block if genes is None else block[:, genes]
 
-    def log_values(self, sizes: np.ndarray, target_sum: float = 10_000.0) -> np.ndarray:
+    def log_values(self, sizes: np.ndarray, target_sum: float = 10_000.0) -> LogValues:
         """Normalised values of all cells and genes.
 
         Args:
@@ -94,16 +95,16 @@ class CellFile:
             target_sum (`float`, *optional*, defaults to 10,000): See [`normalize_counts`].
 
         Returns:
-            `np.ndarray` of float32, shape `(n_obs, n_genes)`.
+            [`LogValues`] of shape `(n_obs, n_genes)`.
         """
         how = "none" if self.options.value_kind == "log" else "log1p"
-        values = np.empty((len(self.rows), len(self.genes)), dtype=np.float32)
+        parts = []
         for first, block in self.blocks():
-            cells = slice(first, first + block.shape[0])
-            values[cells] = normalize_counts(
-                block.toarray(), sizes[cells, None], normalization=how, target_sum=target_sum
-            )
-        return values
+            part = block.tocsr()
+            of_cell = np.repeat(sizes[first : first + part.shape[0]], np.diff(part.indptr))
+            part.data = normalize_counts(part.data, of_cell, normalization=how, target_sum=target_sum)
+            parts.append(part)
+        return LogValues(sparse.vstack(parts, format="csr"))
 
     def check(self) -> LibrarySizes:
         """Reads every value once, and the library sizes.

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from data_scripts.cells.log_values import LogValues
+
 
 class ControlLevels:
     """
@@ -11,12 +13,12 @@ class ControlLevels:
     of the difference between batches, and perturbations with the same mix of batches would seem alike.
 
     Args:
-        values (`np.ndarray`): Log values of all cells, shape `(n_obs, V)`.
+        values ([`LogValues`]): Of all cells, shape `(n_obs, V)`.
         group (`np.ndarray` of str): Batch and cell line of each cell, shape `(n_obs,)`.
         controls (`np.ndarray`): Rows of the control cells.
     """
 
-    def __init__(self, values: np.ndarray, group: np.ndarray, controls: np.ndarray):
+    def __init__(self, values: LogValues, group: np.ndarray, controls: np.ndarray):
         self.names, place = np.unique(group[controls], return_inverse=True)
         self.counts = np.bincount(place, minlength=len(self.names))
         self.means = np.stack(

@@ -35,7 +35,7 @@ def keep_genes(screen: Screen, at_most: int, like: Screen | None = None) -> Scre
     }
     return dataclasses.replace(
         screen,
-        values=screen.values[:, kept],
+        values=screen.values.of_genes(kept),
         gene_ids=[screen.gene_ids[i] for i in kept],
         gene_symbols=[screen.gene_symbols[i] for i in kept],
         perturbations=perturbations,
@@ -93,10 +93,9 @@ def some_cells(screen: Screen, cells: np.ndarray) -> Screen:
     perturbations = {
         name: dataclasses.replace(p, n_cells=counts.get(name, 0)) for name, p in screen.perturbations.items()
     }
-    rows = ("values", "label", "batch", "cell_line", "covariates", "library_size", "barcodes")
-    return dataclasses.replace(
-        screen, perturbations=perturbations, **{name: getattr(screen, name)[cells] for name in rows}
-    )
+    rows = ("label", "batch", "cell_line", "covariates", "library_size", "barcodes")
+    chosen = {name: getattr(screen, name)[cells] for name in rows}
+    return dataclasses.replace(screen, values=screen.values.of_cells(cells), perturbations=perturbations, **chosen)
 
 
 def shuffle_labels(screen: Screen, seed: int = 0) -> Screen:

@@ -9,7 +9,7 @@ import numpy as np
 
 from data_scripts.cells.gene_symbols import current_symbol
 from data_scripts.cells.screen_options import ScreenOptions
-from modeling_gppc.normalization_gppc import close_matches
+from modeling_gppc.normalization_gppc import bare_gene_name, close_matches
 
 # Words for "no perturbation", case and separators aside: most also with a number behind, as guides are counted, or `sg`
 # before; guides that cut where no gene is, or target a gene that no cell has, are controls too.
@@ -113,22 +113,18 @@ class TargetNames:
 
     def columns(self, part: str) -> list[int]:
         """Columns of a target; empty where it is not measured."""
-        by_id = self.by_id.get(_without_version(part).casefold())
+        by_id = self.by_id.get(bare_gene_name(part).casefold())
         return self.by_symbol.get(current_symbol(part).casefold(), []) if by_id is None else [by_id]
 
     def name(self, part: str) -> str:
         """The symbol, or the id where the symbol is missing or several genes have it."""
         columns = self.columns(part)
         if not columns:
-            return _without_version(part).upper()
+            return bare_gene_name(part).upper()
         symbol = self.symbols[columns[0]]
         if len(columns) == 1 and len(self.by_symbol.get(current_symbol(symbol).casefold(), [])) != 1:
             return self.ids[columns[0]]
         return symbol
-
-
-def _without_version(name: str) -> str:
-    return re.sub(r"^(ENS[A-Z]*\d+)\.\d+$", r"\1", name, flags=re.IGNORECASE)
 
 
 @dataclasses.dataclass
@@ -166,9 +162,10 @@ class ScreenLabels:
         names, place = np.unique(group, return_inverse=True)
         controls = np.bincount(place[self.label == CONTROL], minlength=len(names))
         lonely = np.isin(place, np.flatnonzero(controls < 2)) & (self.label != "")
+        perturbed = (self.label != CONTROL) & (self.label != "")
         if not lonely.any():
             return
-        if not ((self.label != CONTROL) & (self.label != "") & ~lonely).any():
+        if perturbed.any() and not (perturbed & ~lonely).any():
             raise ValueError(
                 "`batch_column`: no batch holds perturbed cells and two control cells, so that responses cannot be told "
                 f"from differences between batches (e.g. {', '.join(names[:3])}); name another column with "

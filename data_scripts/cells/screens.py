@@ -11,6 +11,7 @@ import pandas as pd
 from data_scripts.cells.anndata_file import open_cells
 from data_scripts.cells.column_names import find_column, numbers, texts
 from data_scripts.cells.control_levels import ControlLevels
+from data_scripts.cells.log_values import LogValues
 from data_scripts.cells.screen_labels import CONTROL, Perturbation, TargetNames, read_labels
 from data_scripts.cells.screen_options import ScreenOptions
 
@@ -25,7 +26,7 @@ class Screen:
     """Cells of a screen, normalised.
 
     Args:
-        values (`np.ndarray`): Log values, float32 of shape `(n_obs, n_vars)`.
+        values ([`LogValues`]): Log values, shape `(n_obs, n_vars)`.
         gene_ids, gene_symbols (`list[str]`): Of the columns.
         label (`np.ndarray` of str): Perturbation of each cell, `control` for controls.
         batch, cell_line (`np.ndarray` of str): Of each cell; one value throughout where the file names none.
@@ -46,7 +47,7 @@ class Screen:
             all (the biased form of the literature).
     """
 
-    values: np.ndarray
+    values: LogValues
     gene_ids: list[str]
     gene_symbols: list[str]
     label: np.ndarray
@@ -93,6 +94,11 @@ class Screen:
         """Levels of all control cells."""
         return ControlLevels(self.values, self.group, self.cells_of(CONTROL))
 
+    @functools.cached_property
+    def control_covariance(self) -> np.ndarray:
+        """Covariance of the genes among control cells, `(n_vars, n_vars)`."""
+        return np.cov(self.values[self.cells_of(CONTROL)].T.astype(np.float64))
+
     @property
     def panel_targets(self) -> np.ndarray:
         """Columns of every measured target of any perturbation: genes that no score may count."""
@@ -109,7 +115,7 @@ class Screen:
         perturbation = self.perturbations[label]
         cells = self.cells_of(label)
         controls = self.control_levels.mean_for(self.group[cells])
-        changes = []
+        levels, changes = self.values[cells].mean(axis=0, dtype=np.float64), []
         for gene, column in zip(perturbation.genes, perturbation.gene_index):
             if column < 0:
                 continue
@@ -117,7 +123,7 @@ class Screen:
                 kept = np.log1p((1 - self.guide_efficiency[gene]) * np.expm1(controls[column]))
                 changes.append((int(column), float(kept - controls[column]), "stated"))
             else:
-                changes.append((int(column), float(self.values[cells, column].mean() - controls[column]), "measured"))
+                changes.append((int(column), float(levels[column] - controls[column]), "measured"))
         return changes
 
     def summary(self) -> str:
@@ -186,7 +192,7 @@ def read_screen(source: str | Path | anndata.AnnData, options: ScreenOptions | N
         library_is_complete=library.is_complete,
         guide_efficiency=dict(options.guide_efficiency),
         name="screen" if isinstance(source, anndata.AnnData) else Path(source).stem,
-        notes=[*labels.notes, *cells.notes],
+        notes=[*cells.notes, *labels.notes],
         normalization="none" if options.value_kind == "log" else "log1p",
         target_sum=options.target_sum,
     )

@@ -37,6 +37,8 @@ class EvaluateOptions(ScreenFitOptions):
         n_shuffles (`int`, *optional*, defaults to 20): Random genes in the target's place, a perturbation.
         shuffle_labels (`bool`, *optional*, defaults to `False`): Permute the labels of the cells within batches and cell
             lines first: what this evaluation gives when there is nothing to predict.
+        nothing (`bool`, *optional*, defaults to `True`): Report beside every score what its method scores with shuffled
+            labels (one division; not for model folders, which were fitted on the labels as they are).
     """
 
     mode: str = "in-context"
@@ -48,6 +50,7 @@ class EvaluateOptions(ScreenFitOptions):
     change: str = "measured"
     n_shuffles: CountOrZero = 20
     shuffle_labels: bool = False
+    nothing: bool = True
 
     def __post_init__(self):
         super().__post_init__()

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 
+DISTANCES = ("l1", "l2", "cosine")
 _erf = np.vectorize(math.erf, otypes=[float])
 
 
@@ -233,19 +234,19 @@ def pairwise_distance(
     Raises:
         ValueError: For an unknown distance.
     """
-    counted = _mask(rows, mask)
+    if distance not in DISTANCES:
+        raise ValueError(f"`distance` is {distance!r}; wanted one of {', '.join(DISTANCES)}.")
+    if mask is not None and np.ndim(mask) == 2:
+        return np.concatenate([pairwise_distance(row[None, m], columns[:, m], distance) for row, m in zip(rows, mask)])
+    if mask is not None:
+        rows, columns = rows[:, mask], columns[:, mask]
+    if distance == "cosine":
+        norms = np.linalg.norm(rows, axis=1)[:, None] * np.linalg.norm(columns, axis=1)
+        return 1 - np.divide(rows @ columns.T, norms, out=np.zeros(norms.shape), where=norms > 0)
     output = np.empty((len(rows), len(columns)))
-    for index, (row, keep) in enumerate(zip(rows, counted)):
-        first, second = row[keep], columns[:, keep]
-        if distance == "l1":
-            output[index] = np.abs(second - first).sum(axis=1)
-        elif distance == "l2":
-            output[index] = np.sqrt(((second - first) ** 2).sum(axis=1))
-        elif distance == "cosine":
-            norms = np.linalg.norm(second, axis=1) * np.linalg.norm(first)
-            output[index] = 1 - np.divide(second @ first, norms, out=np.zeros(len(second)), where=norms > 0)
-        else:
-            raise ValueError(f"`distance` is {distance!r}; wanted 'l1', 'l2' or 'cosine'.")
+    for index, row in enumerate(rows):
+        gaps = columns - row
+        output[index] = np.abs(gaps).sum(axis=1) if distance == "l1" else np.sqrt(np.einsum("nv,nv->n", gaps, gaps))
     return output
 
 

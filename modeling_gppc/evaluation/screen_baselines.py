@@ -4,8 +4,10 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import scipy.linalg
+import scipy.sparse.linalg
 
-from data_scripts.cells.screens import CONTROL, Screen
+from data_scripts.cells.screens import Screen
 from modeling_gppc.evaluation.screen_scores import ScreenPrediction
 from modeling_gppc.fitting.observed_responses import ObservedResponses
 from modeling_gppc.normalization_gppc import close_matches
@@ -21,8 +23,8 @@ class ScreenContext:
         screen (`Screen`): The cells; only rows of controls and of `train` may be read.
         train, test (`list[str]`): Perturbations.
         train_delta (`np.ndarray`): Observed responses of `train`, shape `(T, V)`.
-        features (`dict[str, np.ndarray]`, *optional*): One vector a gene, for baselines over perturbation features;
-            defaults to the gene's loadings on the principal components of the controls.
+        train_spread (`np.ndarray`): Variance of true responses of `train` about their mean, shape `(V,)`.
+        features (`dict[str, np.ndarray]`): One vector a gene, for baselines over perturbation features.
         substitutes (`dict[str, np.ndarray]`, *optional*): Columns that take the place of a perturbation's targets, for
             the target-shuffled null; the changes stay those of the targets.
     """
@@ -31,7 +33,8 @@ class ScreenContext:
     train: list[str]
     test: list[str]
     train_delta: np.ndarray
-    features: dict[str, np.ndarray] | None = None
+    train_spread: np.ndarray
+    features: dict[str, np.ndarray]
     substitutes: dict[str, np.ndarray] | None = None
 
     @classmethod
@@ -42,8 +45,12 @@ class ScreenContext:
         test: Sequence[str],
         features: dict[str, np.ndarray] | None = None,
     ) -> "ScreenContext":
-        """Computes the training responses; reads cells of `train` and controls."""
-        return cls(screen, list(train), list(test), ObservedResponses.of(screen, train).delta, features)
+        """Computes the training responses, and features from the controls where none are given; reads cells of `train`
+        and controls."""
+        if features is None:
+            features = control_features(screen) if len(train) > 1 else {}
+        observed = ObservedResponses.of(screen, train)
+        return cls(screen, list(train), list(test), observed.delta, observed.spread, features)
 
     @property
     def mean_response(self) -> np.ndarray:
@@ -61,8 +68,6 @@ class ScreenContext:
     def feature_matrix(self, labels: Sequence[str]) -> np.ndarray:
         """Summed features of the targets of each perturbation, `(len(labels), F)`; zeros where nothing is known."""
         table = self.features
-        if table is None:
-            table = control_features(self.screen)
         width = len(next(iter(table.values()))) if table else 1
         rows = [
             sum((table[gene] for gene in self.screen.perturbations[label].genes if gene in table), np.zeros(width))
@@ -73,22 +78,28 @@ class ScreenContext:
 
 def control_features(screen: Screen) -> dict[str, np.ndarray]:
     """Loadings of each gene on the leading principal components of the controls, by symbol."""
-    values = screen.values[screen.cells_of(CONTROL)].astype(np.float64)
-    covariance = np.cov(values.T)
-    eigenvalues, vectors = np.linalg.eigh(covariance)
-    top = np.argsort(eigenvalues)[::-1][: min(N_FEATURES, len(eigenvalues) - 1)]
-    loadings = vectors[:, top] * np.sqrt(np.maximum(eigenvalues[top], 0))
+    covariance = screen.control_covariance
+    n = len(covariance)
+    leading = (n - min(N_FEATURES, n - 1), n - 1)
+    eigenvalues, vectors = scipy.linalg.eigh(covariance, subset_by_index=leading)
+    loadings = (vectors * np.sqrt(np.maximum(eigenvalues, 0)))[:, ::-1]
     return dict(zip(screen.gene_symbols, loadings))
 
 
-def no_change(context: ScreenContext) -> ScreenPrediction:
-    """Nothing happens."""
+def zeros(context: ScreenContext) -> ScreenPrediction:
+    """A prediction to be filled."""
     return ScreenPrediction(np.zeros((len(context.test), context.screen.values.shape[1])))
+
+
+def no_change(context: ScreenContext) -> ScreenPrediction:
+    """Nothing happens, and that is certain: what is observed is sampling error."""
+    prediction = zeros(context)
+    return dataclasses.replace(prediction, variance=np.zeros_like(prediction.delta))
 
 
 def target_only(context: ScreenContext) -> ScreenPrediction:
     """Only the targets themselves change."""
-    prediction = no_change(context)
+    prediction = zeros(context)
     for row, label in enumerate(context.test):
         genes, changes = context.changes(label)
         prediction.delta[row, genes] = changes
@@ -101,13 +112,12 @@ def covariance(context: ScreenContext) -> ScreenPrediction:
     Sigma is the covariance of all control cells. For one target this is its column of Sigma divided by its variance;
     the direction is that of `cipher.forward_prediction` (which fits the sign and size on the response itself).
     """
-    values = context.screen.values[context.screen.cells_of(CONTROL)]
-    return respond(context, np.cov(values.T.astype(np.float64)))
+    return respond(context, context.screen.control_covariance)
 
 
 def respond(context: ScreenContext, sigma: np.ndarray, noise: np.ndarray | None = None) -> ScreenPrediction:
     """Sigma_jS (Sigma_SS + noise_S)^-1 delta_S for every test perturbation; zero where no target is measured."""
-    prediction = no_change(context)
+    prediction = zeros(context)
     for row, label in enumerate(context.test):
         genes, changes = context.changes(label)
         if len(genes):
@@ -121,6 +131,12 @@ def respond(context: ScreenContext, sigma: np.ndarray, noise: np.ndarray | None 
 def mean_of_training(context: ScreenContext) -> ScreenPrediction:
     """The mean of the training responses, whatever is perturbed."""
     return ScreenPrediction(np.tile(context.mean_response, (len(context.test), 1)), reads_perturbed_cells=True)
+
+
+def mean_with_spread(context: ScreenContext) -> ScreenPrediction:
+    """The mean of the training responses, as uncertain as they differ from each other."""
+    spread = np.tile(context.train_spread, (len(context.test), 1))
+    return dataclasses.replace(mean_of_training(context), variance=spread)
 
 
 def matching_mean(context: ScreenContext) -> ScreenPrediction:
@@ -152,15 +168,17 @@ def ridge(context: ScreenContext, penalties: Sequence[float] = (0.1, 1.0, 10.0, 
     """Ridge regression from features of the targets to the response, penalty by leave-one-out over training."""
     train, test = _standardised(context)
     centred = context.train_delta - context.mean_response
-    gram = train @ train.T
+    left, singular, right = np.linalg.svd(train, full_matrices=False)
+    projected = left.T @ centred
     errors = []
     for penalty in penalties:
-        hat = gram @ np.linalg.inv(gram + penalty * np.eye(len(gram)))
-        residual = (centred - hat @ centred) / np.maximum(1 - np.diag(hat), 1e-6)[:, None]
+        shrunken = left * (singular**2 / (singular**2 + penalty))
+        leverage = np.einsum("tk,tk->t", shrunken, left)
+        residual = (centred - shrunken @ projected) / np.maximum(1 - leverage, 1e-6)[:, None]
         errors.append((residual**2).sum())
     penalty = penalties[int(np.argmin(errors))]
-    weights = np.linalg.solve(gram + penalty * np.eye(len(gram)), centred)
-    return ScreenPrediction(context.mean_response + test @ train.T @ weights, reads_perturbed_cells=True)
+    weights = right.T @ (projected * (singular / (singular**2 + penalty))[:, None])
+    return ScreenPrediction(context.mean_response + test @ weights, reads_perturbed_cells=True)
 
 
 def bilinear(context: ScreenContext, n_components: int = 10, penalty: float = 0.1) -> ScreenPrediction:
@@ -172,8 +190,7 @@ def bilinear(context: ScreenContext, n_components: int = 10, penalty: float = 0.
     prediction = mean_of_training(context)
     centred = context.train_delta - context.mean_response
     rank = min(n_components, max(len(context.train) - 1, 1))
-    left, singular, _ = np.linalg.svd(centred.T, full_matrices=False)
-    genes = left[:, :rank] * singular[:rank]
+    genes = principal_components(centred.T, rank)
 
     def embed(labels):
         rows = np.zeros((len(labels), rank))
@@ -187,6 +204,16 @@ def bilinear(context: ScreenContext, n_components: int = 10, penalty: float = 0.
     weights = inner @ np.linalg.inv(train.T @ train + penalty * np.eye(rank))
     prediction.delta = prediction.delta + test @ weights.T @ genes.T
     return prediction
+
+
+def principal_components(rows: np.ndarray, rank: int) -> np.ndarray:
+    """Left singular vectors of the `rank` largest singular values, times those; shape `(len(rows), rank)`."""
+    if rank < min(rows.shape) // 2:
+        start = np.random.default_rng(0).normal(size=min(rows.shape))
+        left, singular, _ = scipy.sparse.linalg.svds(rows, k=rank, v0=start)
+        return (left * singular)[:, ::-1]
+    left, singular, _ = np.linalg.svd(rows, full_matrices=False)
+    return left[:, :rank] * singular[:rank]
 
 
 def nearest(context: ScreenContext, k: int = 3) -> ScreenPrediction:
@@ -213,7 +240,7 @@ BASELINES: dict[str, Callable[[ScreenContext], ScreenPrediction]] = {
     "no_change": no_change,
     "target_only": target_only,
     "covariance": covariance,
-    "mean": mean_of_training,
+    "mean": mean_with_spread,
     "matching_mean": matching_mean,
     "additive": additive,
     "ridge": ridge,

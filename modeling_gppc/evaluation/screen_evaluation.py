@@ -1,29 +1,58 @@
 """One run of `gppc evaluate`: every method on a screen in one of three modes, guarded, with null and ceiling."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from data_scripts.cells.screen_cells import shuffle_labels
 from data_scripts.cells.screens import Screen
 from modeling_gppc.evaluation.evaluate_options import EvaluateOptions
 from modeling_gppc.evaluation.metrics import interval_coverage, pearson_delta
 from modeling_gppc.evaluation.screen_baselines import CONTROL_ONLY
-from modeling_gppc.evaluation.screen_runs import MODEL, ScreenRun, run_screen
-from modeling_gppc.evaluation.screen_scores import (
-    ScreenPrediction,
-    ScreenTruth,
+from modeling_gppc.evaluation.screen_intervals import (
     bootstrap_perturbations,
     compare_methods,
     interval_of_mean,
     resampled_correlations,
+)
+from modeling_gppc.evaluation.screen_runs import MODEL, ScreenRun, run_screen
+from modeling_gppc.evaluation.screen_scores import (
+    METRICS,
+    ScreenPrediction,
+    energy_distances,
+    rivals,
     score_prediction,
-    summarise_method,
+    strong_genes,
     swapped_pearson,
 )
+from modeling_gppc.evaluation.screen_truth import ScreenTruth
 from modeling_gppc.evaluation.transfer_scorecard import weights_digest
+
+
+@dataclasses.dataclass
+class DivisionScores:
+    """Scores of one division of the controls.
+
+    Args:
+        scores (`dict[str, dict[str, np.ndarray]]`): Method -> metric -> one value a perturbation.
+        drawn (`dict[str, np.ndarray]`): From [`resampled_correlations`].
+        swapped, shuffled (`dict[str, np.ndarray]`): pearson_delta of the two nulls, by method, `(P,)`.
+        squares (`dict[str, tuple[float, float]]`): Squared length of error and of truth, all responses together.
+        inside (`dict[str, dict[str, float]]`): From [`calibration`].
+        ceiling (`np.ndarray`): Of each perturbation, `(P,)`.
+        measured (`np.ndarray` of bool): Whether its targets are measured, `(P,)`.
+    """
+
+    scores: dict[str, dict[str, np.ndarray]]
+    drawn: dict[str, np.ndarray]
+    swapped: dict[str, np.ndarray]
+    shuffled: dict[str, np.ndarray]
+    squares: dict[str, tuple[float, float]]
+    inside: dict[str, dict[str, float]]
+    ceiling: np.ndarray
+    measured: np.ndarray
 
 
 @dataclasses.dataclass
@@ -31,21 +60,20 @@ class ScreenEvaluation:
     """Result of an evaluation.
 
     Args:
-        runs (`list[ScreenRun]`): One a division of the controls.
-        scores (`dict[str, dict[str, np.ndarray]]`): Method -> metric -> one value a perturbation, mean over runs.
-        ceiling (`np.ndarray`): Of each perturbation, mean over runs, shape `(P,)`.
+        run (`ScreenRun`): The first division of the controls: what figures and files show.
+        scores (`dict[str, dict[str, np.ndarray]]`): Method -> metric -> one value a perturbation, mean over divisions.
+        ceiling (`np.ndarray`): Of each perturbation, mean over divisions, shape `(P,)`.
         summary (`dict`): Content of `evaluation.json`.
     """
 
-    runs: list[ScreenRun]
+    run: ScreenRun
     scores: dict[str, dict[str, np.ndarray]]
     ceiling: np.ndarray
     summary: dict
 
-    # What figures and files show is the first division.
-    screen = property(lambda self: self.runs[0].screen)
-    truth = property(lambda self: self.runs[0].truth)
-    predictions = property(lambda self: self.runs[0].predictions)
+    screen = property(lambda self: self.run.screen)
+    truth = property(lambda self: self.run.truth)
+    predictions = property(lambda self: self.run.predictions)
 
 
 def evaluate_screen(screen: Screen, options: EvaluateOptions, progress: bool = True) -> ScreenEvaluation:
@@ -59,53 +87,112 @@ def evaluate_screen(screen: Screen, options: EvaluateOptions, progress: bool = T
             f"`hold_out`: {len(screen.gene_ids)} genes are more than `max_genes` = {options.max_genes}, and choosing "
             "some would read controls of the group that is held out; raise `max_genes`, or give a file with fewer."
         )
-    runs = run_screen(shuffle_labels(screen, options.seed) if options.shuffle_labels else screen, options, progress)
-    parts: dict[str, list[dict[str, np.ndarray]]] = {name: [] for name in runs[0].predictions}
-    for run in tqdm(runs, desc="scoring", unit="division", disable=not progress):
-        for name, prediction in run.predictions.items():
-            parts[name].append(score_prediction(prediction, run.truth, run.reference, run.screen, seed=options.seed))
+    screen = shuffle_labels(screen, options.seed) if options.shuffle_labels else screen
+    with_nothing = options.nothing and not options.shuffle_labels and not options.folders
+    nothing = scores_of_nothing(screen, options) if with_nothing else {}
+    first, parts = None, []
+    for run in run_screen(screen, options, progress):
+        first = first or run
+        parts.append(score_run(run, options))
     scores = {
-        name: {metric: np.mean([part[metric] for part in found], axis=0) for metric in found[0]}
-        for name, found in parts.items()
+        name: {
+            metric: np.mean([p.scores[name][metric] for p in parts if metric in p.scores[name]], axis=0)
+            for metric in found
+        }
+        for name, found in parts[0].scores.items()
     }
-    ceiling = np.mean([run.truth.ceiling for run in runs], axis=0)
-    return ScreenEvaluation(runs, scores, ceiling, summarise(runs, scores, ceiling, options))
+    ceiling = np.mean([part.ceiling for part in parts], axis=0)
+    summary = summarise(first, parts, scores, ceiling, options)
+    for name, found in nothing.items():
+        summary["methods"][name] |= found
+    return ScreenEvaluation(first, scores, ceiling, summary)
+
+
+def scores_of_nothing(screen: Screen, options: EvaluateOptions) -> dict[str, dict]:
+    """pearson_delta of every method where labels are shuffled within batches and cell lines: `nothing_pearson` and its
+    interval. One division, in both directions."""
+    options = dataclasses.replace(options, divisions=1, n_shuffles=0)
+    drawn = [
+        resampled_correlations(run.screen, run.truth, run.predictions, seed=options.seed)
+        for run in run_screen(shuffle_labels(screen, options.seed), options, progress=False, differential=False)
+    ]
+    mean = {name: np.mean([part[name] for part in drawn], axis=0) for name in drawn[0]}
+    return {
+        name: {
+            "nothing_pearson": float(rows[0].mean()),
+            "nothing_pearson_ci95": interval_of_mean(rows, seed=options.seed),
+        }
+        for name, rows in mean.items()
+    }
+
+
+def score_run(run: ScreenRun, options: EvaluateOptions) -> DivisionScores:
+    """Every score of one division."""
+    truth, predictions, seed = run.truth, run.predictions, options.seed
+    # Intervals are judged on the genes that the model claims most of; for all methods the same.
+    strong = strong_genes(predictions[MODEL], truth) if MODEL in predictions else None
+    groups = rivals(run.folds, seed)
+    scores = {
+        name: score_prediction(prediction, truth, run.reference, strong, groups)
+        for name, prediction in predictions.items()
+    }
+    if truth.de_scores is not None:
+        for name, distances in energy_distances(run.screen, truth, predictions, seed=seed).items():
+            scores[name]["energy_distance"] = distances
+    shuffled = {
+        name: np.mean([score_prediction_pearson(output, truth, imposed) for output, imposed in outputs], axis=0)
+        for name, outputs in run.shuffled.items()
+        if outputs
+    }
+    length = float((truth.delta[:, truth.mask] ** 2).sum())
+    return DivisionScores(
+        scores=scores,
+        drawn=resampled_correlations(run.screen, truth, predictions, seed=seed),
+        swapped={name: swapped_pearson(prediction, truth) for name, prediction in predictions.items()},
+        shuffled=shuffled,
+        squares={
+            name: (float(((prediction.delta - truth.delta)[:, truth.mask] ** 2).sum()), length)
+            for name, prediction in predictions.items()
+        },
+        inside={
+            name: calibration(prediction, truth)
+            for name, prediction in predictions.items()
+            if prediction.variance is not None
+        },
+        ceiling=truth.ceiling,
+        measured=np.array([run.screen.perturbations[label].measured for label in truth.labels]),
+    )
 
 
 def summarise(
-    runs: list[ScreenRun], scores: dict[str, dict[str, np.ndarray]], ceiling: np.ndarray, options: EvaluateOptions
+    run: ScreenRun,
+    parts: list[DivisionScores],
+    scores: dict[str, dict[str, np.ndarray]],
+    ceiling: np.ndarray,
+    options: EvaluateOptions,
 ) -> dict:
     """Content of `evaluation.json`; docs/evaluation.md says what each entry is."""
-    run = runs[0]
     screen, truth, predictions = run.screen, run.truth, run.predictions
-    drawn = [resampled_correlations(one.screen, one.truth, one.predictions, seed=options.seed) for one in runs]
-    mean = {name: np.mean([part[name] for part in drawn], axis=0) for name in predictions}
-    methods = {}
-    measured = np.array([screen.perturbations[label].measured for label in truth.labels])
+    mean = {name: np.mean([part.drawn[name] for part in parts], axis=0) for name in predictions}
+    measured, methods = parts[0].measured, {}
     for name, prediction in predictions.items():
-        null = None
-        if run.shuffled.get(name):
-            null = np.mean(
-                [
-                    score_prediction_pearson(output, one.truth, imposed)
-                    for one in runs
-                    for output, imposed in one.shuffled[name]
-                ],
-                axis=0,
-            )
-        swapped = np.mean([swapped_pearson(one.predictions[name], one.truth) for one in runs], axis=0)
+        swapped = np.mean([part.swapped[name] for part in parts], axis=0)
+        null = np.mean([part.shuffled[name] for part in parts], axis=0) if name in parts[0].shuffled else None
         entry = summarise_method(scores[name], swapped, null, options.seed)
         entry["pearson_delta_ci95"] = interval_of_mean(mean[name], seed=options.seed)
         entry["reads_perturbed_cells"] = prediction.reads_perturbed_cells
         # Size of all responses together, which a few strong perturbations dominate instead of many weak ones.
-        gaps = [((one.predictions[name].delta - one.truth.delta)[:, one.truth.mask] ** 2).sum() for one in runs]
-        entry["pooled_normalised_squared_error"] = float(
-            np.sum(gaps) / np.sum([(one.truth.delta[:, one.truth.mask] ** 2).sum() for one in runs])
-        )
+        gaps, lengths = np.sum([part.squares[name] for part in parts], axis=0)
+        entry["pooled_normalised_squared_error"] = float(gaps / lengths)
         if 2 <= measured.sum() < len(measured):
             entry["measured_targets"] = {
                 metric: float(scores[name][metric][measured].mean()) for metric in ("pearson_delta", "systema_pearson")
             } | {"n": int(measured.sum())}
+        if "strong_crps" in scores[name] and (ceiling > 0.5).any():
+            entry["strong_responses"] = {
+                metric: float(np.nanmean(scores[name][metric][ceiling > 0.5]))
+                for metric in ("strong_coverage90", "strong_crps", "strong_width90")
+            } | {"n": int((ceiling > 0.5).sum())}
         methods[name] = entry
     subject = MODEL if MODEL in predictions else None
     comparisons = {}
@@ -134,7 +221,7 @@ def summarise(
         "notes": run.notes,
         "n_cells": len(screen.values),
         "n_controls": int(screen.is_control.sum()),
-        "n_divisions": len(runs),
+        "n_divisions": len(parts),
         "n_genes": len(screen.gene_ids),
         "n_scored_genes": int(truth.mask.sum()),
         "n_perturbations": len(truth.labels),
@@ -150,11 +237,38 @@ def summarise(
         "methods": methods,
         "comparisons": comparisons,
         "calibration": {
-            name: calibration([(one.predictions[name], one.truth) for one in runs])
-            for name, prediction in predictions.items()
-            if prediction.variance is not None
+            name: {level: float(np.mean([part.inside[name][level] for part in parts])) for level in levels}
+            for name, levels in parts[0].inside.items()
         },
     }
+
+
+def summarise_method(
+    scores: Mapping[str, np.ndarray],
+    swapped: np.ndarray,
+    shuffled: np.ndarray | None = None,
+    seed: int = 0,
+) -> dict:
+    """Means over perturbations with their 95 % intervals.
+
+    Args:
+        scores (`Mapping[str, np.ndarray]`): From [`score_prediction`].
+        swapped (`np.ndarray`): See [`swapped_pearson`], shape `(P,)`.
+        shuffled (`np.ndarray`, *optional*): pearson_delta of the target-shuffled null, shape `(P,)`.
+        seed (`int`, *optional*, defaults to 0): Of the bootstrap.
+    """
+    entry: dict = {"n_perturbations": len(swapped)}
+    for name in METRICS:
+        if name in scores:
+            values = scores[name]
+            entry[name] = float(np.nanmean(values)) if np.isfinite(values).any() else None
+            entry[f"{name}_ci95"] = bootstrap_perturbations(values, seed=seed)
+    for name, null in (("swapped", swapped), ("shuffled", shuffled)):
+        if null is not None and np.isfinite(null).all():
+            entry[f"{name}_pearson"] = float(null.mean())
+            entry[f"matched_minus_{name}"] = float((scores["pearson_delta"] - null).mean())
+            entry[f"matched_minus_{name}_ci95"] = bootstrap_perturbations(scores["pearson_delta"] - null, seed=seed)
+    return entry
 
 
 def score_prediction_pearson(
@@ -165,14 +279,12 @@ def score_prediction_pearson(
     return np.nan_to_num(pearson_delta(prediction.delta, truth.delta, mask))
 
 
-def calibration(pairs: list[tuple[ScreenPrediction, ScreenTruth]]) -> dict[str, float]:
+def calibration(prediction: ScreenPrediction, truth: ScreenTruth) -> dict[str, float]:
     """Share of observed deltas inside central intervals of several levels, sampling error included, countable genes."""
     levels = {"0.5": 0.6744898, "0.8": 1.2815516, "0.9": 1.6448536, "0.95": 1.959964}
-    inside: dict[str, list[np.ndarray]] = {level: [] for level in levels}
-    for prediction, truth in pairs:
-        total = (prediction.variance + truth.sampling_variance)[:, truth.mask]
-        predicted, observed = prediction.delta[:, truth.mask], truth.delta[:, truth.mask]
-        for level, z in levels.items():
-            hits = interval_coverage(predicted, total, observed, z)
-            inside[level].append(hits[truth.countable[:, truth.mask]])
-    return {level: float(np.concatenate(hits).mean()) for level, hits in inside.items()}
+    total = (prediction.variance + truth.sampling_variance)[:, truth.mask]
+    predicted, observed = prediction.delta[:, truth.mask], truth.delta[:, truth.mask]
+    counted = truth.countable[:, truth.mask]
+    return {
+        level: float(interval_coverage(predicted, total, observed, z)[counted].mean()) for level, z in levels.items()
+    }

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from data_scripts.cells.screens import CONTROL, Perturbation
-from modeling_gppc.evaluation.screen_baselines import ScreenContext, no_change
+from modeling_gppc.evaluation.screen_baselines import ScreenContext, zeros
 from modeling_gppc.evaluation.screen_scores import ScreenPrediction
 from modeling_gppc.feature_extraction_gppc import GppcFeatureExtractor
 from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
@@ -99,7 +99,7 @@ class ScreenModel:
         else:
             means = [[part.mean(dim=0) for part in self._answer(encoded, text, values)] for text in texts]
             change, variance = (torch.stack(part) for part in zip(*means))
-        prediction = no_change(context)
+        prediction = zeros(context)
         prediction.variance = np.zeros_like(prediction.delta)
         prediction.delta[:, found] = change[:, columns[found]].numpy()
         prediction.variance[:, found] = variance[:, columns[found]].numpy()

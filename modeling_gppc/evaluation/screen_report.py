@@ -43,6 +43,7 @@ def table_rows(summary: dict) -> tuple[list[str], list[list[str]]]:
         "95 % interval",
         *(name for name, _ in TABLE_METRICS[1:]),
         "matched - shuffled",
+        "shuffled labels",
         *([f"{subject} - method"] if subject else []),
     ]
     rows = []
@@ -59,6 +60,12 @@ def table_rows(summary: dict) -> tuple[list[str], list[list[str]]]:
             cells.append(f"{entry['matched_minus_shuffled']:+.3f} [{low:.3f}, {high:.3f}]")
         else:
             cells.append("")
+        nothing = entry.get("nothing_pearson")
+        cells.append(
+            ""
+            if nothing is None
+            else f"{nothing:+.3f} [{', '.join(f'{x:.2f}' for x in entry['nothing_pearson_ci95'])}]"
+        )
         if subject:
             comparison = summary["comparisons"].get(name)
             cells.append("" if comparison is None else _difference(comparison))
@@ -100,11 +107,29 @@ def sentences(summary: dict) -> list[str]:
             f"Which gene is perturbed {verdict}: matched minus target-shuffled {entry['matched_minus_shuffled']:+.3f} "
             f"[{low:.3f}, {high:.3f}]."
         )
+    if "nothing_pearson" in entry:
+        low, high = entry["nothing_pearson_ci95"]
+        said.append(
+            f"With labels shuffled, when there is nothing to predict, {subject} scores {entry['nothing_pearson']:+.3f} "
+            f"[{low:.3f}, {high:.3f}]{'' if low <= 0 <= high else ': this evaluation is not clean'}."
+        )
     size = entry["normalised_squared_error"]
     said.append(
         f"Size: normalised squared error {size:.3f} a perturbation ({entry['pooled_normalised_squared_error']:.3f} over "
         f"all together), {'better' if size < 1 else 'worse'} than predicting no response (1)."
     )
+    for title, part in (("all perturbations", None), ("those with a ceiling above 0.5", "strong_responses")):
+        entries = {name: m if part is None else m.get(part) for name, m in summary["methods"].items()}
+        told = [
+            f"{name} {found['strong_coverage90']:.2f}, {found['strong_width90']:.3f}, {found['strong_crps']:.4f}"
+            for name, found in entries.items()
+            if found and found.get("strong_crps") is not None
+        ]
+        if told:
+            said.append(
+                f"Intervals on the 50 genes whose predicted change is largest, {title} (coverage of 90 %, width, CRPS; "
+                f"coverage and CRPS with the error of the observation): {'; '.join(told)}."
+            )
     return said
 
 
@@ -125,13 +150,15 @@ def write_per_perturbation(evaluation: ScreenEvaluation, path: Path) -> None:
     buffer = io.StringIO()
     writer = csv.writer(buffer)
     metrics = [m for m in METRICS if any(m in scores for scores in evaluation.scores.values())]
-    writer.writerow(["perturbation", "method", "n_cells", "target_measured", "ceiling", *metrics])
+    writer.writerow(["perturbation", "method", "n_cells", "target_measured", "ceiling", "unlike_others", *metrics])
     truth = evaluation.truth
+    unlike = truth.unlike_others
     for row, label in enumerate(truth.labels):
         measured = evaluation.screen.perturbations[label].measured
         for name, scores in evaluation.scores.items():
             values = [f"{scores[m][row]:.6g}" if m in scores and np.isfinite(scores[m][row]) else "" for m in metrics]
-            writer.writerow([label, name, truth.n_cells[row], measured, f"{evaluation.ceiling[row]:.4f}", *values])
+            facts = [truth.n_cells[row], measured, f"{evaluation.ceiling[row]:.4f}", f"{unlike[row]:.4f}"]
+            writer.writerow([label, name, *facts, *values])
     write_text(buffer.getvalue(), path)
 
 

@@ -1,12 +1,13 @@
 """Predictions of every method on a screen: from controls, fold by fold, or for held-out batches and cell lines."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from data_scripts.cells.control_halves import control_halves, with_controls
+from data_scripts.cells.log_values import LogValues
 from data_scripts.cells.screen_cells import controls_digest, keep_genes, perturbed_digest, some_cells
 from data_scripts.cells.screen_splits import (
     Fold,
@@ -18,9 +19,10 @@ from data_scripts.cells.screen_splits import (
 from data_scripts.cells.screens import CONTROL, Screen
 from data_scripts.pairs.leak_guards import SplitPlan, guard_fold, guard_model, refuse_leaks
 from modeling_gppc.evaluation.evaluate_options import EvaluateOptions
-from modeling_gppc.evaluation.screen_baselines import ScreenContext, run_baselines
+from modeling_gppc.evaluation.screen_baselines import ScreenContext, control_features, run_baselines
 from modeling_gppc.evaluation.screen_model import ScreenModel, read_run
-from modeling_gppc.evaluation.screen_scores import ScreenPrediction, ScreenTruth, join_truths, observe
+from modeling_gppc.evaluation.screen_scores import ScreenPrediction
+from modeling_gppc.evaluation.screen_truth import ScreenTruth, join_truths, observe
 from modeling_gppc.fitting.fit_controls import fit_controls
 from modeling_gppc.fitting.fit_screen import fit_screen
 from modeling_gppc.fitting.gene_features import GeneFeatures, read_gene_features
@@ -37,6 +39,7 @@ class ScreenRun:
         truth (`ScreenTruth`): Observed responses.
         predictions (`dict[str, ScreenPrediction]`): By method.
         reference (`np.ndarray`): Systema's R, mean of the training responses for each row, `(P, V)`.
+        folds (`np.ndarray`): In which fold each row was left out, int of shape `(P,)`.
         shuffled (`dict`): Target-shuffled nulls of a method, from [`shuffled_null`].
         notes (`list[str]`): What a reader must know.
     """
@@ -45,12 +48,22 @@ class ScreenRun:
     truth: ScreenTruth
     predictions: dict[str, ScreenPrediction]
     reference: np.ndarray
+    folds: np.ndarray
     shuffled: dict[str, list[tuple[ScreenPrediction, np.ndarray]]]
     notes: list[str]
 
 
-def run_screen(screen: Screen, options: EvaluateOptions, progress: bool) -> list[ScreenRun]:
+def run_screen(
+    screen: Screen, options: EvaluateOptions, progress: bool, differential: bool = True
+) -> Iterator[ScreenRun]:
     """Runs the mode that the options ask for: once for every division of the controls, or once where none is shared.
+
+    Args:
+        screen (`Screen`): The screen.
+        options ([`EvaluateOptions`]): The mode.
+        progress (`bool`): Whether to show a bar.
+        differential (`bool`, *optional*, defaults to `True`): Whether genes are tested for differential expression, in the
+            first division, both directions.
 
     Raises:
         ValueError: If no perturbation can be scored in this mode, or the division of cells leaks.
@@ -63,18 +76,19 @@ def run_screen(screen: Screen, options: EvaluateOptions, progress: bool) -> list
         notes.append(f"{len(features.table(genes))} of {len(genes)} perturbed genes have features in the table given.")
     if options.hold_out is not None:
         # A batch or cell line is judged by its own controls.
-        runs = [held_out(screen, group_folds(screen, options.hold_out), options, features, progress)]
-    else:
-        folds = choose_folds(screen, options) if options.mode == "fine-tuned" else None
-        runs = []
-        for seen, judged in tqdm(divisions(screen, options), desc="divisions", disable=not progress):
-            guard_controls(seen, judged, options)
-            runs.append(
-                from_controls(seen, judged, options)
-                if folds is None
-                else fine_tuned(seen, judged, folds, options, features)
-            )
-    return [dataclasses.replace(run, notes=[*notes, *run.notes]) for run in runs]
+        run = held_out(screen, group_folds(screen, options.hold_out), options, features, progress)
+        yield dataclasses.replace(run, notes=[*notes, *run.notes])
+        return
+    folds = choose_folds(screen, options) if options.mode == "fine-tuned" else None
+    pairs = divisions(screen, options)
+    for index, (seen, judged) in enumerate(tqdm(pairs, desc="divisions", total=len(pairs), disable=not progress)):
+        guard_controls(seen, judged, options)
+        tested = differential and index < 2
+        if folds is None:
+            run = from_controls(seen, judged, options, tested)
+        else:
+            run = fine_tuned(seen, judged, folds, options, features, tested)
+        yield dataclasses.replace(run, notes=[*notes, *run.notes])
 
 
 def divisions(screen: Screen, options: EvaluateOptions) -> list[tuple[Screen, Screen]]:
@@ -84,21 +98,23 @@ def divisions(screen: Screen, options: EvaluateOptions) -> list[tuple[Screen, Sc
         screen = dataclasses.replace(keep_genes(screen, options.max_genes), matched=False)
         return [(screen, screen)]
     halves = control_halves(screen, options.divisions, options.seed)
-    parts = [(with_controls(screen, first), with_controls(screen, second)) for first, second in halves]
     if options.folders and options.mode != "zero-shot":
         # Folders are judged by the controls that they were fitted without.
         stated = {((read_run(folder) or {}).get("screen") or {}).get("controls_digest") for folder in options.folders}
-        parts = [part for part in parts if stated == {controls_digest(part[0])}]
-        if not parts:
+        halves = [pair for pair in halves if stated == {controls_digest(with_controls(screen, pair[0]))}]
+        if not halves:
             raise ValueError(
                 "`model` was not fitted on one half of the screen's control cells, as `divisions` "
                 f"{options.divisions} and `seed` {options.seed} divide them: no control cell is left to measure the "
                 "truth with. Fit it with `--screen.half_controls true` (as `--screen.fold all` does) and the same "
                 "`divisions` and `seed`, or give `controls` 'shared' for the biased form."
             )
-    # The genes are chosen on the controls that are read.
-    most = options.max_genes
-    return [(keep_genes(first, most), keep_genes(second, most, like=first)) for first, second in parts]
+    found = []
+    for first, second in halves:
+        # The genes are chosen on the controls that are read.
+        kept = keep_genes(screen, options.max_genes, like=with_controls(screen, first))
+        found.append((with_controls(kept, first), with_controls(kept, second)))
+    return found
 
 
 def check_models(screen: Screen, options: EvaluateOptions) -> list[str]:
@@ -130,7 +146,7 @@ def need(labels: list[str], options: EvaluateOptions) -> list[str]:
     return labels
 
 
-def from_controls(seen: Screen, judged: Screen, options: EvaluateOptions) -> ScreenRun:
+def from_controls(seen: Screen, judged: Screen, options: EvaluateOptions, differential: bool) -> ScreenRun:
     """Zero-shot and in-context: no perturbed cell is read but for the change at the target."""
     labels = need(sorted(label for label, p in seen.perturbations.items() if p.measured), options)
     context = ScreenContext.build(seen, [], labels)
@@ -143,9 +159,9 @@ def from_controls(seen: Screen, judged: Screen, options: EvaluateOptions) -> Scr
     if MODEL in predictors:
         predictions[MODEL] = predictors[MODEL](context)
     shuffled = {name: shuffled_null(predict, context, options) for name, predict in predictors.items()}
-    truth = observe(judged, labels, options.seed, controls_of=seen)
+    truth = observe(judged, labels, options.seed, controls_of=seen, differential=differential)
     reference = (truth.delta.sum(axis=0) - truth.delta) / (len(labels) - 1)
-    return ScreenRun(judged, truth, predictions, reference, shuffled, [])
+    return ScreenRun(judged, truth, predictions, reference, np.zeros(len(labels), dtype=int), shuffled, [])
 
 
 def shuffled_null(
@@ -199,7 +215,12 @@ def choose_folds(screen: Screen, options: EvaluateOptions) -> list[Fold]:
 
 
 def fine_tuned(
-    screen: Screen, judged: Screen, folds: list[Fold], options: EvaluateOptions, features: GeneFeatures | None
+    screen: Screen,
+    judged: Screen,
+    folds: list[Fold],
+    options: EvaluateOptions,
+    features: GeneFeatures | None,
+    differential: bool,
 ) -> ScreenRun:
     """Every label is predicted by methods that saw none of its cells."""
     labels = need(sorted(label for fold in folds for label in fold.test), options)
@@ -211,7 +232,7 @@ def fine_tuned(
     table = perturbed_features(screen, features)
     shape = (len(labels), screen.values.shape[1])
     predictions: dict[str, ScreenPrediction] = {}
-    reference = np.zeros(shape)
+    reference, fold_of = np.zeros(shape), np.zeros(len(labels), dtype=int)
     for index, fold in enumerate(folds):
         guard_fold(
             fold.train_cells,
@@ -232,7 +253,7 @@ def fine_tuned(
             fitted = fit_screen(screen, fold.train, options, features, controls)
             outputs[MODEL] = ScreenModel(*fitted, options.change).predict(context)
         rows = [row[label] for label in fold.test]
-        reference[rows] = context.mean_response
+        reference[rows], fold_of[rows] = context.mean_response, index
         for name, output in outputs.items():
             variance = None if output.variance is None else np.zeros(shape)
             whole = predictions.setdefault(
@@ -241,14 +262,14 @@ def fine_tuned(
             whole.delta[rows] = output.delta
             if variance is not None:
                 whole.variance[rows] = output.variance
-    truth = observe(judged, labels, options.seed, controls_of=screen)
-    return ScreenRun(judged, truth, predictions, reference, {}, [])
+    truth = observe(judged, labels, options.seed, controls_of=screen, differential=differential)
+    return ScreenRun(judged, truth, predictions, reference, fold_of, {}, [])
 
 
-def perturbed_features(screen: Screen, features: GeneFeatures | None) -> dict[str, np.ndarray] | None:
-    """Features of the perturbed genes by name, for the baselines."""
+def perturbed_features(screen: Screen, features: GeneFeatures | None) -> dict[str, np.ndarray]:
+    """Features of the perturbed genes by name, for the baselines; from the controls where no table is given."""
     if features is None:
-        return None
+        return control_features(screen)
     return features.table(gene for p in screen.perturbations.values() for gene in p.genes)
 
 
@@ -261,13 +282,12 @@ def held_out(screen: Screen, folds: list[Fold], options: EvaluateOptions, featur
     column = options.hold_out.partition("=")[0]
     kind = {"batch": "batches", "cell_line": "cell_lines"}[column]
     groups, every = getattr(screen, column), screen.cells_of(CONTROL)
-    values, labels_of_cells = screen.values.copy(), screen.label.astype(object)
+    values, labels_of_cells = screen.values[:], screen.label.astype(object)
     # What files and energy distances are made of: every group with its controls on the level of all controls.
     level = values[every].mean(axis=0)
     for group in np.unique(groups[every]):
         rows = np.flatnonzero(groups == group)
         values[rows] += level - screen.values[np.intersect1d(rows, every)].mean(axis=0)
-    table = perturbed_features(screen, features)
     perturbations, truths, parts, references, left_out = {}, [], [], [], []
     for fold in tqdm(folds, desc="held out", unit="group", disable=not progress):
         inside = np.sort(np.concatenate([fold.test_cells, every[groups[every] == fold.group]]))
@@ -293,7 +313,7 @@ def held_out(screen: Screen, folds: list[Fold], options: EvaluateOptions, featur
         if not enough or here.is_control.sum() < MIN_GROUP_CELLS or there.is_control.sum() < MIN_GROUP_CELLS:
             left_out.append(fold.group)
             continue
-        context = ScreenContext.build(there, enough, enough, table)
+        context = ScreenContext.build(there, enough, enough, perturbed_features(there, features))
         outputs = run_baselines(context, mode="fine-tuned")
         if options.model == ["gppc"]:
             fitted = fit_screen(there, enough, dataclasses.replace(options, replicates=column), features)
@@ -325,10 +345,14 @@ def held_out(screen: Screen, folds: list[Fold], options: EvaluateOptions, featur
         for name in common
     }
     scored = dataclasses.replace(
-        screen, values=values, label=labels_of_cells.astype(str), perturbations=screen.perturbations | perturbations
+        screen,
+        values=LogValues(values),
+        label=labels_of_cells.astype(str),
+        perturbations=screen.perturbations | perturbations,
     )
     notes = [f"{column} {', '.join(left_out)}: too few cells."] if left_out else []
-    return ScreenRun(scored, truth, predictions, np.concatenate(references), {}, notes)
+    fold_of = np.repeat(np.arange(len(truths)), [len(part.labels) for part in truths])
+    return ScreenRun(scored, truth, predictions, np.concatenate(references), fold_of, {}, notes)
 
 
 # Fewer cells than this have no response worth scoring.

@@ -1,18 +1,13 @@
-"""Observed responses of a screen, and the scores of predicted ones with their intervals, null and ceiling."""
+"""Scores of predicted responses of a screen, one formula a metric, one value a perturbation."""
 
 import dataclasses
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
-import scipy.special
-import scipy.stats
 
-from data_scripts.cells.control_halves import stratified_halves
-from data_scripts.cells.control_levels import ControlLevels
 from data_scripts.cells.screens import CONTROL, Screen
 from modeling_gppc.evaluation import metrics
-from modeling_gppc.fitting.observed_responses import scored_genes, within_variance
+from modeling_gppc.evaluation.screen_truth import ScreenTruth
 
 # Order of columns in tables and files.
 METRICS = (
@@ -34,59 +29,11 @@ METRICS = (
     "energy_distance",
     "coverage90",
     "crps",
+    "strong_coverage90",
+    "strong_crps",
+    "strong_width90",
 )
-
-
-@dataclasses.dataclass
-class ScreenTruth:
-    """Observed responses of some perturbations.
-
-    Args:
-        labels (`list[str]`): The P perturbations.
-        delta (`np.ndarray`): Pseudobulk minus that of controls with the same mix of batches, shape `(P, V)`.
-        control (`np.ndarray`): Pseudobulk of the controls, shape `(V,)`.
-        sampling_variance (`np.ndarray`): Of `delta`, from the variance of cells within labels, shape `(P, V)`.
-        mask (`np.ndarray` of bool): Genes that are scored: no target of any perturbation of the screen, shape `(V,)`.
-        ceiling (`np.ndarray`): Split-half correlation of the response, shape `(P,)`.
-        n_cells (`np.ndarray`): Shape `(P,)`.
-        countable (`np.ndarray` of bool): Genes expected, from their share of all cells, in at least one cell of the
-            perturbation; the observed delta of the others says only that nothing was counted. Shape `(P, V)`.
-        de_scores, de_fdr, de_change (`np.ndarray`): Wilcoxon z, Benjamini-Hochberg FDR and log fold change of each
-            gene, shape `(P, V)`.
-    """
-
-    labels: list[str]
-    delta: np.ndarray
-    control: np.ndarray
-    sampling_variance: np.ndarray
-    mask: np.ndarray
-    ceiling: np.ndarray
-    n_cells: np.ndarray
-    countable: np.ndarray
-    de_scores: np.ndarray
-    de_fdr: np.ndarray
-    de_change: np.ndarray
-
-    def select(self, index: np.ndarray) -> "ScreenTruth":
-        """Some of the perturbations."""
-        shared = ("control", "mask")
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        fields["labels"] = [self.labels[i] for i in index]
-        return ScreenTruth(**{k: v if k in shared or k == "labels" else v[index] for k, v in fields.items()})
-
-
-def join_truths(parts: Sequence[ScreenTruth]) -> ScreenTruth:
-    """Rows of several truths under each other; genes and mask are the same, the control level is their mean."""
-    joined = {}
-    for field in dataclasses.fields(ScreenTruth):
-        values = [getattr(part, field.name) for part in parts]
-        if field.name == "labels":
-            joined[field.name] = [label for labels in values for label in labels]
-        elif field.name in ("mask", "control"):
-            joined[field.name] = values[0] if field.name == "mask" else np.mean(values, axis=0)
-        else:
-            joined[field.name] = np.concatenate(values)
-    return ScreenTruth(**joined)
+Z90 = 1.6448536
 
 
 @dataclasses.dataclass
@@ -105,114 +52,20 @@ class ScreenPrediction:
     reads_perturbed_cells: bool = False
 
 
-def observe(
-    screen: Screen,
-    labels: Sequence[str],
-    seed: int = 0,
-    n_splits: int = 10,
-    controls_of: Screen | None = None,
-) -> ScreenTruth:
-    """Observed responses, their sampling error, differential expression and split-half ceiling.
-
-    Args:
-        screen (`Screen`): The perturbed cells, and the controls that responses are measured against.
-        labels (`Sequence[str]`): Perturbations.
-        seed (`int`, *optional*, defaults to 0), n_splits (`int`, *optional*, defaults to 10): Of the ceiling.
-        controls_of (`Screen`, *optional*): The screen whose controls a replicate has; those of `screen` in halves when
-            absent or the same.
-    """
-    values, levels = screen.values, screen.control_levels
-    within = within_variance(screen, [CONTROL, *screen.perturbations])
-    mask = scored_genes(screen)
-    generator = np.random.default_rng(seed)
-    if controls_of is None or controls_of is screen:
-        halves = [stratified_halves(screen.cells_of(CONTROL), screen.group, generator) for _ in range(n_splits)]
-        sides = [[ControlLevels(values, screen.group, rows) for rows in pair] for pair in halves]
-    else:
-        sides = [[levels, controls_of.control_levels]] * n_splits
-    cells = [screen.cells_of(label) for label in labels]
-    counts = np.array([len(rows) for rows in cells])
-    delta = [values[rows].mean(axis=0, dtype=np.float64) - levels.mean_for(screen.group[rows]) for rows in cells]
-    error = [1 / len(rows) + 1 / levels.number_for(screen.group[rows]) for rows in cells]
-    scores, fdr, change = differential_expression(screen, labels)
-    return ScreenTruth(
-        labels=list(labels),
-        delta=np.array(delta),
-        control=values[screen.cells_of(CONTROL)].mean(axis=0, dtype=np.float64),
-        sampling_variance=within * np.array(error)[:, None],
-        mask=mask,
-        ceiling=np.array([split_half(screen, rows, sides, mask, generator) for rows in cells]),
-        n_cells=counts,
-        countable=counts[:, None] * (values != 0).mean(axis=0) >= 1,
-        de_scores=scores,
-        de_fdr=fdr,
-        de_change=change,
-    )
-
-
-def split_half(
-    screen: Screen,
-    cells: np.ndarray,
-    sides: Sequence[Sequence[ControlLevels]],
-    mask: np.ndarray,
-    generator: np.random.Generator,
-) -> float:
-    """Mean correlation of the responses of two halves of the rows `cells`, each against other controls: what a replicate
-    scores."""
-    found = []
-    for controls in sides:
-        order = generator.permutation(cells)
-        halves = [
-            screen.values[rows].mean(axis=0) - level.mean_for(screen.group[rows])
-            for rows, level in zip((order[::2], order[1::2]), controls)
-        ]
-        found.append(metrics.pearson_delta(halves[0][None], halves[1][None], mask)[0])
-    return float(np.nanmean(found)) if np.isfinite(found).any() else 0.0
-
-
-def differential_expression(screen: Screen, labels: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Wilcoxon rank-sum test of each perturbation against all controls, ties corrected, normal approximation.
-
-    Returns:
-        z, Benjamini-Hochberg FDR within the perturbation and log2 fold change of mean expm1, each `(P, V)`; the fold
-        change is scanpy's, the p-values are `scipy.stats.mannwhitneyu`'s without continuity correction.
-    """
-    controls = screen.values[screen.cells_of(CONTROL)]
-    output = np.zeros((3, len(labels), screen.values.shape[1]))
-    control_level = np.expm1(controls.astype(np.float64)).mean(axis=0)
-    for row, label in enumerate(labels):
-        cells = screen.values[screen.cells_of(label)]
-        z = rank_sum_z(cells, controls)
-        p = scipy.special.erfc(np.abs(z) / np.sqrt(2))
-        order = np.argsort(p)
-        adjusted = np.minimum.accumulate((p[order] * len(p) / np.arange(1, len(p) + 1))[::-1])[::-1]
-        output[0, row], output[1, row, order] = z, np.minimum(adjusted, 1.0)
-        level = np.expm1(cells.astype(np.float64)).mean(axis=0)
-        output[2, row] = np.log2((level + 1e-9) / (control_level + 1e-9))
-    return output[0], output[1], output[2]
-
-
-def rank_sum_z(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """z of the rank sum of `first` against `second`, column by column, variance corrected for ties."""
-    n, m = len(first), len(second)
-    ranks = scipy.stats.rankdata(np.concatenate([first, second]), axis=0)
-    # Var of the rank sum is n m / ((N - 1) N) x (sum of squared ranks - N (N + 1)^2 / 4), whatever the ties.
-    total = n + m
-    spread = (ranks**2).sum(axis=0) - total * (total + 1) ** 2 / 4
-    variance = n * m / (total * (total - 1)) * spread
-    difference = ranks[:n].sum(axis=0) - n * (total + 1) / 2
-    return np.divide(difference, np.sqrt(variance), out=np.zeros_like(difference), where=variance > 1e-9)
+# Perturbations are told apart among at most so many: the work grows with their number, not with its square.
+MAX_RIVALS = 256
+# Genes of a perturbation whose predicted change is largest: those that a user reads.
+N_STRONG = 50
 
 
 def score_prediction(
     prediction: ScreenPrediction,
     truth: ScreenTruth,
     reference: np.ndarray,
-    screen: Screen | None = None,
-    max_cells: int = 200,
-    seed: int = 0,
+    strong: np.ndarray | None = None,
+    groups: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
-    """Every metric of one method, one value a perturbation.
+    """Every metric of one method that needs no cells, one value a perturbation.
 
     A prediction without any direction (no change at the scored genes) has no correlation; it scores 0 there.
 
@@ -220,13 +73,12 @@ def score_prediction(
         prediction (`ScreenPrediction`): Of the perturbations of `truth`, in order.
         truth (`ScreenTruth`): What was observed.
         reference (`np.ndarray`): Systema's R as deltas: mean of the training perturbations, shape `(P, V)`.
-        screen (`Screen`, *optional*): For the energy distance, which needs cells: controls moved by the predicted
-            delta against perturbed cells, at most `max_cells` of each.
-        max_cells (`int`, *optional*, defaults to 200): See above.
-        seed (`int`, *optional*, defaults to 0): Draws those cells.
+        strong (`np.ndarray`, *optional*): Genes whose intervals are judged apart, from [`strong_genes`]; those of this
+            prediction when absent.
+        groups (`np.ndarray`, *optional*): Perturbations are told apart from those of their group, int of shape `(P,)`.
     """
-    delta_hat, delta, mask = prediction.delta, truth.delta, truth.mask
-    kept = delta_hat[:, mask], delta[:, mask]
+    mask = truth.mask
+    kept = prediction.delta[:, mask], truth.delta[:, mask]
     scores = {
         "pearson_delta": np.nan_to_num(metrics.pearson_delta(*kept)),
         "systema_pearson": metrics.systema_pearson(*kept, reference[:, mask]),
@@ -235,43 +87,134 @@ def score_prediction(
         "mae_delta": metrics.mean_absolute_error(*kept),
         "mse_delta": metrics.mean_squared_error(*kept),
         "r2_delta": metrics.r2_score(*kept),
-        "weighted_mse": metrics.weighted_mse(*kept, truth.de_scores[:, mask]),
         "l2_top_expressed": metrics.l2_top_expressed(*kept, truth.control[mask]),
-        "discrimination_l1": metrics.discrimination(*kept, "l1"),
-        "discrimination_cosine": metrics.discrimination(*kept, "cosine"),
-        "centroid_accuracy": metrics.centroid_accuracy(*kept),
-        "perturbench_rank": metrics.perturbench_rank(*kept),
-    }
-    observed_genes = [metrics.significant_genes(c, f) for c, f in zip(truth.de_change[:, mask], truth.de_fdr[:, mask])]
-    # Point predictions have no test of their own: genes rank by the size of the predicted change.
-    ranked = [np.argsort(-np.abs(row), kind="stable")[: np.count_nonzero(row)] for row in kept[0]]
-    scores["de_overlap"] = np.array(
-        [
-            metrics.de_overlap(genes, rank[: len(genes)]) if len(genes) else np.nan
-            for genes, rank in zip(observed_genes, ranked)
-        ]
-    )
-    scores["de_precision_at_50"] = np.array(
-        [np.isin(rank[:50], genes).sum() / 50 if len(genes) else np.nan for genes, rank in zip(observed_genes, ranked)]
-    )
-    if screen is not None:
-        generator = np.random.default_rng(seed)
-        controls = generator.permutation(screen.cells_of(CONTROL))[:max_cells]
-        distances = []
-        for row, label in enumerate(truth.labels):
-            cells = generator.permutation(screen.cells_of(label))[:max_cells]
-            moved = screen.values[controls][:, mask] + kept[0][row]
-            distances.append(metrics.energy_distance(moved, screen.values[cells][:, mask]))
-        scores["energy_distance"] = np.array(distances)
+    } | discriminations(*kept, groups)
+    if truth.de_scores is not None:
+        scores |= differential_scores(kept[0], kept[1], truth)
     if prediction.variance is not None:
         # The observed mean has an error of its own; an interval for it must hold both.
         total = (prediction.variance + truth.sampling_variance)[:, mask]
-        inside = metrics.interval_coverage(kept[0], total, kept[1])
-        scores["coverage90"] = np.array(
-            [hits[told].mean() if told.any() else np.nan for hits, told in zip(inside, truth.countable[:, mask])]
-        )
-        scores["crps"] = metrics.gaussian_crps(kept[0], total, kept[1]).mean(axis=1)
+        inside = np.where(truth.countable[:, mask], metrics.interval_coverage(kept[0], total, kept[1]), np.nan)
+        crps = metrics.gaussian_crps(kept[0], total, kept[1])
+        scores |= {"coverage90": _mean_of_rows(inside), "crps": crps.mean(axis=1)}
+        strong = strong_genes(prediction, truth) if strong is None else strong
+        width = 2 * Z90 * np.sqrt(prediction.variance[:, mask])
+        for name, table in (("coverage90", inside), ("crps", crps), ("width90", width)):
+            scores[f"strong_{name}"] = _mean_of_rows(np.take_along_axis(table, strong, axis=1))
     return scores
+
+
+def strong_genes(prediction: ScreenPrediction, truth: ScreenTruth) -> np.ndarray:
+    """The 50 scored genes whose predicted change is largest, as positions among the scored genes, `(P, 50)`."""
+    predicted = np.abs(prediction.delta[:, truth.mask])
+    return np.argsort(-predicted, axis=1, kind="stable")[:, :N_STRONG]
+
+
+def _mean_of_rows(table: np.ndarray) -> np.ndarray:
+    """Mean of each row without NaN; NaN where nothing is left."""
+    known = np.isfinite(table)
+    count = known.sum(axis=1)
+    total = np.where(known, table, 0.0).sum(axis=1)
+    return np.divide(total, count, out=np.full(len(table), np.nan), where=count > 0)
+
+
+def rivals(folds: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Groups in which perturbations are told apart: those that were left out together, at most 256 of them.
+
+    A method that learns from training responses misses each perturbation that it leaves out: even their mean is farther
+    from that one than from the others. Among perturbations left out together that cancels.
+
+    Args:
+        folds (`np.ndarray`): Fold of each perturbation, int of shape `(P,)`.
+        seed (`int`, *optional*, defaults to 0): Divides what is larger.
+    """
+    groups, generator = np.zeros(len(folds), dtype=int), np.random.default_rng(seed)
+    for fold in np.unique(folds):
+        rows = generator.permutation(np.flatnonzero(folds == fold))
+        for part in np.array_split(rows, -(-len(rows) // MAX_RIVALS)):
+            groups[part] = groups.max() + 1
+    return groups
+
+
+def discriminations(
+    predicted: np.ndarray, observed: np.ndarray, groups: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """Metrics that tell perturbations apart within their groups, see [`rivals`]; NaN where one is alone.
+
+    Ranks are among the *others*, so that chance is 0.5 however small a group is: cell-eval's 1 - rank / N has N - 1.
+    """
+    groups = rivals(np.zeros(len(predicted), dtype=int)) if groups is None else groups
+    found: dict[str, np.ndarray] = {}
+    for group in np.unique(groups):
+        rows = np.flatnonzero(groups == group)
+        pair = predicted[rows], observed[rows]
+        among = len(rows) / max(len(rows) - 1, 1)
+        for name, values in (
+            ("discrimination_l1", 1 - among * (1 - metrics.discrimination(*pair, "l1"))),
+            ("discrimination_cosine", 1 - among * (1 - metrics.discrimination(*pair, "cosine"))),
+            ("centroid_accuracy", metrics.centroid_accuracy(*pair)),
+            ("perturbench_rank", metrics.perturbench_rank(*pair)),
+        ):
+            found.setdefault(name, np.full(len(predicted), np.nan))[rows] = values if len(rows) > 1 else np.nan
+    return found
+
+
+def differential_scores(predicted: np.ndarray, observed: np.ndarray, truth: ScreenTruth) -> dict[str, np.ndarray]:
+    """Metrics of differentially expressed genes, from responses at the scored genes, `(P, n_scored)`.
+
+    Point predictions have no test of their own: genes rank by the size of the predicted change.
+    """
+    mask = truth.mask
+    genes = [metrics.significant_genes(c, f) for c, f in zip(truth.de_change[:, mask], truth.de_fdr[:, mask])]
+    ranked = [np.argsort(-np.abs(row), kind="stable")[: np.count_nonzero(row)] for row in predicted]
+    overlap = [metrics.de_overlap(g, r[: len(g)]) if len(g) else np.nan for g, r in zip(genes, ranked)]
+    precision = [np.isin(r[:50], g).sum() / 50 if len(g) else np.nan for g, r in zip(genes, ranked)]
+    return {
+        "weighted_mse": metrics.weighted_mse(predicted, observed, truth.de_scores[:, mask]),
+        "de_overlap": np.array(overlap),
+        "de_precision_at_50": np.array(precision),
+    }
+
+
+def energy_distances(
+    screen: Screen,
+    truth: ScreenTruth,
+    predictions: Mapping[str, ScreenPrediction],
+    max_cells: int = 200,
+    seed: int = 0,
+) -> dict[str, np.ndarray]:
+    """Energy distance of perturbed cells from control cells moved by the predicted response, for every method, `(P,)`.
+
+    2 E|C + d - X| - E|C - C'| - E|X - X'| as in [`metrics.energy_distance`]; |c + d - x|^2 is |c - x|^2 + 2 d (c - x) +
+    |d|^2, so that a method costs only products with its prediction d.
+
+    Args:
+        screen (`Screen`): The cells.
+        truth (`ScreenTruth`): Perturbations and scored genes.
+        predictions (`Mapping[str, ScreenPrediction]`): By method.
+        max_cells (`int`, *optional*, defaults to 200): Control cells, and cells of a perturbation, at most.
+        seed (`int`, *optional*, defaults to 0): Draws them.
+    """
+    generator = np.random.default_rng(seed)
+
+    def draw(label: str) -> np.ndarray:
+        cells = generator.permutation(screen.cells_of(label))[:max_cells]
+        return screen.values[cells][:, truth.mask].astype(np.float64)
+
+    def squares(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        return (first**2).sum(axis=1)[:, None] + (second**2).sum(axis=1) - 2 * first @ second.T
+
+    controls = draw(CONTROL)
+    among_controls = np.sqrt(np.maximum(squares(controls, controls), 0)).mean()
+    found = {name: np.zeros(len(truth.labels)) for name in predictions}
+    for row, label in enumerate(truth.labels):
+        cells = draw(label)
+        between, within = squares(controls, cells), np.sqrt(np.maximum(squares(cells, cells), 0)).mean()
+        for name, prediction in predictions.items():
+            moved = prediction.delta[row, truth.mask]
+            gaps = between + 2 * ((controls @ moved)[:, None] - cells @ moved) + moved @ moved
+            found[name][row] = 2 * np.sqrt(np.maximum(gaps, 0)).mean() - among_controls - within
+    return found
 
 
 def swapped_pearson(prediction: ScreenPrediction, truth: ScreenTruth) -> np.ndarray:
@@ -289,132 +232,3 @@ def swapped_pearson(prediction: ScreenPrediction, truth: ScreenTruth) -> np.ndar
         centred.append(np.divide(values, norms, out=np.zeros_like(values), where=norms > 1e-12))
     table = centred[0] @ centred[1].T
     return (table.sum(axis=1) - np.diag(table)) / (n - 1)
-
-
-def bootstrap_perturbations(values: np.ndarray, n_resamples: int = 2_000, seed: int = 0) -> list[float]:
-    """95 % interval of the mean over perturbations, perturbations drawn with replacement; NaN entries are left out."""
-    values = np.asarray(values, dtype=float)
-    values = values[np.isfinite(values)]
-    if len(values) < 2:
-        return [float("nan"), float("nan")]
-    samples = metrics.cluster_bootstrap(values, np.ones(len(values)), n_resamples, seed)
-    return metrics.percentile_interval(samples[:, 0])
-
-
-def resampled_correlations(
-    screen: Screen,
-    truth: ScreenTruth,
-    predictions: Mapping[str, ScreenPrediction],
-    n_resamples: int = 200,
-    seed: int = 0,
-) -> dict[str, np.ndarray]:
-    """pearson_delta of every method against responses recomputed from cells drawn with replacement, controls too.
-
-    Returns:
-        Method -> correlations `(n_resamples + 1, P)`, the first row those with the responses as observed; 0 where there is
-        no direction. One perturbation is in memory at a time.
-    """
-
-    def means(cells):
-        values = screen.values[cells][:, truth.mask]
-        # A cell is drawn as often in every division of the controls: what a division shares with others, their error does.
-        times = np.stack([_times_drawn(name, n_resamples, seed) for name in screen.barcodes[cells]], axis=1)
-        times[times.sum(axis=1) == 0] = 1  # a small group of which no cell is drawn
-        return (times.astype(np.float32) @ values) / times.sum(axis=1, keepdims=True)
-
-    controls, levels = screen.cells_of(CONTROL), screen.control_levels
-    drawn_levels = np.stack([means(controls[screen.group[controls] == name]) for name in levels.names])
-    units = {name: _directions(prediction.delta[:, truth.mask]) for name, prediction in predictions.items()}
-    found = {name: np.zeros((n_resamples + 1, len(truth.labels))) for name in predictions}
-    for row, label in enumerate(truth.labels):
-        cells = screen.cells_of(label)
-        drawn = means(cells) - np.tensordot(levels.shares(screen.group[cells]), drawn_levels, axes=1)
-        drawn = _directions(np.concatenate([truth.delta[row][None, truth.mask], drawn]))
-        for name, rows in units.items():
-            found[name][:, row] = drawn @ rows[row]
-    return found
-
-
-def _times_drawn(name: str, n_resamples: int, seed: int) -> np.ndarray:
-    """How often a cell is drawn in each resample (Poisson bootstrap), from its name; int of shape `(n_resamples,)`."""
-    return np.random.default_rng([seed, zlib.crc32(name.encode())]).poisson(1.0, n_resamples)
-
-
-def _directions(rows: np.ndarray) -> np.ndarray:
-    """Rows less their mean, of length one; zero where nothing varies."""
-    rows = rows - rows.mean(axis=1, keepdims=True)
-    norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    return np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 1e-12)
-
-
-def interval_of_mean(correlations: np.ndarray, rows: np.ndarray | None = None, seed: int = 0) -> list[float]:
-    """95 % interval of a mean over perturbations, which are drawn with replacement together with the cells behind them.
-
-    The mean of the control cells errs for all perturbations alike; drawing perturbations alone would not see it. What
-    drawing cells adds is taken about its own mean: responses of drawn cells are noisier than those observed.
-
-    Args:
-        correlations (`np.ndarray`): From [`resampled_correlations`], or the difference of two, `(n_resamples + 1, P)`.
-        rows (`np.ndarray`, *optional*): Some of the perturbations.
-        seed (`int`, *optional*, defaults to 0): Of the bootstrap.
-    """
-    rows = np.arange(correlations.shape[1]) if rows is None else rows
-    if len(rows) < 2:
-        return [float("nan"), float("nan")]
-    point, drawn = correlations[0], correlations[1:]
-    drawn = drawn - drawn.mean(axis=0) + point
-    generator = np.random.default_rng(seed)
-    picks = rows[generator.integers(0, len(rows), size=(2_000, len(rows)))]
-    samples = drawn[generator.integers(0, len(drawn), size=2_000)[:, None], picks].mean(axis=1)
-    return metrics.percentile_interval(samples)
-
-
-def compare_methods(
-    first: np.ndarray, second: np.ndarray, ceiling: np.ndarray, seed: int = 0
-) -> dict[str, float | list[float]]:
-    """Difference in mean pearson_delta, with a paired interval over perturbations x resampled cells.
-
-    Args:
-        first, second (`np.ndarray`): From [`resampled_correlations`], `(n_resamples + 1, P)`.
-        ceiling (`np.ndarray`): Of each perturbation, shape `(P,)`.
-        seed (`int`, *optional*, defaults to 0): Of the bootstrap.
-
-    Returns:
-        `dict` with `difference`, `ci95`, and the same for the perturbations whose ceiling exceeds 0.5 under
-        `above_ceiling_half` (`n`, `difference`, `ci95`).
-    """
-    gap = first - second
-
-    def summarise(rows: np.ndarray) -> dict:
-        difference = float(gap[0, rows].mean()) if len(rows) else float("nan")
-        return {"n": len(rows), "difference": difference, "ci95": interval_of_mean(gap, rows, seed)}
-
-    return summarise(np.arange(len(ceiling))) | {"above_ceiling_half": summarise(np.flatnonzero(ceiling > 0.5))}
-
-
-def summarise_method(
-    scores: Mapping[str, np.ndarray],
-    swapped: np.ndarray,
-    shuffled: np.ndarray | None = None,
-    seed: int = 0,
-) -> dict:
-    """Means over perturbations with their 95 % intervals.
-
-    Args:
-        scores (`Mapping[str, np.ndarray]`): From [`score_prediction`].
-        swapped (`np.ndarray`): See [`swapped_pearson`], shape `(P,)`.
-        shuffled (`np.ndarray`, *optional*): pearson_delta of the target-shuffled null, shape `(P,)`.
-        seed (`int`, *optional*, defaults to 0): Of the bootstrap.
-    """
-    entry: dict = {"n_perturbations": len(swapped)}
-    for name in METRICS:
-        if name in scores:
-            values = scores[name]
-            entry[name] = float(np.nanmean(values)) if np.isfinite(values).any() else None
-            entry[f"{name}_ci95"] = bootstrap_perturbations(values, seed=seed)
-    for name, null in (("swapped", swapped), ("shuffled", shuffled)):
-        if null is not None and np.isfinite(null).all():
-            entry[f"{name}_pearson"] = float(null.mean())
-            entry[f"matched_minus_{name}"] = float((scores["pearson_delta"] - null).mean())
-            entry[f"matched_minus_{name}_ci95"] = bootstrap_perturbations(scores["pearson_delta"] - null, seed=seed)
-    return entry

@@ -1,6 +1,7 @@
 """Fits what perturbations of a screen do: blend, size and spread by leave-one-out over those that were seen."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -21,8 +22,10 @@ SHARED_POWERS = (0.0, 0.5, 1.0)
 WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.6)
 # Variance of a response that features of its target do not explain, in units of what they do.
 UNEXPLAINED = 1.0
-# Least size of a response relative to the blend: where no size is shown there is a direction all the same.
-LEAST_SCALE = 0.05
+# Weight of what features of the target explain, relative to what they do not; 0 where they do not help.
+FEATURE_WEIGHTS = (0.0, 0.3, 1.0)
+# Least size of a response relative to the predicted direction: where no size is shown there is a direction all the same.
+LEAST_SCALE = 0.02
 Z90 = 1.6448536
 
 
@@ -103,14 +106,14 @@ def fit_screen_response(
         halves = control_halves(screen, options.divisions, options.seed)
         both = {rows.tobytes(): ObservedResponses.of(screen, labels, rows) for rows, _ in halves}
         pairs = [(both[first.tobytes()], both[second.tobytes()]) for first, second in halves]
-    choice = choose_blend(pairs, seen, direction, SHARED_POWERS if shared else (0.0,), shrink=not shared)
+    choice = choose_blend(pairs, seen, direction, shared)
     votes = training_votes(observed, choice.power, shrink=not shared)
     groups = responses_by_group(screen, labels, getattr(screen, options.replicates))
     share, mean = observed.signal_share, votes.mean(axis=0)
     fitted = {
         "mean": mean,
-        "votes": np.linalg.solve(seen.kernel + UNEXPLAINED * np.eye(len(votes)), votes - mean),
-        "likeness": seen.likeness,
+        "votes": np.linalg.solve(choice.features * seen.kernel + UNEXPLAINED * np.eye(len(votes)), votes - mean),
+        "likeness": choice.features * seen.likeness,
         "weight": choice.weight,
         "scale": choice.scale,
         "variance": np.mean(
@@ -143,12 +146,13 @@ class Blend:
     What leave-one-out chose.
 
     Args:
-        power, weight (`float`): See [`SHARED_POWERS`] and [`WEIGHTS`].
-        scale (`float`): Size of the responses relative to the blend.
+        power, features, weight (`float`): See [`SHARED_POWERS`], [`FEATURE_WEIGHTS`] and [`WEIGHTS`].
+        scale (`float`): Size of the responses relative to what these give.
         residuals (`list[np.ndarray]`): Response minus prediction, `(T, V)`, a pair of halves each.
     """
 
     power: float
+    features: float
     weight: float
     scale: float
     residuals: list[np.ndarray]
@@ -158,23 +162,25 @@ def choose_blend(
     pairs: Sequence[tuple[ObservedResponses, ObservedResponses]],
     seen: SeenPerturbations,
     direction: np.ndarray,
-    powers: Sequence[float],
-    shrink: bool,
+    shared_controls: bool,
 ) -> Blend:
-    """Power and weight whose leave-one-out predictions have the highest mean cosine with the responses, and the size
-    that fits them best.
+    """Weights whose leave-one-out predictions have the highest mean cosine with the responses, and the size that fits
+    them best.
 
     Args:
         pairs (`Sequence`): Responses that predictions are made of, and responses that they are held against.
         seen ([`SeenPerturbations`]): The perturbations.
         direction (`np.ndarray`): Of the linear response to each, shape `(T, V)`.
-        powers (`Sequence[float]`), shrink (`bool`): See [`training_votes`].
+        shared_controls (`bool`): Whether both are measured from the same controls: the form of the literature.
     """
-    kernel, related, counted = seen.kernel, seen.related, pairs[0][0].counted
-    best, chosen, guesses = -np.inf, (powers[0], 0.0), []
+    related, counted, shrink = seen.related, pairs[0][0].counted, not shared_controls
+    powers = SHARED_POWERS if shared_controls else (0.0,)
+    feature_weights = FEATURE_WEIGHTS if shrink and seen.likeness.any() else (1.0,)
+    best, chosen, guesses = -np.inf, (0.0, 0.0, 0.0), []
     targets = [unit(truth.delta, counted)[:, counted] for _, truth in pairs]
-    for power in powers:
-        shared = [leave_one_out(training_votes(given, power, shrink), kernel, related) for given, _ in pairs]
+    for power, features in itertools.product(powers, feature_weights):
+        votes = [training_votes(given, power, shrink) for given, _ in pairs]
+        shared = [leave_one_out(rows, features * seen.kernel, related) for rows in votes]
         sizes = [np.linalg.norm(rows[:, counted], axis=1, keepdims=True) for rows in shared]
         for weight in WEIGHTS:
             found = [rows + weight * size * direction for rows, size in zip(shared, sizes)]
@@ -182,16 +188,29 @@ def choose_blend(
                 [(unit(rows, counted)[:, counted] * target).sum(axis=1).mean() for rows, target in zip(found, targets)]
             )
             if agreement > best + 1e-9:
-                best, chosen, guesses = agreement, (power, weight), found
-    # The size that makes the mean normalised squared error least; as it used to be, between that and the least pooled one.
-    power = 2 if shrink else 1
-    products = squares = 0.0
-    for guess, (_, truth) in zip(guesses, pairs):
-        weights = np.maximum(np.linalg.norm(truth.delta[:, counted], axis=1), 1e-12) ** -power
-        products += (guess * truth.delta)[:, counted].sum(axis=1) @ weights
-        squares += (guess**2)[:, counted].sum(axis=1) @ weights
-    scale = max(float(products / max(squares, 1e-12)), LEAST_SCALE if shrink else 0.0)
+                best, chosen, guesses = agreement, (power, features, weight), found
+    scale = fitted_scale(guesses, [truth for _, truth in pairs], shrink)
     return Blend(*chosen, scale, [truth.delta - scale * guess for guess, (_, truth) in zip(guesses, pairs)])
+
+
+def fitted_scale(guesses: Sequence[np.ndarray], truths: Sequence[ObservedResponses], shrink: bool) -> float:
+    """Size of responses relative to predicted ones, `(T, V)` each, that makes the mean normalised squared error least.
+
+    It is shrunk by its own uncertainty (positive part of James and Stein 1961): s (1 - se^2 / s^2), se from how
+    perturbations differ. Not shrunk, it lies between that size and the one of the least pooled error, as it used to be.
+    """
+    counted, power = truths[0].counted, 2 if shrink else 1
+    products, squares = np.zeros(len(guesses[0])), np.zeros(len(guesses[0]))
+    for guess, truth in zip(guesses, truths):
+        weights = np.maximum(np.linalg.norm(truth.delta[:, counted], axis=1), 1e-12) ** -power
+        products += (guess * truth.delta)[:, counted].sum(axis=1) * weights
+        squares += (guess**2)[:, counted].sum(axis=1) * weights
+    scale = products.sum() / max(squares.sum(), 1e-12)
+    if not shrink:
+        return max(float(scale), 0.0)
+    n = len(products)
+    error = ((products - scale * squares) ** 2).sum() / max(squares.sum(), 1e-12) ** 2 * n / max(n - 1, 1)
+    return max(float(scale * (1 - error / scale**2)) if scale > 0 else 0.0, LEAST_SCALE)
 
 
 def leave_one_out(votes: np.ndarray, kernel: np.ndarray, related: np.ndarray) -> np.ndarray:

@@ -82,6 +82,15 @@ class ObservedResponses:
         return np.maximum(1 - error / length, LEAST_SHARE)
 
     @property
+    def spread(self) -> np.ndarray:
+        """Variance of true responses about their mean, `(V,)`: what is observed less what sampling explains, at least a
+        tenth of it; zero for one response."""
+        if len(self.labels) < 2:
+            return np.zeros(self.delta.shape[1])
+        seen = self.delta.var(axis=0, ddof=1)
+        return np.maximum(seen - self.within * np.mean(1 / self.n_cells + 1 / self.n_controls), LEAST_SHARE * seen)
+
+    @property
     def shrunken(self) -> np.ndarray:
         """The responses drawn towards zero by the share of their length that sampling explains, `(T, V)`."""
         return self.signal_share[:, None] * self.delta

@@ -45,7 +45,7 @@ def responses_by_group(screen: Screen, labels: Sequence[str], groups: np.ndarray
     """Responses to the perturbations `labels`, group by group; `groups` names that of each cell, `(n_obs,)`."""
     found = {}
     within = within_variance(screen, [CONTROL, *labels])
-    expressed = (screen.values != 0).mean(axis=0)
+    expressed = screen.values.expressed_share()
     rows_of = {group: np.flatnonzero(groups == group) for group in np.unique(groups)}
     controls = {group: np.intersect1d(rows, screen.cells_of(CONTROL)) for group, rows in rows_of.items()}
     levels = {

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 from tiny_screens import make_adata
 
+from data_scripts.cells.log_values import LogValues
 from data_scripts.cells.screen_cells import shuffle_labels
 from data_scripts.cells.screen_options import ScreenOptions
 from data_scripts.cells.screens import read_screen
 from modeling_gppc.evaluation.evaluate_options import EvaluateOptions
 from modeling_gppc.evaluation.screen_evaluation import evaluate_screen
+from modeling_gppc.evaluation.screen_report import render_evaluation
 
 REAL = {
     "papalexi": "papalexi2021_thp1_ko_303genes",
@@ -60,15 +62,34 @@ def test_no_cell_of_the_truth_is_read(empty):
     """Whatever the controls of the truth hold, predictions are the same; the truth is not."""
     options = EvaluateOptions(mode="fine-tuned", divisions=1, n_factors=3, n_shuffles=0)
     before = evaluate_screen(empty, options, progress=False)
-    spoiled = dataclasses.replace(empty, values=empty.values.copy())
-    kept = set(before.runs[1].screen.barcodes[before.runs[1].screen.is_control])
-    rows = [row for row in np.flatnonzero(empty.is_control) if empty.barcodes[row] not in kept]
-    # The first run's truth is measured from these, and nothing else of it reads them.
-    spoiled.values[rows] += 5.0
-    after = evaluate_screen(spoiled, options, progress=False)
-    for name, prediction in before.runs[0].predictions.items():
-        assert np.array_equal(prediction.delta, after.runs[0].predictions[name].delta), name
-    assert not np.allclose(before.runs[0].truth.delta, after.runs[0].truth.delta)
+    values = np.array(empty.values)
+    # The truth of the first direction is measured from these, and nothing else of it reads them.
+    values[np.isin(empty.barcodes, before.screen.barcodes[before.screen.is_control])] += 5.0
+    after = evaluate_screen(dataclasses.replace(empty, values=LogValues(values)), options, progress=False)
+    for name, prediction in before.predictions.items():
+        assert np.array_equal(prediction.delta, after.predictions[name].delta), name
+    assert not np.allclose(before.truth.delta, after.truth.delta)
+
+
+def test_every_score_stands_beside_that_of_nothing(tmp_path):
+    """The same methods on shuffled labels: no score where controls are apart, one where they are shared, and it is said."""
+    screen = read_screen(make_adata(), ScreenOptions(value_kind="log"))
+    options = EvaluateOptions(mode="fine-tuned", folds=2, divisions=1, n_factors=3)
+    entry = evaluate_screen(screen, options, progress=False).summary["methods"]["mean"]
+    low, high = entry["nothing_pearson_ci95"]
+    assert low <= 0 <= high and entry["nothing_pearson"] != entry["pearson_delta"]
+    shared = evaluate_screen(empty_screen(0), dataclasses.replace(options, controls="shared"), progress=False)
+    assert shared.summary["methods"]["mean"]["nothing_pearson_ci95"][0] > 0
+    assert "this evaluation is not clean" in render_evaluation(shared.summary)
+
+
+def test_a_constant_prediction_tells_nothing_apart(empty):
+    """The mean of training misses each perturbation that it leaves out; among those left out together that cancels."""
+    options = EvaluateOptions(mode="fine-tuned", model=["covariance"], n_shuffles=0, nothing=False)
+    methods = evaluate_screen(empty, options, progress=False).summary["methods"]
+    for name in ("mean", "no_change"):
+        assert methods[name]["discrimination_l1"] == pytest.approx(0.5, abs=1e-9), name
+        assert methods[name]["discrimination_cosine"] == pytest.approx(0.5, abs=1e-9), name
 
 
 def test_labels_are_shuffled_within_groups():

@@ -110,7 +110,7 @@ def test_the_page_needs_no_server(tmp_path):
     page = Page()
     page.feed(text)
     assert page.open == [] and not {"script", "link", "iframe"} & set(page.tags) and "url(" not in text
-    assert len(page.sources) == 2
+    assert len(page.sources) == 3
     for source in page.sources:
         kind, _, content = source.partition(";base64,")
         assert kind == "data:image/png" and base64.b64decode(content)[:4] == b"\x89PNG"

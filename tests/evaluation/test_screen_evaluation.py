@@ -28,15 +28,16 @@ from modeling_gppc.evaluation.screen_baselines import (
     target_only,
 )
 from modeling_gppc.evaluation.screen_evaluation import evaluate_screen
+from modeling_gppc.evaluation.screen_intervals import bootstrap_perturbations
 from modeling_gppc.evaluation.screen_report import render_evaluation, response_anndatas, write_evaluation
 from modeling_gppc.evaluation.screen_scores import (
     ScreenPrediction,
-    bootstrap_perturbations,
-    observe,
-    rank_sum_z,
+    discriminations,
+    energy_distances,
     score_prediction,
     swapped_pearson,
 )
+from modeling_gppc.evaluation.screen_truth import ControlRanks, observe
 from modeling_gppc.evaluation.transfer_scorecard import transfer_scorecard
 from modeling_gppc.feature_extraction_gppc import GppcFeatureExtractor
 from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
@@ -71,9 +72,20 @@ def test_rank_sum_equals_scipy():
     generator = np.random.default_rng(0)
     first, second = generator.poisson(1.0, (40, 5)), generator.poisson(1.4, (70, 5))
     theirs = scipy.stats.mannwhitneyu(first, second, use_continuity=False, method="asymptotic").pvalue
-    z = rank_sum_z(first, second)
+    z = ControlRanks(second).rank_sum_z(first)
     assert 2 * scipy.stats.norm.sf(np.abs(z)) == pytest.approx(theirs, rel=1e-9)
-    assert rank_sum_z(np.ones((3, 1)), np.ones((4, 1)))[0] == 0
+    assert ControlRanks(np.ones((4, 1))).rank_sum_z(np.ones((3, 1)))[0] == 0
+
+
+def test_many_perturbations_are_told_apart_in_groups():
+    """The right prediction is best among any rivals; a useless one is at the middle."""
+    generator = np.random.default_rng(0)
+    observed = generator.normal(size=(700, 8))
+    exact = discriminations(observed, observed)
+    assert all(len(values) == 700 for values in exact.values())
+    assert exact["discrimination_l1"].min() == 1 and exact["perturbench_rank"].max() == 0
+    random = discriminations(generator.normal(size=observed.shape), observed)
+    assert random["discrimination_cosine"].mean() == pytest.approx(0.5, abs=0.04)
 
 
 def test_baselines_by_hand(doubles):
@@ -199,7 +211,7 @@ def test_scores_of_the_truth_and_of_nothing(screen):
     labels = sorted(screen.perturbations)
     truth = observe(screen, labels, n_splits=2)
     reference = np.tile(truth.delta.mean(axis=0), (len(labels), 1))
-    exact = score_prediction(ScreenPrediction(truth.delta, 0 * truth.delta), truth, reference, screen)
+    exact = score_prediction(ScreenPrediction(truth.delta, 0 * truth.delta), truth, reference)
     for name in (
         "pearson_delta",
         "systema_pearson",
@@ -210,9 +222,15 @@ def test_scores_of_the_truth_and_of_nothing(screen):
     ):
         assert exact[name] == pytest.approx(1), name
     assert exact["normalised_squared_error"] == pytest.approx(0) and exact["perturbench_rank"] == pytest.approx(0)
-    nothing = score_prediction(ScreenPrediction(0 * truth.delta), truth, reference, screen)
+    nothing = score_prediction(ScreenPrediction(0 * truth.delta), truth, reference)
     assert nothing["pearson_delta"] == pytest.approx(0) and nothing["normalised_squared_error"] == pytest.approx(1)
-    assert exact["energy_distance"].mean() < nothing["energy_distance"].mean()
+    methods = {"exact": ScreenPrediction(truth.delta), "nothing": ScreenPrediction(0 * truth.delta)}
+    distances = energy_distances(screen, truth, methods, max_cells=1_000)
+    assert distances["exact"].mean() < distances["nothing"].mean()
+    moved = screen.values[screen.cells_of("control")] + truth.delta[0]
+    cells = screen.values[screen.cells_of(labels[0])]
+    by_hand = metrics.energy_distance(moved[:, truth.mask], cells[:, truth.mask])
+    assert distances["exact"][0] == pytest.approx(by_hand, abs=1e-5)
     swapped = swapped_pearson(ScreenPrediction(truth.delta), truth)
     table = np.corrcoef(truth.delta[:, truth.mask])
     assert swapped == pytest.approx((table.sum(axis=1) - 1) / (len(labels) - 1))

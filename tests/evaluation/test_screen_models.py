@@ -19,7 +19,8 @@ from modeling_gppc.evaluation.screen_baselines import ScreenContext
 from modeling_gppc.evaluation.screen_evaluation import evaluate_screen, score_prediction_pearson
 from modeling_gppc.evaluation.screen_model import ScreenModel, read_run
 from modeling_gppc.evaluation.screen_runs import shuffled_null
-from modeling_gppc.evaluation.screen_scores import ScreenPrediction, observe, score_prediction
+from modeling_gppc.evaluation.screen_scores import ScreenPrediction, score_prediction
+from modeling_gppc.evaluation.screen_truth import observe
 from modeling_gppc.fitting.fit_screen import fit_screen
 from modeling_gppc.training.arguments import CONFIGS
 
@@ -58,7 +59,18 @@ def folds(file, tmp_path_factory):
 
 
 def evaluate(file, out, *arguments):
-    base = ["evaluate", "--screen", str(file), "--value-kind", "log", "--out", str(out), "--quiet"]
+    base = [
+        "evaluate",
+        "--screen",
+        str(file),
+        "--value-kind",
+        "log",
+        "--out",
+        str(out),
+        "--quiet",
+        "--nothing",
+        "false",
+    ]
     return main([*base, *map(str, arguments)])
 
 
@@ -173,7 +185,7 @@ def test_a_batch_is_predicted_from_the_others(screen, hold_out, monkeypatch):
         "build",
         classmethod(lambda cls, s, *a, **k: read.append(set(s.batch)) or build(cls, s, *a, **k)),
     )
-    options = EvaluateOptions(mode="fine-tuned", hold_out=hold_out)
+    options = EvaluateOptions(mode="fine-tuned", hold_out=hold_out, nothing=False)
     evaluation = evaluate_screen(screen, options, progress=False)
     groups = ["b2"] if "=" in hold_out else ["b1", "b2"]
     assert evaluation.truth.labels == [f"G{i} @ {group}" for group in groups for i in range(6)]

@@ -1,0 +1,208 @@
+"""Observed responses of a screen: their sampling error, what a replicate scores, and differential expression."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import scipy.special
+
+from data_scripts.cells.control_halves import stratified_halves
+from data_scripts.cells.control_levels import ControlLevels
+from data_scripts.cells.screens import CONTROL, Screen
+from modeling_gppc.evaluation import metrics
+from modeling_gppc.fitting.observed_responses import scored_genes, within_variance
+
+
+@dataclasses.dataclass
+class ScreenTruth:
+    """Observed responses of some perturbations.
+
+    Args:
+        labels (`list[str]`): The P perturbations.
+        delta (`np.ndarray`): Pseudobulk minus that of controls with the same mix of batches, shape `(P, V)`.
+        control (`np.ndarray`): Pseudobulk of the controls, shape `(V,)`.
+        sampling_variance (`np.ndarray`): Of `delta`, from the variance of cells within labels, shape `(P, V)`.
+        mask (`np.ndarray` of bool): Genes that are scored: no target of any perturbation of the screen, shape `(V,)`.
+        ceiling (`np.ndarray`): Split-half correlation of the response, shape `(P,)`.
+        n_cells (`np.ndarray`): Shape `(P,)`.
+        countable (`np.ndarray` of bool): Genes expected, from their share of all cells, in at least one cell of the
+            perturbation; the observed delta of the others says only that nothing was counted. Shape `(P, V)`.
+        de_scores, de_fdr, de_change (`np.ndarray`, *optional*): Wilcoxon z, Benjamini-Hochberg FDR and log fold change
+            of each gene, shape `(P, V)`.
+    """
+
+    labels: list[str]
+    delta: np.ndarray
+    control: np.ndarray
+    sampling_variance: np.ndarray
+    mask: np.ndarray
+    ceiling: np.ndarray
+    n_cells: np.ndarray
+    countable: np.ndarray
+    de_scores: np.ndarray | None = None
+    de_fdr: np.ndarray | None = None
+    de_change: np.ndarray | None = None
+
+    @property
+    def unlike_others(self) -> np.ndarray:
+        """1 - correlation of each response with the mean of the others over the scored genes, `(P,)`."""
+        others = (self.delta.sum(axis=0) - self.delta) / max(len(self.delta) - 1, 1)
+        return 1 - np.nan_to_num(metrics.pearson_delta(self.delta, others, self.mask))
+
+
+def join_truths(parts: Sequence[ScreenTruth]) -> ScreenTruth:
+    """Rows of several truths under each other; genes and mask are the same, the control level is their mean."""
+    joined = {}
+    for field in dataclasses.fields(ScreenTruth):
+        values = [getattr(part, field.name) for part in parts]
+        if field.name == "labels":
+            joined[field.name] = [label for labels in values for label in labels]
+        elif values[0] is None:
+            joined[field.name] = None
+        elif field.name in ("mask", "control"):
+            joined[field.name] = values[0] if field.name == "mask" else np.mean(values, axis=0)
+        else:
+            joined[field.name] = np.concatenate(values)
+    return ScreenTruth(**joined)
+
+
+def observe(
+    screen: Screen,
+    labels: Sequence[str],
+    seed: int = 0,
+    n_splits: int = 10,
+    controls_of: Screen | None = None,
+    differential: bool = True,
+) -> ScreenTruth:
+    """Observed responses, their sampling error, differential expression and split-half ceiling.
+
+    Args:
+        screen (`Screen`): The perturbed cells, and the controls that responses are measured against.
+        labels (`Sequence[str]`): Perturbations.
+        seed (`int`, *optional*, defaults to 0), n_splits (`int`, *optional*, defaults to 10): Of the ceiling.
+        controls_of (`Screen`, *optional*): The screen whose controls a replicate has; those of `screen` in halves when
+            absent or the same.
+        differential (`bool`, *optional*, defaults to `True`): Whether genes are tested for differential expression.
+    """
+    levels, generator = screen.control_levels, np.random.default_rng(seed)
+    within = within_variance(screen, [CONTROL, *screen.perturbations])
+    mask = scored_genes(screen)
+    if controls_of is None or controls_of is screen:
+        halves = [stratified_halves(screen.cells_of(CONTROL), screen.group, generator) for _ in range(n_splits)]
+        sides = [[ControlLevels(screen.values, screen.group, rows) for rows in pair] for pair in halves]
+    else:
+        sides = [[levels, controls_of.control_levels]] * n_splits
+    n_cells, n_genes = np.array([len(screen.cells_of(label)) for label in labels]), len(mask)
+    delta, error, ceiling = np.zeros((len(labels), n_genes)), np.zeros(len(labels)), np.zeros(len(labels))
+    for row, label in enumerate(labels):
+        cells = screen.cells_of(label)
+        values, group = screen.values[cells], screen.group[cells]
+        delta[row] = values.mean(axis=0, dtype=np.float64) - levels.mean_for(group)
+        error[row] = 1 / len(cells) + 1 / levels.number_for(group)
+        ceiling[row] = split_half(values, group, sides, mask, generator)
+    tested = differential_expression(screen, labels) if differential else (None, None, None)
+    return ScreenTruth(
+        labels=list(labels),
+        delta=delta,
+        control=screen.values[screen.cells_of(CONTROL)].mean(axis=0, dtype=np.float64),
+        sampling_variance=within * error[:, None],
+        mask=mask,
+        ceiling=ceiling,
+        n_cells=n_cells,
+        countable=n_cells[:, None] * screen.values.expressed_share() >= 1,
+        de_scores=tested[0],
+        de_fdr=tested[1],
+        de_change=tested[2],
+    )
+
+
+def split_half(
+    values: np.ndarray,
+    group: np.ndarray,
+    sides: Sequence[Sequence[ControlLevels]],
+    mask: np.ndarray,
+    generator: np.random.Generator,
+) -> float:
+    """Mean correlation of the responses of two halves of the cells of a perturbation, each against other controls: what a
+    replicate scores.
+
+    Args:
+        values (`np.ndarray`): Of the n cells, shape `(n, V)`.
+        group (`np.ndarray` of str): Batch and cell line of each, see [`Screen`].
+        sides (`Sequence`): Two sets of controls for each division of the cells.
+        mask (`np.ndarray` of bool): Genes that count, shape `(V,)`.
+        generator (`np.random.Generator`): Divides the cells.
+    """
+    first = np.stack([generator.permutation(len(values)) % 2 == 0 for _ in sides]).astype(np.float32)
+    responses = []
+    for side, chosen in enumerate((first, 1 - first)):
+        means = chosen @ values / chosen.sum(axis=1, keepdims=True)
+        responses.append(means - np.stack([controls[side].mean_for(group) for controls in sides]))
+    found = metrics.pearson_delta(*responses, mask)
+    return float(np.nanmean(found)) if np.isfinite(found).any() else 0.0
+
+
+def differential_expression(screen: Screen, labels: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Wilcoxon rank-sum test of each perturbation against all controls, ties corrected, normal approximation.
+
+    Returns:
+        z, Benjamini-Hochberg FDR within the perturbation and log2 fold change of mean expm1, each `(P, V)`; the fold
+        change is scanpy's, the p-values are `scipy.stats.mannwhitneyu`'s without continuity correction.
+    """
+    controls = screen.values[screen.cells_of(CONTROL)]
+    ranks = ControlRanks(controls)
+    output = np.zeros((3, len(labels), screen.values.shape[1]))
+    control_level = np.expm1(controls.astype(np.float64)).mean(axis=0)
+    for row, label in enumerate(labels):
+        cells = screen.values[screen.cells_of(label)]
+        z = ranks.rank_sum_z(cells)
+        p = scipy.special.erfc(np.abs(z) / np.sqrt(2))
+        order = np.argsort(p)
+        adjusted = np.minimum.accumulate((p[order] * len(p) / np.arange(1, len(p) + 1))[::-1])[::-1]
+        output[0, row], output[1, row, order] = z, np.minimum(adjusted, 1.0)
+        level = np.expm1(cells.astype(np.float64)).mean(axis=0)
+        output[2, row] = np.log2((level + 1e-9) / (control_level + 1e-9))
+    return output[0], output[1], output[2]
+
+
+class ControlRanks:
+    """
+    Rank sums of cells among control cells, which are sorted once.
+
+    Args:
+        controls (`np.ndarray`): Values of the m control cells, shape `(m, V)`.
+    """
+
+    def __init__(self, controls: np.ndarray):
+        self.sorted = np.ascontiguousarray(np.sort(controls, axis=0).T)
+        self.ties = np.array([_ties(np.diff(_starts(row))) for row in self.sorted])
+
+    def rank_sum_z(self, cells: np.ndarray) -> np.ndarray:
+        """z of the rank sum of `cells` `(n, V)` against the controls, column by column, variance corrected for ties."""
+        values = np.ascontiguousarray(np.sort(cells, axis=0).T)
+        n, m = len(cells), self.sorted.shape[1]
+        total, sums, ties = n + m, np.empty(len(values)), self.ties.copy()
+        for gene, (own, others) in enumerate(zip(values, self.sorted)):
+            # Cells of one value share their rank: behind all smaller ones, in the middle of their equals.
+            starts = _starts(own)
+            times, distinct = np.diff(starts), own[starts[:-1]]
+            below = np.searchsorted(others, distinct, "left")
+            equal = np.searchsorted(others, distinct, "right") - below
+            sums[gene] = times @ (below + starts[:-1] + (equal + times + 1) / 2)
+            ties[gene] += _ties(equal + times) - _ties(equal)
+        # Lehmann 1975: n m / 12 x (N + 1 - sum(t^3 - t) / (N (N - 1))).
+        variance = n * m / 12 * (total + 1 - ties / (total * (total - 1)))
+        difference = sums - n * (total + 1) / 2
+        return np.divide(
+            difference, np.sqrt(np.maximum(variance, 0)), out=np.zeros_like(difference), where=variance > 1e-9
+        )
+
+
+def _starts(ordered: np.ndarray) -> np.ndarray:
+    """Where runs of equal values begin, and the end."""
+    return np.concatenate([[0], np.flatnonzero(ordered[1:] != ordered[:-1]) + 1, [len(ordered)]])
+
+
+def _ties(times: np.ndarray) -> float:
+    times = times.astype(np.float64)
+    return float((times**3 - times).sum())
