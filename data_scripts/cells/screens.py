@@ -94,6 +94,10 @@ class Screen:
         """Levels of all control cells."""
         return ControlLevels(self.values, self.group, self.cells_of(CONTROL))
 
+    def control_shares(self, label: str) -> np.ndarray:
+        """Weights of the groups of controls that the cells of a perturbation are compared with, `(G,)`."""
+        return self.control_levels.shares(self.group[self.cells_of(label)])
+
     @functools.cached_property
     def control_covariance(self) -> np.ndarray:
         """Covariance of the genes among control cells, `(n_vars, n_vars)`."""

@@ -252,9 +252,10 @@ CONTROL_ONLY = ("no_change", "target_only", "covariance")
 
 
 def run_baselines(
-    context: ScreenContext, names: Sequence[str] | None = None, mode: str = "fine-tuned"
+    context: ScreenContext, names: Sequence[str] | None = None, mode: str = "fine-tuned", weigh: bool = False
 ) -> dict[str, ScreenPrediction]:
-    """Predictions of baselines by name; in other modes than `fine-tuned` only those that read controls.
+    """Predictions of baselines by name; in other modes than `fine-tuned` only those that read controls; with
+    `weigh` their `control_weight` too.
 
     Raises:
         ValueError: For an unknown baseline.
@@ -266,4 +267,15 @@ def run_baselines(
     for name in names or ():
         if name not in BASELINES:
             raise ValueError(f"`baselines` names `{name}`, which is none{close_matches(name, BASELINES)}.")
-    return {name: BASELINES[name](context) for name in allowed if names is None or name in names}
+    found = {name: BASELINES[name](context) for name in allowed if names is None or name in names}
+    for name, prediction in found.items() if weigh else ():
+        if prediction.reads_perturbed_cells:
+            prediction.control_weight = control_weight(context, BASELINES[name], prediction)
+    return found
+
+
+def control_weight(context: ScreenContext, method: Callable, prediction: ScreenPrediction) -> np.ndarray:
+    """How far each prediction moves with the training responses where all of these move alike, `(P,)`."""
+    step = np.random.default_rng(0).normal(size=context.train_delta.shape[1])
+    moved = method(dataclasses.replace(context, train_delta=context.train_delta + step)).delta
+    return (moved - prediction.delta) @ step / (step @ step)

@@ -8,6 +8,7 @@ import numpy as np
 
 from data_scripts.cells.screen_cells import shuffle_labels
 from data_scripts.cells.screens import Screen
+from modeling_gppc.evaluation.control_noise import corrected_pearson
 from modeling_gppc.evaluation.evaluate_options import EvaluateOptions
 from modeling_gppc.evaluation.metrics import interval_coverage, pearson_delta
 from modeling_gppc.evaluation.screen_baselines import CONTROL_ONLY
@@ -17,7 +18,7 @@ from modeling_gppc.evaluation.screen_intervals import (
     interval_of_mean,
     resampled_correlations,
 )
-from modeling_gppc.evaluation.screen_runs import MODEL, ScreenRun, run_screen
+from modeling_gppc.evaluation.screen_runs import MODEL, ScreenRun, run_all_controls, run_screen
 from modeling_gppc.evaluation.screen_scores import (
     METRICS,
     ScreenPrediction,
@@ -90,6 +91,7 @@ def evaluate_screen(screen: Screen, options: EvaluateOptions, progress: bool = T
     screen = shuffle_labels(screen, options.seed) if options.shuffle_labels else screen
     with_nothing = options.nothing and not options.shuffle_labels and not options.folders
     nothing = scores_of_nothing(screen, options) if with_nothing else {}
+    corrected = all_controls(screen, options)
     first, parts = None, []
     for run in run_screen(screen, options, progress):
         first = first or run
@@ -103,9 +105,22 @@ def evaluate_screen(screen: Screen, options: EvaluateOptions, progress: bool = T
     }
     ceiling = np.mean([part.ceiling for part in parts], axis=0)
     summary = summarise(first, parts, scores, ceiling, options)
-    for name, found in nothing.items():
-        summary["methods"][name] |= found
+    for name, entry in summary["methods"].items():
+        entry |= nothing.get(name, {}) | corrected.get(name, {})
     return ScreenEvaluation(first, scores, ceiling, summary)
+
+
+def all_controls(screen: Screen, options: EvaluateOptions) -> dict[str, dict]:
+    """`all_controls_pearson` of every method, from [`corrected_pearson`], with its interval; for fine-tuned fits that
+    divide their controls."""
+    if options.mode != "fine-tuned" or options.folders or options.hold_out or options.controls == "shared":
+        return {}
+    run, found = run_all_controls(screen, options), {}
+    for name, prediction in run.predictions.items():
+        values = corrected_pearson(prediction, run.truth, run.screen, run.train_shares)
+        interval = bootstrap_perturbations(values, seed=options.seed)
+        found[name] = {"all_controls_pearson": float(values.mean()), "all_controls_pearson_ci95": interval}
+    return found
 
 
 def scores_of_nothing(screen: Screen, options: EvaluateOptions) -> dict[str, dict]:

@@ -26,6 +26,7 @@ from modeling_gppc.evaluation.screen_truth import ScreenTruth, join_truths, obse
 from modeling_gppc.fitting.fit_controls import fit_controls
 from modeling_gppc.fitting.fit_screen import fit_screen
 from modeling_gppc.fitting.gene_features import GeneFeatures, read_gene_features
+from modeling_gppc.fitting.observed_responses import ObservedResponses
 
 MODEL = "gppc"
 
@@ -42,6 +43,7 @@ class ScreenRun:
         folds (`np.ndarray`): In which fold each row was left out, int of shape `(P,)`.
         shuffled (`dict`): Target-shuffled nulls of a method, from [`shuffled_null`].
         notes (`list[str]`): What a reader must know.
+        train_shares (`np.ndarray`, *optional*): For [`corrected_pearson`].
     """
 
     screen: Screen
@@ -51,6 +53,7 @@ class ScreenRun:
     folds: np.ndarray
     shuffled: dict[str, list[tuple[ScreenPrediction, np.ndarray]]]
     notes: list[str]
+    train_shares: np.ndarray | None = None
 
 
 def run_screen(
@@ -89,6 +92,14 @@ def run_screen(
         else:
             run = fine_tuned(seen, judged, folds, options, features, tested)
         yield dataclasses.replace(run, notes=[*notes, *run.notes])
+
+
+def run_all_controls(screen: Screen, options: EvaluateOptions) -> ScreenRun:
+    """Fine-tuned, with all controls on both sides: what [`corrected_pearson`] is computed from."""
+    screen = keep_genes(screen, options.max_genes)
+    genes = {gene for p in screen.perturbations.values() for gene in p.genes}
+    features = None if options.gene_features is None else read_gene_features(options.gene_features, genes)
+    return fine_tuned(screen, screen, choose_folds(screen, options), options, features, False, weigh=True)
 
 
 def divisions(screen: Screen, options: EvaluateOptions) -> list[tuple[Screen, Screen]]:
@@ -221,18 +232,20 @@ def fine_tuned(
     options: EvaluateOptions,
     features: GeneFeatures | None,
     differential: bool,
+    weigh: bool = False,
 ) -> ScreenRun:
-    """Every label is predicted by methods that saw none of its cells."""
+    """Every label is predicted by methods that saw none of its cells; `weigh` asks for what [`corrected_pearson`] needs."""
     labels = need(sorted(label for fold in folds for label in fold.test), options)
     row = {label: index for index, label in enumerate(labels)}
-    scored = [g for i, g in enumerate(screen.gene_ids) if i not in set(screen.panel_targets.tolist())]
     targets = [screen.gene_ids[i] for i in screen.panel_targets]
+    scored = sorted(set(screen.gene_ids) - set(targets))
     fits_here = options.model == ["gppc"]
     controls = fit_controls(screen, options.n_factors, options.seed) if fits_here else None
     table = perturbed_features(screen, features)
     shape = (len(labels), screen.values.shape[1])
     predictions: dict[str, ScreenPrediction] = {}
     reference, fold_of = np.zeros(shape), np.zeros(len(labels), dtype=int)
+    train_shares = np.zeros((len(labels), len(screen.control_levels.names)))
     for index, fold in enumerate(folds):
         guard_fold(
             fold.train_cells,
@@ -244,7 +257,7 @@ def fine_tuned(
             options.seen if options.split == "combinations" else None,
         )
         context = ScreenContext.build(screen, fold.train, fold.test, table)
-        outputs = run_baselines(context, mode="fine-tuned")
+        outputs = run_baselines(context, mode="fine-tuned", weigh=weigh)
         if options.folders:
             outputs[MODEL] = ScreenModel.load(options.folders[index], options.change).predict(context)
         elif fits_here:
@@ -252,18 +265,25 @@ def fine_tuned(
                 raise ValueError(f"`folds`: {fold.name} trains on {len(fold.train)} perturbations; use fewer folds.")
             fitted = fit_screen(screen, fold.train, options, features, controls)
             outputs[MODEL] = ScreenModel(*fitted, options.change).predict(context)
+            # To first order: the mean of the shrunken training responses, and its size.
+            share = (
+                float(fitted[0].screen_response.scale) * ObservedResponses.of(screen, fold.train).signal_share.mean()
+            )
+            outputs[MODEL].control_weight = np.full(len(fold.test), share)
         rows = [row[label] for label in fold.test]
         reference[rows], fold_of[rows] = context.mean_response, index
+        if weigh:
+            train_shares[rows] = np.mean([screen.control_shares(label) for label in fold.train], axis=0)
         for name, output in outputs.items():
-            variance = None if output.variance is None else np.zeros(shape)
-            whole = predictions.setdefault(
-                name, ScreenPrediction(np.zeros(shape), variance, output.reads_perturbed_cells)
-            )
-            whole.delta[rows] = output.delta
-            if variance is not None:
-                whole.variance[rows] = output.variance
+            parts = {"delta": output.delta, "variance": output.variance, "control_weight": output.control_weight}
+            given = {part: value for part, value in parts.items() if value is not None}
+            if name not in predictions:
+                empty = {part: np.zeros((len(labels), *value.shape[1:])) for part, value in given.items()}
+                predictions[name] = ScreenPrediction(**empty, reads_perturbed_cells=output.reads_perturbed_cells)
+            for part, value in given.items():
+                getattr(predictions[name], part)[rows] = value
     truth = observe(judged, labels, options.seed, controls_of=screen, differential=differential)
-    return ScreenRun(judged, truth, predictions, reference, fold_of, {}, [])
+    return ScreenRun(judged, truth, predictions, reference, fold_of, {}, [], train_shares)
 
 
 def perturbed_features(screen: Screen, features: GeneFeatures | None) -> dict[str, np.ndarray]:

@@ -45,11 +45,14 @@ class ScreenPrediction:
         variance (`np.ndarray`, *optional*): Of `delta` as a prediction of the true mean response, shape `(P, V)`.
         reads_perturbed_cells (`bool`, *optional*, defaults to `False`): Whether perturbed cells of the screen, other
             than the change at the target itself, were used.
+        control_weight (`np.ndarray`, *optional*): How much of the error of the training responses' mean of controls is in
+            each prediction, shape `(P,)`; see [`corrected_pearson`].
     """
 
     delta: np.ndarray
     variance: np.ndarray | None = None
     reads_perturbed_cells: bool = False
+    control_weight: np.ndarray | None = None
 
 
 # Perturbations are told apart among at most so many: the work grows with their number, not with its square.
