@@ -14,14 +14,8 @@ from modeling_gppc.training.trainer import GppcTrainer
 
 
 def run_facts(trainer: GppcTrainer, folder: PairFolder, data: DataOptions, start_from: str | None) -> dict:
-    """The content of `run.json`.
-
-    Args:
-        trainer ([`GppcTrainer`]): The run, as far as it has come.
-        folder ([`PairFolder`]): Its pairs.
-        data ([`DataOptions`]): Where its cells come from.
-        start_from (`str`, *optional*): Folder of the model that it started from.
-    """
+    """The content of `run.json`: of the run as far as it has come, its pairs, where its cells come from and the folder of
+    the model that it started from."""
     manifest = folder.manifest
     query = manifest.get("options", {}).get("query", {})
     source = data.example or query.get("census_version") or query.get("uri")

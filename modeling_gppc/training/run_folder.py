@@ -71,12 +71,7 @@ def holds_work(folder: Path) -> bool:
 def first_difference(theirs, mine, free: tuple[str, ...] = FREE, where: str = "") -> str | None:
     """The first option that differs, as text, leaving out what moves no number."""
     if isinstance(theirs, dict) and isinstance(mine, dict):
-        for key in sorted({*theirs, *mine}):
-            name = f"{where}.{key}" if where else key
-            if name in free:
-                continue
-            difference = first_difference(theirs.get(key), mine.get(key), free, name)
-            if difference is not None:
-                return difference
-        return None
+        names = {key: f"{where}.{key}" if where else key for key in sorted({*theirs, *mine})}
+        found = (first_difference(theirs.get(k), mine.get(k), free, n) for k, n in names.items() if n not in free)
+        return next((difference for difference in found if difference is not None), None)
     return None if theirs == mine else f"`{where}` is {theirs!r} there and {mine!r} here"
