@@ -381,8 +381,8 @@ class GppcForPerturbationPrediction(GppcPreTrainedModel, GppcResponseMixin):
         logits = linear
         if self.config.use_network:
             mean, change = self.readout(output.last_hidden_state, factors.familiarity, query_ids, with_variance)
-            logits = linear + mean.to(linear.dtype).masked_fill_(imposed.any(1), 0)
-            logvar = logvar + change if with_variance else None
+            logits = mean.to(linear.dtype).masked_fill_(imposed.any(1), 0).add_(linear)
+            logvar = logvar.add_(change) if with_variance else None
         return GppcOutput(
             logits=logits,
             logvar=logvar,
