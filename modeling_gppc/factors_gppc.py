@@ -13,11 +13,7 @@ MAX_EVIDENCE = 4.0
 
 
 class GppcClosedForm(nn.Module):
-    """
-    A module of buffers that are fitted in closed form, never by gradient.
-
-    `START` holds the values of fresh buffers by name; others are zero.
-    """
+    """A module of buffers that are fitted in closed form, never by gradient. Fresh ones hold `START`, or zero."""
 
     START: dict[str, float] = {}
 

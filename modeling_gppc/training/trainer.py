@@ -281,42 +281,6 @@ def row_errors(model: GppcForPerturbationPrediction, output, labels: torch.Tenso
     return torch.stack([part.sum(1) for part in (*errors, likelihood.where(scored, 0), scored.float())], dim=1)
 
 
-def training_arguments(
-    options: TrainingOptions,
-    output_dir: str | Path,
-    seed: int,
-    find_unused_parameters: bool = False,
-    streamed: bool = False,
-) -> TrainingArguments:
-    """Arguments of the Trainer for the options of a run."""
-    known = TrainingArguments.__dataclass_fields__.keys() - {"report_to", "use_cpu"}
-    return TrainingArguments(
-        **{name: value for name, value in dataclasses.asdict(options).items() if name in known},
-        report_to=options.report_to or "none",
-        use_cpu=options.use_cpu or not torch.cuda.is_available(),
-        # Forked workers share the mapped rows; others would get a copy of them. They touch numpy only.
-        dataloader_multiprocessing_context="fork" if options.dataloader_num_workers and LINUX else None,
-        output_dir=str(output_dir),
-        run_name=Path(output_dir).name,
-        project="gppc",
-        seed=seed,
-        data_seed=seed,
-        full_determinism=options.deterministic,
-        eval_strategy="steps",
-        save_strategy="steps",
-        load_best_model_at_end=True,
-        metric_for_best_model="eval_mse",
-        greater_is_better=False,
-        remove_unused_columns=False,
-        ignore_data_skip=streamed,  # a stream goes on where it stood by itself
-        bf16=options.precision == "bf16",
-        fp16=options.precision == "fp16",
-        disable_tqdm=False,  # the bar belongs to the main process alone
-        ddp_find_unused_parameters=find_unused_parameters,
-        ddp_broadcast_buffers=False,  # they are equal from the start and never change
-    )
-
-
 def make_trainer(
     model: GppcForPerturbationPrediction,
     options: TrainingOptions,
@@ -336,27 +300,50 @@ def make_trainer(
     if not len(validation):
         raise ValueError("`pairs` hold no validation pair; give `pairs.splits` a share for `validation`.")
     step = max(1, math.ceil(len(validation) / options.max_validation_pairs))
-    callbacks = []
-    if options.early_stopping_patience is not None:
-        callbacks.append(EarlyStoppingCallback(early_stopping_patience=options.early_stopping_patience))
-    # The variance's parameters get no gradient where its likelihood has no weight.
-    unused = model.config.variance_loss_weight == 0 or not model.config.use_network
+    known = TrainingArguments.__dataclass_fields__.keys() - {"report_to", "use_cpu"}
+    arguments = TrainingArguments(
+        **{name: value for name, value in dataclasses.asdict(options).items() if name in known},
+        output_dir=str(output_dir),
+        run_name=Path(output_dir).name,
+        project="gppc",
+        seed=seed,
+        data_seed=seed,
+        full_determinism=options.deterministic,
+        eval_strategy="steps",
+        save_strategy="steps",
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_mse",
+        greater_is_better=False,
+        remove_unused_columns=False,
+        ignore_data_skip=isinstance(train, IterableDataset),  # a stream goes on where it stood by itself
+        report_to=options.report_to or "none",
+        use_cpu=options.use_cpu or not torch.cuda.is_available(),
+        bf16=options.precision == "bf16",
+        fp16=options.precision == "fp16",
+        disable_tqdm=False,  # the bar belongs to the main process alone
+        # Forked workers share the mapped rows; others would get a copy of them. They touch numpy only.
+        dataloader_multiprocessing_context="fork" if options.dataloader_num_workers and LINUX else None,
+        # The variance's parameters get no gradient where its likelihood has no weight.
+        ddp_find_unused_parameters=model.config.variance_loss_weight == 0 or not model.config.use_network,
+        ddp_broadcast_buffers=False,  # they are equal from the start and never change
+    )
+    patience = options.early_stopping_patience
     trainer = GppcTrainer(
         model=model,
-        args=training_arguments(options, output_dir, seed, unused, streamed=isinstance(train, IterableDataset)),
+        args=arguments,
         train_dataset=train,
         eval_dataset=validation if step == 1 else Subset(validation, range(0, len(validation), step)),
         data_collator=train_collator or eval_collator,
         eval_collator=eval_collator,
-        callbacks=callbacks,
+        callbacks=[] if patience is None else [EarlyStoppingCallback(early_stopping_patience=patience)],
     )
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(PlainProgress)
-    rows_per_step = trainer.get_total_train_batch_size(trainer.args)
+    rows_per_step = trainer.get_total_train_batch_size(arguments)
     if trainer.stream is None and len(train) < rows_per_step:
         raise ValueError(
             f"`training.per_device_train_batch_size` is {options.per_device_train_batch_size}, {rows_per_step} pairs in "
-            f"a step over {trainer.args.world_size} process(es), with {len(train)} training pairs; wanted at most as "
+            f"a step over {arguments.world_size} process(es), with {len(train)} training pairs; wanted at most as "
             "many, or more `pairs.matching.pairs_per_cell`."
         )
     return trainer
