@@ -281,7 +281,7 @@ class GppcFeatureExtractor(FeatureExtractionMixin):
             "input_ids": np.where(attention, order, 0),
             "expression_values": np.where(attention, np.take_along_axis(values, order, axis=1), 0).astype(np.float32),
             "attention_mask": attention.astype(np.int64),
-            "measured_mask": np.asarray(measured_mask, dtype=bool),
+            "measured_mask": np.array(measured_mask, dtype=bool),
         }
         return BatchFeature(features, tensor_type=return_tensors)
 
