@@ -46,15 +46,8 @@ def put_references(
     pairs: list[np.ndarray],
     rng: np.random.Generator,
 ) -> None:
-    """Keeps some training pairs of every pairing as the single Gaussian's factors of both cells.
-
-    Args:
-        model ([`GppcForPerturbationPrediction`]): Changed in place.
-        dataset ([`PairDataset`]): Training pairs.
-        panels (`np.ndarray` of bool): Measured-gene sets, shape `(P, V)`.
-        pairs (`list[np.ndarray]`): Rows of each pairing that may be kept.
-        rng (`np.random.Generator`): Chooses among them.
-    """
+    """Keeps some training pairs of every pairing, drawn from its rows in `pairs`, as the single Gaussian's factors of
+    both cells."""
     response = model.model.linear_response
     familiarity, root = response.familiarity, response.single_root
     familiarity.logits.fill_(EMPTY)

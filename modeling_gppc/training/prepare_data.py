@@ -39,14 +39,9 @@ def prepare_pairs(
     train_rows: int | None = None,
     progress: bool = True,
 ) -> PairFolder:
-    """Opens the pairs of a run, after writing a local store and building the pairs where that is still to do.
+    """Opens the pairs of a run, after writing `cells` and `pairs` into its folder `out` where that is still to do.
 
-    Args:
-        data (`DataOptions`): Where cells come from.
-        pairs (`PairOptions`): How cells become pairs.
-        out (`str` or `Path`): Folder of the run, in which `cells` and `pairs` are written.
-        train_rows (`int`, *optional*): Training rows to write beside a stream, about; all of them without it.
-        progress (`bool`, *optional*, defaults to `True`): Whether to show progress bars.
+    Beside a stream only about `train_rows` training rows are written.
 
     Raises:
         ValueError: For missing files, bad counts, a query without cells and so on, before long work.

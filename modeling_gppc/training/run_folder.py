@@ -21,12 +21,9 @@ FREE = (
 
 
 def claim_folder(options: Mapping, resume: bool, processes: int = 1) -> Path:
-    """Takes the run's folder, or refuses to mix two runs in one.
+    """Takes the folder of a run (`output_dir` of its options), or refuses to mix two runs in one.
 
-    Args:
-        options (`Mapping`): All options of the run as a nested mapping; `output_dir` is the folder.
-        resume (`bool`): Whether to go on with the run that the folder holds.
-        processes (`int`, *optional*, defaults to 1): Training processes; they decide which pairs make a step.
+    Another number of training processes is another run: it decides which pairs make a step.
 
     Raises:
         ValueError: If the folder holds a run and `resume` is not set, or another run, naming the first difference.
