@@ -7,7 +7,7 @@
     accelerate launch train.py --config census_naive_b                  # cells of the public Census, written as pairs first
     accelerate launch train.py --config census_naive_b --data.stream true   # or straight from the store
     accelerate launch train.py --data.screen SCREEN.h5ad                # all perturbations of a CRISPR screen
-    accelerate launch train.py --data.screen SCREEN.h5ad --screen.fold all  # one model a fold, for `gppc evaluate`
+    accelerate launch train.py --data.screen SCREEN.h5ad --folds all  # one model a fold, for `gppc evaluate`
     python train.py --sweep default                                     # a search of options (training/configs/sweeps)
 
 Go on after an interruption with the same command and --resume. Score a finished run again with `gppc score`.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from data_scripts.command_line import help_text, read_flags
-from data_scripts.options import from_mapping, part_of
+from data_scripts.options import from_mapping, merge, nested, part_of
 from gppc.run_options import RunOptions, run_options
 from modeling_gppc.training.screen_run_options import EVERY_FOLD
 
@@ -22,6 +22,8 @@ class LaunchOptions:
         push_to_hub (`str`, *optional*): Hub repository that the finished model is pushed to.
         hub_strategy (`str`, *optional*, defaults to `"end"`): Push at the end only, or the model of every saved
             checkpoint as well.
+        folds (`str` or `int`, *optional*): Of a screen, models that did not see one fold of its perturbations, for
+            `gppc evaluate`: `all` for one model folder a fold, or a fold, counted from 0. The same as `screen.fold`.
         sweep (`str`, *optional*): Search options instead of training once: a YAML file, or the name of a shipped one;
             `--sweep NAME --help` lists its options.
     """
@@ -30,6 +32,7 @@ class LaunchOptions:
     resume: bool = False
     push_to_hub: str | None = None
     hub_strategy: Literal["end", "every_save"] = "end"
+    folds: str | int | None = None
     sweep: str | None = None
 
 
@@ -60,10 +63,14 @@ def read_command(words: Sequence[str], description: str):
         return launch, read_sweep(launch.sweep, changes)
     if launch.push_to_hub is None and launch.hub_strategy != "end":
         raise ValueError(f"`--hub_strategy` {launch.hub_strategy} needs `--push_to_hub REPO`.")
+    if launch.folds is not None:
+        changes = merge(changes, nested("screen.fold", launch.folds))
     options = run_options(launch.config, changes)
+    if launch.folds is not None and options.data.screen is None:
+        raise ValueError(f"`--folds` {launch.folds} is of a screen; name it with `--data.screen FILE.h5ad`.")
     if launch.push_to_hub is not None and options.data.screen is not None and options.screen.fold == EVERY_FOLD:
         raise ValueError(
-            f"`push_to_hub` is {launch.push_to_hub!r} with `screen.fold` {EVERY_FOLD!r}, which makes several models; push "
+            f"`push_to_hub` is {launch.push_to_hub!r} with `folds` {EVERY_FOLD!r}, which makes several models; push "
             "the one you want with `gppc push`."
         )
     return launch, options

@@ -13,11 +13,7 @@ MAX_EVIDENCE = 4.0
 
 
 class GppcClosedForm(nn.Module):
-    """
-    A module of buffers that are fitted in closed form, never by gradient.
-
-    `START` holds the values of fresh buffers by name; others are zero.
-    """
+    """A module of buffers that are fitted in closed form, never by gradient. Fresh ones hold `START`, or zero."""
 
     START: dict[str, float] = {}
 
@@ -122,19 +118,21 @@ class GppcImposedLevels:
     noise: torch.Tensor
     centred: torch.Tensor
 
-    def surprise(self, means: torch.Tensor) -> torch.Tensor:
-        """Levels minus what factors `means` `(n, C, num_factors)` let expect, `(n, K, C)`."""
-        return self.centred[:, :, None] - self.design @ means.mT
+    def whitened(self, covariance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Design `(n, K, num_factors)` and centred levels `(n, K, 1)` in units of the levels' own spread, given the
+        covariance of the factors; and the log of the volume of that spread, `(n, 1)`."""
+        spread = torch.linalg.cholesky(self.design @ covariance @ self.design.mT + torch.diag_embed(self.noise))
+        both = torch.cat([self.design, self.centred[:, :, None]], dim=2)
+        white = torch.linalg.solve_triangular(spread, both, upper=False)
+        return white[:, :, :-1], white[:, :, -1:], spread.diagonal(dim1=1, dim2=2).log().sum(1, keepdim=True)
 
-    def spread(self, covariance: torch.Tensor) -> torch.Tensor:
-        """Cholesky factor `(n, K, K)` of the covariance of the levels, given that of the factors."""
-        return torch.linalg.cholesky(self.design @ covariance @ self.design.mT + torch.diag_embed(self.noise))
 
+def log_density(surprise: torch.Tensor, log_volume: torch.Tensor) -> torch.Tensor:
+    """Log densities `(n, C)` of whitened levels around what `C` hypotheses expect, up to a constant of K.
 
-def log_density(surprise: torch.Tensor, spread: torch.Tensor) -> torch.Tensor:
-    """Log densities `(n, C)` of Gaussian vectors `(n, K, C)` around zero, up to a constant of K."""
-    white = torch.linalg.solve_triangular(spread, surprise, upper=False)
-    return -0.5 * white.square().sum(1) - spread.diagonal(dim1=1, dim2=2).log().sum(1, keepdim=True)
+    `surprise` `(n, K, C)` is what is left of the levels, see [`GppcImposedLevels.whitened`].
+    """
+    return -0.5 * surprise.square().sum(1) - log_volume
 
 
 class GppcFactorMixture(GppcClosedForm):
@@ -201,14 +199,14 @@ class GppcFactorMixture(GppcClosedForm):
         self, prior: GppcFactorDistribution, levels: GppcImposedLevels, pairing_ids: torch.Tensor
     ) -> GppcFactorDistribution:
         """Factors given imposed levels too; rows of all arguments belong together."""
-        spread, surprise = levels.spread(prior.covariance), levels.surprise(prior.means)
-        projected = levels.design @ prior.covariance
-        gain = torch.cholesky_solve(projected, spread)
-        evidence = self.evidence_scale[pairing_ids, None] * log_density(surprise, spread)
+        design, centred, log_volume = levels.whitened(prior.covariance)
+        surprise = centred - design @ prior.means.mT
+        gain = design @ prior.covariance
+        evidence = self.evidence_scale[pairing_ids, None] * log_density(surprise, log_volume)
         # Levels choose among the states that such cells were seen to go to; they invent no other.
         evidence = (evidence - evidence.amax(dim=1, keepdim=True)).clamp(min=-MAX_EVIDENCE)
         return GppcFactorDistribution(
             torch.log_softmax(prior.log_weights + evidence, dim=-1),
             prior.means + surprise.mT @ gain,
-            prior.covariance - projected.mT @ gain,
+            prior.covariance - gain.mT @ gain,
         )

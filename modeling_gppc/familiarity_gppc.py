@@ -75,11 +75,13 @@ class GppcFamiliarity(GppcClosedForm):
         pairing_ids = perturbation.pairing_ids
         if self.training or log_weights.shape[1] == 0:
             return torch.ones_like(self.prior_logit[pairing_ids])
+        design, centred, log_volume = levels.whitened(self.covariance)
         # References of all pairings meet every row, which is less than copying those of its own pairing for each.
-        expected = torch.einsum("nkr,pmr->npkm", levels.design, self.target)
+        expected = torch.einsum("nkr,pmr->npkm", design, self.target)
         expected = expected[torch.arange(len(pairing_ids), device=pairing_ids.device), pairing_ids]
-        seen = log_density(levels.centred[:, :, None] - expected, levels.spread(self.covariance))
-        other = log_density(levels.surprise(single.means), levels.spread(single.covariance))[:, 0]
+        seen = log_density(centred - expected, log_volume)
+        design, centred, log_volume = levels.whitened(single.covariance)
+        other = log_density(centred - design @ single.means.mT, log_volume)[:, 0]
         familiarity = torch.sigmoid(torch.logsumexp(log_weights + seen, 1) - other + self.prior_logit[pairing_ids])
         real = perturbation.mask.bool()
         unchanged = real.any(1) & ~(real & (perturbation.values.abs() >= LEAST_CHANGE)).any(1)

@@ -1,5 +1,6 @@
 """GppcFeatureExtractor: gene vocabulary, normalisation and masks, saved with the checkpoint."""
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 
@@ -61,7 +62,7 @@ class GppcFeatureExtractor(FeatureExtractionMixin):
         if normalization not in NORMALIZATIONS:
             raise ValueError(f"`normalization` is {normalization!r}; wanted one of {', '.join(NORMALIZATIONS)}.")
         self.gene_ids = list(gene_ids)
-        self.gene_symbols = list(gene_symbols) if gene_symbols is not None else list(gene_ids)
+        self.gene_symbols = list(gene_ids if gene_symbols is None else gene_symbols)
         if len(self.gene_symbols) != len(self.gene_ids):
             raise ValueError(
                 f"`gene_symbols` has {len(self.gene_symbols)} entries; wanted {len(self.gene_ids)}, one per gene id."
@@ -81,47 +82,32 @@ class GppcFeatureExtractor(FeatureExtractionMixin):
         """Number of genes the model knows."""
         return len(self.gene_ids)
 
-    def _index(self) -> tuple[dict[str, int], dict[str, int], set[str]]:
-        """Vocabulary look-up by id and by symbol, and the symbols that several genes share; built on first use."""
-        if "_lookup" not in self.__dict__:
-            by_symbol: dict[str, int] = {}
-            ambiguous = set()
-            for index, symbol in enumerate(self.gene_symbols):
-                if symbol in by_symbol:
-                    ambiguous.add(symbol)
-                by_symbol[symbol] = index
-            self._lookup = ({gene: index for index, gene in enumerate(self.gene_ids)}, by_symbol, ambiguous)
-        return self._lookup
+    @functools.cached_property
+    def _genes_of(self) -> dict[str, list[int]]:
+        """Vocabulary ids of every gene name: one of an id, several of a symbol that genes share."""
+        genes: dict[str, list[int]] = {}
+        for index, symbol in enumerate(self.gene_symbols):
+            genes.setdefault(symbol, []).append(index)
+        # An id is surer than a symbol.
+        return genes | {gene: [index] for index, gene in enumerate(self.gene_ids)}
 
     def to_dict(self) -> dict:
-        """The JSON form; the look-up tables are rebuilt on loading."""
-        output = super().to_dict()
-        output.pop("_lookup", None)
-        return output
+        """The JSON form; the look-up table is rebuilt on loading."""
+        return {name: value for name, value in super().to_dict().items() if name != "_genes_of"}
 
     def find_genes(self, names: Sequence[str]) -> np.ndarray:
-        """Vocabulary ids of genes given by Ensembl id or symbol (see [`bare_gene_name`]); -1 where unknown.
-
-        Returns:
-            `np.ndarray` of int64, shape `(len(names),)`.
+        """Vocabulary ids of genes given by Ensembl id or symbol (see [`bare_gene_name`]), int64; -1 where unknown.
 
         Raises:
             ValueError: If a symbol stands for several genes of the vocabulary.
         """
-        by_id, by_symbol, ambiguous = self._index()
         found = np.full(len(names), -1, dtype=np.int64)
         for position, name in enumerate(map(str, names)):
-            index = by_id.get(name)
-            if index is None and name not in by_symbol:
-                name = bare_gene_name(name)
-                index = by_id.get(name)
-            if index is None and name in by_symbol:
-                if name in ambiguous:
-                    ids = [gene for gene, symbol in zip(self.gene_ids, self.gene_symbols) if symbol == name]
-                    raise ValueError(f"`{name}` stands for several genes of the model: {', '.join(ids)}; give the id.")
-                index = by_symbol[name]
-            if index is not None:
-                found[position] = index
+            genes = self._genes_of.get(name) or self._genes_of.get(bare_gene_name(name), [])
+            if len(genes) > 1:
+                ids = ", ".join(self.gene_ids[gene] for gene in genes)
+                raise ValueError(f"`{name}` stands for several genes of the model: {ids}; give the id.")
+            found[position : position + len(genes)] = genes
         return found
 
     def gene_index(self, names: Sequence[str]) -> np.ndarray:
@@ -139,11 +125,7 @@ class GppcFeatureExtractor(FeatureExtractionMixin):
         return found
 
     def find_targets(self, names: Sequence[str]) -> np.ndarray:
-        """Ids of genes that may be perturbed: those of the vocabulary, then `target_ids` (case ignored); -1 where unknown.
-
-        Returns:
-            `np.ndarray` of int64, shape `(len(names),)`.
-        """
+        """Ids of genes that may be perturbed: those of the vocabulary, then `target_ids` (case ignored); -1 where unknown."""
         found = self.find_genes(names)
         further = {gene.casefold(): self.vocab_size + place for place, gene in enumerate(self.target_ids)}
         for place in np.flatnonzero(found < 0):
@@ -259,8 +241,7 @@ class GppcFeatureExtractor(FeatureExtractionMixin):
                 raise ValueError("`counts` holds NaN or infinite values.")
             return np.asarray(counts, dtype=np.float32)
         check_raw_counts(counts, estimated=value_kind == "estimated_counts")
-        lengths = None
-        rates = counts
+        lengths, rates = None, counts
         if self.normalization == "log_tpm":
             index = self.find_genes(names)
             lengths = np.where(index >= 0, np.asarray(self.gene_lengths, dtype=np.float64)[index], np.nan)
@@ -300,11 +281,9 @@ class GppcFeatureExtractor(FeatureExtractionMixin):
             "input_ids": np.where(attention, order, 0),
             "expression_values": np.where(attention, np.take_along_axis(values, order, axis=1), 0).astype(np.float32),
             "attention_mask": attention.astype(np.int64),
-            "measured_mask": np.asarray(measured_mask, dtype=bool),
+            "measured_mask": np.array(measured_mask, dtype=bool),
         }
-        if return_tensors == "pt":
-            features = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in features.items()}
-        return BatchFeature(features)
+        return BatchFeature(features, tensor_type=return_tensors)
 
     def parse_perturbation(self, spec: str | Mapping[str, str | float]) -> list[tuple[int, str, float]]:
         """Reads a perturbation such as `"STAT1=ko"`, `"STAT1=kd:0.8+IRF1=x3"` or `{"STAT1": -1.3}`.
@@ -375,33 +354,30 @@ class GppcFeatureExtractor(FeatureExtractionMixin):
                 if gene < self.vocab_size:
                     changes[rows, column] = change_of_log_value(values[rows, gene], action, amount)
         features = {"perturbation_ids": ids, "perturbation_values": changes, "perturbation_mask": mask}
-        if return_tensors == "pt":
-            features = {name: torch.from_numpy(array) for name, array in features.items()}
-        return BatchFeature(features)
+        return BatchFeature(features, tensor_type=return_tensors)
 
 
 def _parse_action(gene: str, action: str) -> tuple[str, float]:
+    """What an action such as `ko`, `kd:0.8`, `x3` or `3x`, `level:2.0`, `delta:-1.3` or `-1.3` does, and how much."""
     lowered = action.casefold()
     if lowered == "ko":
         return "factor", 0.0
-    name, _, amount_text = lowered.partition(":") if ":" in lowered else ("", "", lowered)
-    if not name and re.fullmatch(r"x[\d.].*|[\d.].*x", lowered):
-        name, amount_text = "x", lowered.strip("x")
+    if re.fullmatch(r"x[\d.].*|[\d.].*x", lowered):
+        lowered = f"x:{lowered.strip('x')}"
+    name, _, number = lowered.rpartition(":")
     try:
-        amount = float(amount_text)
+        amount = float(number)
     except ValueError:
         amount = float("nan")
+    wanted = None
     if name not in ("", "kd", "x", "level", "delta") or not np.isfinite(amount):
-        raise ValueError(
-            f"`perturbation` of `{gene}` is {action!r}; wanted ko, kd:SHARE, xFACTOR, level:VALUE, delta:CHANGE "
-            "or a number (change of the log value)."
-        )
-    if name == "kd":
-        if not 0 <= amount <= 1:
-            raise ValueError(f"`perturbation` of `{gene}` is {action!r}; the share removed lies between 0 and 1.")
-        return "factor", 1.0 - amount
-    if name == "x":
-        if amount < 0:
-            raise ValueError(f"`perturbation` of `{gene}` is {action!r}; a factor is not negative.")
-        return "factor", amount
-    return ("level", amount) if name == "level" else ("delta", amount)
+        wanted = "wanted ko, kd:SHARE, xFACTOR, level:VALUE, delta:CHANGE or a number (change of the log value)"
+    elif name == "kd" and not 0 <= amount <= 1:
+        wanted = "the share removed lies between 0 and 1"
+    elif name == "x" and amount < 0:
+        wanted = "a factor is not negative"
+    if wanted:
+        raise ValueError(f"`perturbation` of `{gene}` is {action!r}; {wanted}.")
+    if name in ("kd", "x"):
+        return "factor", 1.0 - amount if name == "kd" else amount
+    return name or "delta", amount

@@ -1,7 +1,6 @@
 """Layers of the network: attention blocks and the bilinear read-out; values of tokens and of imposed genes in place."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Unpack
 
 import torch
@@ -37,7 +36,7 @@ def where_imposed(
     """Which queried gene `(Q,)`, or which of all, each of the perturbed ones `(B, K)` is, padding none, `(B, K, Q)`."""
     if query_ids is None:
         query_ids = torch.arange(vocab_size, device=mask.device)
-    return (query_ids == perturbation_ids[:, :, None]) & mask.bool()[:, :, None]
+    return query_ids == perturbation_ids.where(mask.bool(), -1)[:, :, None]
 
 
 def impose(predicted: torch.Tensor, values: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
@@ -141,20 +140,6 @@ class GppcBlock(GradientCheckpointingLayer):
         return hidden_states + self.dropout(self.down_proj(expanded))
 
 
-@dataclass
-class GppcReadoutOutput:
-    """
-    What the network adds to the linear response.
-
-    Args:
-        mean (`torch.FloatTensor` of shape `(B, Q)`): To the expected log values.
-        logvar (`torch.FloatTensor` of shape `(B, Q)`, *optional*): To their log variance.
-    """
-
-    mean: torch.Tensor
-    logvar: torch.Tensor | None
-
-
 class GppcReadout(nn.Module):
     """Bilinear read-out: the latents become one vector, which every queried gene meets with its own."""
 
@@ -173,8 +158,9 @@ class GppcReadout(nn.Module):
         familiarity: torch.Tensor,
         query_ids: torch.Tensor | None = None,
         with_variance: bool = True,
-    ) -> GppcReadoutOutput:
-        """
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the network adds to the expected log values and, if asked, to their log variance, each `(B, Q)`.
+
         Args:
             hidden_states (`torch.FloatTensor` of shape `(B, num_latents + 1, hidden_size)`): From the decoder.
             familiarity (`torch.FloatTensor` of shape `(B,)`): What the contribution to the mean is multiplied by.
@@ -183,10 +169,11 @@ class GppcReadout(nn.Module):
         """
         state = self.dropout(self.activation(self.proj(hidden_states.flatten(1))))
         mean = (familiarity[:, None].to(state.dtype) * state) @ rows_of(self.gene_vectors, query_ids).T
-        logvar = None
-        if with_variance:
-            # The likelihood moves no latent: the mean is fitted by squared error alone.
-            vectors, bias = rows_of(self.gene_vectors_logvar, query_ids), rows_of(self.gene_logvar, query_ids)
-            bound = MAX_LOG_VARIANCE_CHANGE
-            logvar = bound * torch.tanh(torch.addmm(bias / bound, state.detach() / bound, vectors.T))
-        return GppcReadoutOutput(mean, logvar)
+        if not with_variance:
+            return mean, None
+        # The likelihood moves no latent: the mean is fitted by squared error alone.
+        vectors, bias = rows_of(self.gene_vectors_logvar, query_ids), rows_of(self.gene_logvar, query_ids)
+        bound = MAX_LOG_VARIANCE_CHANGE
+        # bound x tanh(x / bound) in words of a sigmoid, which takes a fifth of the time.
+        share = torch.addmm(2 / bound * bias, 2 / bound * state.detach(), vectors.T).sigmoid_()
+        return mean, torch.add(share.new_full((), -bound), share, alpha=2 * bound)

@@ -169,4 +169,4 @@ class GppcLinearResponse(GppcClosedForm):
             products = loadings.index_select(1, first) * loadings.index_select(1, second)
             twice = covariance[:, first, second] * (2 - (first == second).to(covariance.dtype))
             variance = torch.addmm(noise, twice, products.T)
-        return torch.maximum(variance, noise)
+        return variance.clamp_(min=noise)

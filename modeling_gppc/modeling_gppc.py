@@ -32,7 +32,7 @@ IGNORED_LABEL = -100.0
 
 
 class GppcDecodeKwargs(TransformersKwargs, total=False):
-    """Keyword arguments of `decode`; `with_variance`: whether to predict `logvar` too."""
+    """Keyword arguments of `decode`."""
 
     with_variance: bool
 
@@ -81,12 +81,7 @@ class GppcPreTrainedModel(PreTrainedModel):
 
 
 class GppcEncoder(GppcPreTrainedModel):
-    """
-    Turns what the linear response knows of a cell into latents.
-
-    That is all the network sees of the cell: a projection of the genes that was fitted in closed form, and not one that
-    noisy cells have to teach it.
-    """
+    """Turns what the linear response knows of a cell into latents. That is all the network sees of the cell."""
 
     def __init__(self, config: GppcConfig):
         super().__init__(config)
@@ -206,26 +201,6 @@ class GppcModel(GppcPreTrainedModel):
             attentions=encoded.attentions,
         )
 
-    def imposed_levels(
-        self,
-        encoded: GppcEncoderOutput,
-        perturbation_ids: torch.LongTensor,
-        perturbation_values: torch.FloatTensor,
-        state_index: torch.LongTensor | None = None,
-    ) -> torch.FloatTensor:
-        """Log values that perturbed genes are set to, `(B, K)`: the cell's level plus the change.
-
-        Where the cell did not measure a gene its level is the one that the rest of the cell suggests.
-        """
-        if state_index is None:
-            state_index = torch.arange(len(perturbation_ids), device=perturbation_ids.device)
-        cell, response = state_index[:, None], self.linear_response
-        loadings = nn.functional.embedding(perturbation_ids, response.loadings)
-        shift = (loadings * encoded.factors.states.mean[cell]).sum(-1)
-        expected = (response.gene_mean[perturbation_ids] + shift).to(encoded.state_values.dtype)
-        known = encoded.measured[cell, perturbation_ids]
-        return torch.where(known, encoded.state_values[cell, perturbation_ids], expected) + perturbation_values
-
     def perturbation(
         self,
         encoded: GppcEncoderOutput,
@@ -235,10 +210,10 @@ class GppcModel(GppcPreTrainedModel):
         pairing_ids: torch.LongTensor | None = None,
         state_index: torch.LongTensor | None = None,
     ) -> GppcPerturbation:
-        """What is imposed on encoded cells; arguments as in [`GppcForPerturbationPrediction.decode`].
+        """What is imposed on encoded cells; arguments and errors as in [`GppcForPerturbationPrediction.decode`].
 
-        Raises:
-            ValueError: If rows do not fit the encoded cells, or `perturbation_values` does not fit `perturbation_ids`.
+        An imposed level is the cell's level plus the change. Where the cell did not measure a gene, its level is the one
+        that the rest of the cell suggests.
         """
         if state_index is None:
             state_index = torch.arange(len(encoded.state_values), device=encoded.state_values.device)
@@ -263,8 +238,11 @@ class GppcModel(GppcPreTrainedModel):
         mask = torch.ones_like(perturbation_ids) if perturbation_mask is None else perturbation_mask
         # Padding may hold anything; what it holds must not reach a sum.
         ids, values = perturbation_ids.where(mask.bool(), 0), perturbation_values.where(mask.bool(), 0)
-        levels = self.imposed_levels(encoded, ids, values, state_index)
-        return GppcPerturbation(state_index, pairing_ids, ids, values, mask, levels)
+        cell, response = state_index[:, None], self.linear_response
+        loadings = nn.functional.embedding(ids, response.loadings)
+        suggested = response.gene_mean[ids] + (loadings * encoded.factors.states.mean[cell]).sum(-1)
+        before = encoded.state_values[cell, ids].where(encoded.measured[cell, ids], suggested)
+        return GppcPerturbation(state_index, pairing_ids, ids, values, mask, before + values)
 
     @can_return_tuple
     def forward(
@@ -402,9 +380,9 @@ class GppcForPerturbationPrediction(GppcPreTrainedModel, GppcResponseMixin):
         linear = impose(linear, perturbation.levels, imposed)
         logits = linear
         if self.config.use_network:
-            contribution = self.readout(output.last_hidden_state, factors.familiarity, query_ids, with_variance)
-            logits = linear + contribution.mean.to(linear.dtype).masked_fill_(imposed.any(1), 0)
-            logvar = logvar + contribution.logvar if with_variance else None
+            mean, change = self.readout(output.last_hidden_state, factors.familiarity, query_ids, with_variance)
+            logits = mean.to(linear.dtype).masked_fill_(imposed.any(1), 0).add_(linear)
+            logvar = logvar.add_(change) if with_variance else None
         return GppcOutput(
             logits=logits,
             logvar=logvar,

@@ -115,23 +115,19 @@ class PerturbationPredictionPipeline(Pipeline):
         )
         for spec in {repr(spec): spec for spec in specs}.values():
             self.feature_extractor.parse_perturbation(spec)
+        pairings, pairing = self.model.config.pairings, inputs.get("pairing")
+        pairing = self.model.config.default_pairing if pairing is None else pairing
+        if pairing not in pairings:
+            raise ValueError(
+                f"`pairing` is {pairing!r}, which this model was not trained on{close_matches(pairing, pairings)}"
+            )
         return {
             "state": dict(features),
             "state_index": torch.from_numpy(state_index),
             "perturbations": specs,
-            "pairing": self._pairing(inputs.get("pairing")),
+            "pairing": pairings.index(pairing),
             "single": single,
         }
-
-    def _pairing(self, name: str | None) -> int:
-        pairings = list(self.model.config.pairings)
-        if name is None:
-            name = self.model.config.default_pairing
-        if name not in pairings:
-            raise ValueError(
-                f"`pairing` is {name!r}, which this model was not trained on{close_matches(name, pairings)}"
-            )
-        return pairings.index(name)
 
     def _forward(self, model_inputs, cells_per_batch: int = 64):
         """Responses of the cells, batch by batch."""
@@ -155,31 +151,22 @@ class PerturbationPredictionPipeline(Pipeline):
     def postprocess(self, model_outputs, top_k: int | None = None):
         """Arrays a cell, or records of the genes that change most."""
         expression, change, std = (model_outputs[name].numpy() for name in ("expression", "change", "std"))
+        ids, symbols = self.feature_extractor.gene_ids, self.feature_extractor.gene_symbols
         results = []
         for row in range(len(expression)):
-            result = {
-                "gene_ids": self.feature_extractor.gene_ids,
-                "gene_symbols": self.feature_extractor.gene_symbols,
-                "expression": expression[row],
-                "change": change[row],
-                "std": std[row],
-            }
-            results.append(result if top_k is None else _records(result, top_k))
+            values = {"expression": expression[row], "change": change[row], "std": std[row]}
+            if top_k is None:
+                results.append({"gene_ids": ids, "gene_symbols": symbols, **values})
+                continue
+            order = np.argsort(-np.abs(change[row]), kind="stable")[:top_k].tolist()
+            numbers = [{name: float(array[gene]) for name, array in values.items()} for gene in order]
+            results.append(
+                [
+                    {"gene_id": ids[gene], "gene_symbol": symbols[gene], **of_gene}
+                    for gene, of_gene in zip(order, numbers)
+                ]
+            )
         return results[0] if model_outputs["single"] else results
-
-
-def _records(result: dict, top_k: int) -> list[dict]:
-    order = np.argsort(-np.abs(result["change"]), kind="stable")[:top_k]
-    return [
-        {
-            "gene_id": result["gene_ids"][gene],
-            "gene_symbol": result["gene_symbols"][gene],
-            "expression": float(result["expression"][gene]),
-            "change": float(result["change"][gene]),
-            "std": float(result["std"][gene]),
-        }
-        for gene in order.tolist()
-    ]
 
 
 __all__ = ["PerturbationPredictionPipeline"]

@@ -28,6 +28,23 @@ class GppcResponseMixin:
         return torch.where(encoded.measured, encoded.state_values, expected.to(encoded.state_values.dtype))
 
     @torch.no_grad()
+    def unperturbed(
+        self,
+        encoded: GppcEncoderOutput,
+        pairing_ids: torch.LongTensor | None = None,
+        query_ids: torch.LongTensor | None = None,
+    ) -> torch.Tensor:
+        """
+        Predictions for encoded cells without a perturbation, at no familiarity and at full: `(2, B, Q)`.
+
+        Familiarity enters a prediction linearly, so these two tell that at any. Give them to [`respond`] where it is
+        called often for the same cells.
+        """
+        asked = {"pairing_ids": pairing_ids, "query_ids": query_ids, "with_variance": False}
+        none = encoded.state_values.new_zeros(len(encoded.state_values))
+        return torch.stack([self.decode(encoded, familiarity=share, **asked).logits for share in (none, none + 1)])
+
+    @torch.no_grad()
     def respond(
         self,
         encoded: GppcEncoderOutput | None = None,
@@ -37,6 +54,7 @@ class GppcResponseMixin:
         pairing_ids: torch.LongTensor | None = None,
         query_ids: torch.LongTensor | None = None,
         state_index: torch.LongTensor | None = None,
+        before: torch.Tensor | None = None,
     ) -> GppcResponseOutput:
         """
         What changes when expression is imposed: the prediction with the imposed levels minus that without.
@@ -52,6 +70,8 @@ class GppcResponseMixin:
                 screen also knows ids beyond the vocabulary, see [`GppcFeatureExtractor.target_index`].
             perturbation_values (`torch.FloatTensor` of shape `(B, K)`): Change of their log values.
             perturbation_mask, pairing_ids, query_ids, state_index: As in `decode`.
+            before (`torch.FloatTensor` of shape `(2, B, Q)`, *optional*): From [`unperturbed`], for the same pairing and
+                queries. Computed for every row when absent.
 
         Returns:
             [`GppcResponseOutput`]
@@ -71,26 +91,36 @@ class GppcResponseMixin:
         if encoded is None and self.screen_response is None:
             raise ValueError("`encoded` is missing; only a model of a screen knows the cells that it answers for.")
         mask = torch.ones_like(perturbation_ids) if perturbation_mask is None else perturbation_mask
-        asked = {"pairing_ids": pairing_ids, "query_ids": query_ids, "state_index": state_index}
-        nothing = perturbation_ids[:, :0], perturbation_values[:, :0]
+        if before is None and encoded is not None and self.screen_response is not None:
+            before = self.unperturbed(encoded, query_ids=query_ids)
+        if before is not None and state_index is not None:
+            before = before[:, state_index]
         if self.screen_response is not None:
             output = self.screen_response(self.model.linear_response, perturbation_ids, perturbation_values, mask)
             if query_ids is not None:
                 output.change, output.variance = output.change[:, query_ids], output.variance[:, query_ids]
-            if encoded is not None:
-                whole = torch.ones(len(mask), device=mask.device)
-                before = self.decode(encoded, *nothing, **asked, familiarity=whole, with_variance=False)
-                output.expression = before.logits + output.change
+            if before is not None:
+                output.expression = before[1] + output.change
             return output
-        after = self.decode(encoded, perturbation_ids, perturbation_values, mask, **asked, with_variance=False)
-        before = self.decode(encoded, *nothing, **asked, familiarity=after.familiarity, with_variance=False)
+        asked = {
+            "pairing_ids": pairing_ids,
+            "query_ids": query_ids,
+            "state_index": state_index,
+            "with_variance": False,
+        }
+        after = self.decode(encoded, perturbation_ids, perturbation_values, mask, **asked)
+        if before is None:
+            nothing = perturbation_ids[:, :0], perturbation_values[:, :0]
+            without = self.decode(encoded, *nothing, familiarity=after.familiarity, **asked).logits
+        else:
+            without = torch.lerp(*before, after.familiarity[:, None])
         variance = (USUAL_DRIFT * self.model.linear_response.deviation()) ** 2
         variance = variance if query_ids is None else variance[query_ids]
         # Nothing perturbed: nothing changes, surely. And what is imposed changes by what is imposed.
         perturbed = mask.bool().any(dim=1, keepdim=True)
         imposed = where_imposed(perturbation_ids, mask, query_ids, self.config.vocab_size)
         return GppcResponseOutput(
-            change=impose((after.logits - before.logits) * perturbed, perturbation_values, imposed),
+            change=impose((after.logits - without) * perturbed, perturbation_values, imposed),
             variance=(variance * perturbed).masked_fill(imposed.any(1), 0),
             expression=after.logits,
             familiarity=after.familiarity,

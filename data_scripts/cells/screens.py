@@ -9,11 +9,12 @@ import numpy as np
 import pandas as pd
 
 from data_scripts.cells.anndata_file import open_cells
-from data_scripts.cells.column_names import find_column, numbers, texts
+from data_scripts.cells.column_names import find_column, texts
 from data_scripts.cells.control_levels import ControlLevels
 from data_scripts.cells.log_values import LogValues
 from data_scripts.cells.screen_labels import CONTROL, Perturbation, TargetNames, read_labels
 from data_scripts.cells.screen_options import ScreenOptions
+from data_scripts.cells.technical_covariates import technical_covariates
 
 # Covariates that are batches: 1 in the cells of one, 0 in all others.
 BATCH_PREFIX = "batch "
@@ -214,28 +215,9 @@ def _texts_of(obs: pd.DataFrame, kind: str, named: str | None, otherwise: str) -
     return np.full(len(obs), otherwise) if column is None else obs[column].astype(str).to_numpy(dtype=str)
 
 
-def _finite(obs: pd.DataFrame, column: str) -> np.ndarray:
-    values = numbers(obs[column])
-    if not np.isfinite(values).all():
-        row = int(np.flatnonzero(~np.isfinite(values))[0])
-        raise ValueError(
-            f"obs column `{column}` of `screen` is {obs[column].iloc[row]!r} for cell `{obs.index[row]}`; wanted a number "
-            "for every cell: repair or drop the column."
-        )
-    return values
-
-
 def _covariates(obs: pd.DataFrame, library: np.ndarray | None, batch: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    columns: list[tuple[str, np.ndarray]] = []
-    if library is not None:
-        columns.append(("log library size", np.log(np.maximum(library, 1.0))))
-        expressed = find_column(obs, "n_expressed")
-        if expressed:
-            columns.append(("log expressed genes", np.log(np.maximum(_finite(obs, expressed), 1.0))))
-    mito = find_column(obs, "p_mito")
-    if mito:
-        columns.append(("mitochondrial share", _finite(obs, mito)))
-    columns += [(f"{BATCH_PREFIX}{name}", (batch == name).astype(float)) for name in np.unique(batch)[1:]]
+    columns = technical_covariates(obs, library, "`screen`")
+    columns |= {f"{BATCH_PREFIX}{name}": (batch == name).astype(float) for name in np.unique(batch)[1:]}
     if not columns:
         return np.zeros((len(obs), 0)), []
-    return np.stack([values for _, values in columns], axis=1), [name for name, _ in columns]
+    return np.stack(list(columns.values()), axis=1), list(columns)

@@ -13,12 +13,7 @@ from modeling_gppc.evaluation.linear_floors import (
 )
 from modeling_gppc.evaluation.mean_floors import Floor, MeanFloor, context_keys, find_keys, group_sums
 from modeling_gppc.evaluation.pair_arrays import PairArrays
-from modeling_gppc.fitting.factor_model import (
-    PairCoupling,
-    fit_factor_model,
-    fit_pair_coupling,
-    predict_factor_model,
-)
+from modeling_gppc.fitting.factor_model import Cells, fit_factor_model, fit_pair_coupling, predict_factor_model
 
 
 class LinearRevealedFloor(Floor):
@@ -98,12 +93,11 @@ class ConditionalGaussianFloor(Floor):
 
         def use(rank):
             if rank not in fitted:
-                model = fit_factor_model(cells, panel, self.panels, rank, n_iterations=25)
-                coupling = PairCoupling(np.zeros((rank, rank)), np.zeros(rank))
+                model = fit_factor_model(Cells(cells, panel, self.panels), rank, n_iterations=25)
+                coupling = np.zeros((rank, rank))
                 if self.with_coupling:
-                    coupling = fit_pair_coupling(
-                        model, train.source, train.source_panel, train.target, train.target_panel, self.panels
-                    )
+                    source = Cells(train.source, train.source_panel, self.panels)
+                    coupling = fit_pair_coupling(model, source, Cells(train.target, train.target_panel, self.panels))
                 fitted[rank] = (model, coupling)
             self.model, self.coupling = fitted[rank]
 
@@ -119,9 +113,7 @@ class ConditionalGaussianFloor(Floor):
         return predict_factor_model(
             self.model,
             self.coupling,
-            pairs.source,
-            pairs.source_panel,
-            pairs.panels,
+            Cells(pairs.source, pairs.source_panel, pairs.panels),
             pairs.revealed_ids,
             pairs.revealed_levels,
             pairs.revealed_mask,

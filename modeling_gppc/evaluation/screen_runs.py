@@ -117,7 +117,7 @@ def divisions(screen: Screen, options: EvaluateOptions) -> list[tuple[Screen, Sc
             raise ValueError(
                 "`model` was not fitted on one half of the screen's control cells, as `divisions` "
                 f"{options.divisions} and `seed` {options.seed} divide them: no control cell is left to measure the "
-                "truth with. Fit it with `--screen.half_controls true` (as `--screen.fold all` does) and the same "
+                "truth with. Fit it with `--screen.half_controls true` (as `--folds all` does) and the same "
                 "`divisions` and `seed`, or give `controls` 'shared' for the biased form."
             )
     found = []

@@ -4,13 +4,23 @@ import dataclasses
 
 import numpy as np
 from scipy.cluster.vq import kmeans2
-from scipy.special import logsumexp
+from scipy.special import softmax
 
-from modeling_gppc.fitting.factor_model import FactorModel, factor_information, fit_pair_coupling, posterior_by_panel
+from modeling_gppc.fitting.factor_model import (
+    Cells,
+    FactorModel,
+    factor_information,
+    factor_posterior_mean,
+    fit_pair_coupling,
+    posterior_by_panel,
+)
 
 RESTARTS = 3
 # Weight of a uniform prior over the components, in cells or pairs.
 PRIOR_WEIGHT = 1.0
+# EM steps: of the mixture, each costing n C r^2, and of the transitions between its components.
+MIXTURE_ITERATIONS = 50
+TRANSITION_ITERATIONS = 20
 
 
 @dataclasses.dataclass
@@ -28,79 +38,58 @@ class FactorMixture:
     means: np.ndarray
     weights: np.ndarray
 
-    def evidence(self, information: np.ndarray, covariance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Log likelihood of cells under every component, up to a constant of the cell, and its factors' means.
-
-        Args:
-            information (`np.ndarray`): `L' D^-1 (x - mean)` of cells of one panel, shape `(n, r)`.
-            covariance (`np.ndarray`): Posterior covariance of the factors for that panel, shape `(r, r)`.
-
-        Returns:
-            `(n, C)` and `(n, C, r)`.
-        """
-        shifted = information[:, None] + self.means
-        factors = shifted @ covariance
-        return 0.5 * ((shifted * factors).sum(-1) - (self.means**2).sum(1)), factors
+    def log_likelihood(self, cells: Cells) -> np.ndarray:
+        """Of cells under every component, up to a constant of the cell, `(n, C)`."""
+        covariance, _ = posterior_by_panel(self.model, cells.panels)
+        information = factor_information(self.model, cells)
+        output = np.empty((len(information), len(self.means)))
+        for panel in np.unique(cells.panel_index):
+            members = cells.panel_index == panel
+            shifted = information[members][:, None] + self.means
+            output[members] = 0.5 * ((shifted * (shifted @ covariance[panel])).sum(-1) - (self.means**2).sum(1))
+        return output
 
 
-def fit_factor_mixture(
-    model: FactorModel,
-    values: np.ndarray,
-    panel_index: np.ndarray,
-    panels: np.ndarray,
-    n_components: int,
-    n_iterations: int = 50,
-    seed: int = 0,
-) -> FactorMixture:
+def fit_factor_mixture(model: FactorModel, cells: Cells, n_components: int, seed: int = 0) -> FactorMixture:
     """
     Fits the mixture by EM in the space of the factors, starting from k-means; genes enter through `L' D^-1 x` alone.
 
     Args:
         model (`FactorModel`): Fitted on the same cells.
-        values (`np.ndarray`): Normalised values, shape `(n, V)`.
-        panel_index (`np.ndarray`): Row of `panels` of each cell, shape `(n,)`.
-        panels (`np.ndarray` of bool): Measured-gene sets, shape `(P, V)`.
+        cells ([`Cells`]): The cells.
         n_components (`int`): C; fewer where there are fewer cells. With 1 the mixture is the factor model itself.
-        n_iterations (`int`, *optional*, defaults to 50): EM steps, each costing n C r^2.
         seed (`int`, *optional*, defaults to 0): Of k-means.
     """
-    rank = model.loadings.shape[1]
-    n_components = min(n_components, len(values))
-    if n_components <= 1:
+    rank, n_cells, panel_index = model.loadings.shape[1], len(cells), cells.panel_index
+    if min(n_components, n_cells) <= 1:
         return FactorMixture(model, np.zeros((1, rank)), np.ones(1))
-    present = np.unique(panel_index)
-    covariance, precision = posterior_by_panel(model, panels)
-    information = factor_information(model, values, panel_index, panels)
-    factors = np.concatenate([information[panel_index == panel] @ covariance[panel] for panel in present])
-    order = np.concatenate([np.flatnonzero(panel_index == panel) for panel in present])
-    label = _start(factors * np.linalg.norm(model.loadings, axis=0), n_components, seed)
-    n_components = label.max() + 1
-    share = np.bincount(panel_index, minlength=len(panels)) / len(values)
-    responsibility = np.eye(n_components)[label[np.argsort(order)]]
-    factors = factors[np.argsort(order)]
-    means = responsibility.T @ factors / responsibility.sum(0)[:, None]
-    weights = responsibility.mean(0)
-    within = np.cov((factors - means[responsibility.argmax(1)]).T, bias=True).reshape(rank, rank)
-    within = within + np.einsum("p,prs->rs", share, covariance)
-    for _ in range(n_iterations):
+    covariance, precision = posterior_by_panel(model, cells.panels)
+    information, factors = factor_information(model, cells), factor_posterior_mean(model, cells)
+    order = np.argsort(panel_index, kind="stable")
+    label = np.empty(n_cells, dtype=int)
+    label[order] = _start(factors[order] * np.linalg.norm(model.loadings, axis=0), min(n_components, n_cells), seed)
+    weights = np.bincount(label) / n_cells
+    means = np.eye(len(weights))[label].T @ factors / (n_cells * weights)[:, None]
+    # Scatter within components, and what the posteriors leave open.
+    share = np.bincount(panel_index, minlength=len(cells.panels)) / n_cells
+    within = np.cov((factors - means[label]).T, bias=True).reshape(rank, rank) + np.tensordot(share, covariance, 1)
+    for _ in range(MIXTURE_ITERATIONS):
         inverse = np.linalg.inv(within)
         posterior = np.linalg.inv(precision + inverse)
         shift = means @ inverse
-        total, first, second = np.zeros(n_components), np.zeros((n_components, rank)), np.zeros((rank, rank))
-        for panel in present:
+        total, first, second = np.zeros(len(means)), np.zeros_like(means), np.zeros((rank, rank))
+        for panel in np.unique(panel_index):
             shifted = information[panel_index == panel][:, None] + shift
             conditional = shifted @ posterior[panel]
-            log_joint = np.log(weights) + 0.5 * ((shifted * conditional).sum(-1) - (means * shift).sum(1))
-            q = np.exp(log_joint - logsumexp(log_joint, axis=1, keepdims=True))
-            total += q.sum(0)
-            first += np.einsum("nc,ncr->cr", q, conditional)
-            flat = (conditional * np.sqrt(q)[:, :, None]).reshape(-1, rank)
+            evidence = 0.5 * ((shifted * conditional).sum(-1) - (means * shift).sum(1))
+            probability = softmax(np.log(weights) + evidence, axis=1)
+            total += probability.sum(0)
+            first += np.einsum("nc,ncr->cr", probability, conditional)
+            flat = (conditional * np.sqrt(probability)[:, :, None]).reshape(-1, rank)
             second += flat.T @ flat
         means = first / np.maximum(total, 1e-9)[:, None]
-        weights = (total + PRIOR_WEIGHT / n_components) / (total.sum() + PRIOR_WEIGHT)
-        # Within-component scatter around the new means, and what the posteriors leave open.
-        within = (second - (means * total[:, None]).T @ means) / len(values)
-        within = within + np.einsum("p,prs->rs", share, posterior)
+        weights = (total + PRIOR_WEIGHT / len(total)) / (total.sum() + PRIOR_WEIGHT)
+        within = (second - (means * total[:, None]).T @ means) / n_cells + np.tensordot(share, posterior, 1)
         within = 0.5 * (within + within.T) + 1e-4 * np.eye(rank)
     size, axes = np.linalg.eigh(within)
     root, inverse_root = (axes * np.sqrt(size)) @ axes.T, (axes / np.sqrt(size)) @ axes.T
@@ -118,56 +107,36 @@ def _start(points: np.ndarray, n_components: int, seed: int) -> np.ndarray:
     return np.unique(label, return_inverse=True)[1]
 
 
-def fit_mixture_coupling(
-    mixture: FactorMixture,
-    source_values: np.ndarray,
-    source_panel: np.ndarray,
-    target_values: np.ndarray,
-    target_panel: np.ndarray,
-    panels: np.ndarray,
-    n_iterations: int = 20,
-) -> tuple[np.ndarray, np.ndarray]:
+def fit_mixture_coupling(mixture: FactorMixture, source: Cells, target: Cells) -> tuple[np.ndarray, np.ndarray]:
     """
     How the target's state follows from the source's: between components, and within them.
 
     Args:
         mixture (`FactorMixture`): Fitted on training cells.
-        source_values, target_values (`np.ndarray`): Paired cells, shape `(n, V)`.
-        source_panel, target_panel (`np.ndarray`): Rows of `panels`, shape `(n,)`.
-        panels (`np.ndarray` of bool): Shape `(P, V)`.
-        n_iterations (`int`, *optional*, defaults to 20): EM steps for the transitions.
+        source, target ([`Cells`]): Paired cells, of the same panels.
 
     Returns:
         Transition probabilities P(target's component | source's) `(C, C)`, and the covariance of the two cells'
         factors around their components' means `(r, r)`.
     """
-    covariance, _ = posterior_by_panel(mixture.model, panels)
-    likelihoods = []
-    for values, panel_index in ((source_values, source_panel), (target_values, target_panel)):
-        information = factor_information(mixture.model, values, panel_index, panels)
-        log_likelihood = np.empty((len(values), len(mixture.weights)))
-        for panel in np.unique(panel_index):
-            members = panel_index == panel
-            log_likelihood[members] = mixture.evidence(information[members], covariance[panel])[0]
-        likelihoods.append(np.exp(log_likelihood - log_likelihood.max(axis=1, keepdims=True)))
-    source, target = likelihoods
-    joint = np.outer(mixture.weights, mixture.weights)
-    for _ in range(n_iterations):
+    n_pairs, prior = len(source), np.outer(mixture.weights, mixture.weights)
+    likelihoods = [mixture.log_likelihood(cells) for cells in (source, target)]
+    given_source, given_target = (np.exp(one - one.max(axis=1, keepdims=True)) for one in likelihoods)
+
+    def normalizer(joint: np.ndarray) -> np.ndarray:
+        return np.einsum("nc,cd,nd->n", given_source, joint, given_target)[:, None]
+
+    joint = prior
+    for _ in range(TRANSITION_ITERATIONS):
         # Sum over pairs of the posterior of (source's, target's component), without storing it.
-        scale = np.einsum("nc,cd,nd->n", source, joint, target)
-        joint = joint * ((source / scale[:, None]).T @ target) / len(source)
-    floor = PRIOR_WEIGHT / len(source)
-    prior = floor * np.outer(mixture.weights, mixture.weights)
-    transition = (joint + prior) / (joint + prior).sum(axis=1, keepdims=True)
-    scale = np.einsum("nc,cd,nd->n", source, joint, target)
-    source_share = source * (target @ joint.T) / scale[:, None]
-    target_share = target * (source @ joint) / scale[:, None]
+        joint = joint * ((given_source / normalizer(joint)).T @ given_target) / n_pairs
+    transition = joint + PRIOR_WEIGHT / n_pairs * prior
+    centres = mixture.means @ mixture.model.loadings.T
+    source_share = given_source * (given_target @ joint.T) / normalizer(joint)
+    target_share = given_target * (given_source @ joint) / normalizer(joint)
     coupling = fit_pair_coupling(
         mixture.model,
-        source_values - source_share @ mixture.means @ mixture.model.loadings.T,
-        source_panel,
-        target_values - target_share @ mixture.means @ mixture.model.loadings.T,
-        target_panel,
-        panels,
+        dataclasses.replace(source, values=source.values - source_share @ centres),
+        dataclasses.replace(target, values=target.values - target_share @ centres),
     )
-    return transition, coupling.matrix
+    return transition / transition.sum(axis=1, keepdims=True), coupling

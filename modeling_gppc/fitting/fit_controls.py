@@ -6,7 +6,7 @@ import numpy as np
 
 from data_scripts.cells.screen_cells import TechnicalCovariates
 from data_scripts.cells.screens import CONTROL, Screen
-from modeling_gppc.fitting.factor_model import FactorModel, choose_rank, fit_factor_model, fit_pair_coupling
+from modeling_gppc.fitting.factor_model import Cells, FactorModel, choose_rank, fit_factor_model, fit_pair_coupling
 from modeling_gppc.response_gppc import USUAL_DRIFT
 
 # Of the three explanations of a correlation one is an effect of the target: it acts on the gene, the gene acts on it, or
@@ -50,11 +50,10 @@ def fit_controls(screen: Screen, n_factors: int | None = None, seed: int = 0) ->
     values = covariates.residuals(screen.values[cells], screen.covariates[cells])
     panel, zeros = np.ones((1, values.shape[1]), dtype=bool), np.zeros(len(values), dtype=int)
     n_factors = n_factors or choose_rank(values, seed)
-    factors = fit_factor_model(values, zeros, panel, n_factors, ITERATIONS, seed)
-    source, target = _pairs(screen.batch[cells], np.random.default_rng(seed))
-    pair_panel = np.zeros(len(source), dtype=int)
-    coupling = fit_pair_coupling(factors, values[source], pair_panel, values[target], pair_panel, panel)
-    return ControlFit(factors, coupling.matrix, values.std(axis=0), covariates, batch_drift(screen))
+    factors = fit_factor_model(Cells(values, zeros, panel), n_factors, ITERATIONS, seed)
+    pairs = _pairs(screen.batch[cells], np.random.default_rng(seed))
+    coupling = fit_pair_coupling(factors, *(Cells(values[rows], zeros[rows], panel) for rows in pairs))
+    return ControlFit(factors, coupling, values.std(axis=0), covariates, batch_drift(screen))
 
 
 def _pairs(batch: np.ndarray, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -1,15 +1,15 @@
 """Closed-form start: the factor model of the training cells, put into the model's linear response."""
 
+import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 
-from data_scripts.batches.data_collator import PairCollator
 from data_scripts.batches.pair_dataset import PairDataset
 from modeling_gppc.fitting.factor_mixture import FactorMixture, fit_factor_mixture, fit_mixture_coupling
-from modeling_gppc.fitting.factor_model import FactorModel, fit_factor_model
-from modeling_gppc.fitting.fit_familiarity import SOURCE, choose_width, put_references
+from modeling_gppc.fitting.factor_model import Cells, FactorModel, fit_factor_model
+from modeling_gppc.fitting.fit_familiarity import choose_width, encoded_batches, pair_cells, put_references
 from modeling_gppc.linear_response_gppc import GppcLinearResponse
 from modeling_gppc.modeling_gppc import IGNORED_LABEL, GppcForPerturbationPrediction
 
@@ -22,6 +22,21 @@ SCALE_PAIRS = 1_536
 # Of the single Gaussian in the average. Not tuned: halves.
 SINGLE_SHARE = 0.5
 PERTURBATION = ("perturbation_ids", "perturbation_values", "perturbation_mask", "pairing_ids")
+
+
+@dataclasses.dataclass
+class SourceCells:
+    """Source cells of some pairs, of which `block` are made dense at a time."""
+
+    dataset: PairDataset
+    rows: np.ndarray
+    panels: np.ndarray
+    block: int
+
+    def blocks(self) -> Iterator[Cells]:
+        """The cells, some at a time."""
+        for start in range(0, len(self.rows), self.block):
+            yield pair_cells(self.dataset, "source", self.rows[start : start + self.block], self.panels)
 
 
 def initialize_linear_response(
@@ -48,41 +63,31 @@ def initialize_linear_response(
         n_iterations (`int`, *optional*, defaults to 30): Passes over the cells.
         seed (`int`, *optional*, defaults to 0): Chooses them.
     """
-    config = model.config
-    n_genes = config.vocab_size
+    device, config, response = model.device, model.config, model.model.linear_response
+    model.cpu()  # where the cells are; a Trainer may have moved the model already
     rng = np.random.default_rng(seed)
-    source_panel = dataset.table.column("source_panel").to_numpy()
     _, rows = np.unique(dataset.table.column("source_soma_joinid").to_numpy(), return_index=True)
     rows = np.sort(_sample(rows, max_cells, rng))
-    block = max(1, BLOCK_VALUES // n_genes)
-
-    def blocks() -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        for start in range(0, len(rows), block):
-            part = rows[start : start + block]
-            yield dataset.dense_cells("source", part, n_genes), source_panel[part]
-
-    factors = min(config.num_factors, n_genes - 1, max(len(rows) - 1, 1))
-    fitted = fit_factor_model(blocks, None, panels, n_factors=factors, n_iterations=n_iterations, seed=seed)
-    few = np.sort(_sample(rows, block, rng))
-    cells = dataset.dense_cells("source", few, n_genes), source_panel[few]
+    block = max(1, BLOCK_VALUES // config.vocab_size)
+    factors = min(config.num_factors, config.vocab_size - 1, max(len(rows) - 1, 1))
+    fitted = fit_factor_model(SourceCells(dataset, rows, panels, block), factors, n_iterations, seed)
+    cells = pair_cells(dataset, "source", np.sort(_sample(rows, block, rng)), panels)
     pairs = [
         np.sort(_sample(np.flatnonzero(dataset.pairing_ids == pairing), min(max_cells, block), rng))
         for pairing in range(len(config.pairings))
     ]
     held_out = _sample(np.arange(len(validation)), SCALE_PAIRS, rng)
-    response = model.model.linear_response
 
     def put_states(n_components: int) -> np.ndarray:
-        mixture = fit_factor_mixture(fitted, *cells, panels, n_components=n_components, seed=seed)
-        _put_mixture(response, mixture)
-        if n_components > 1:
-            _put_single(response, fitted, mixture)
+        mixture = fit_factor_mixture(fitted, cells, n_components, seed)
+        _put_mixture(response, mixture, fitted)
         for pairing, chosen in enumerate(pairs):
             if len(chosen):
-                _put_coupling(response, pairing, mixture, dataset, panels, chosen)
+                source, target = (pair_cells(dataset, side, chosen, panels) for side in ("source", "target"))
+                _put_coupling(response, pairing, mixture, source, target)
                 if n_components > 1:
                     few = chosen[:: max(1, len(chosen) // SCALE_PAIRS)]
-                    choose_evidence_scale(model, dataset, panels, pairing, few)
+                    _choose_evidence_scale(model, dataset, panels, pairing, few)
         return linear_errors(model, validation, panels, held_out)
 
     errors = put_states(1)
@@ -93,64 +98,49 @@ def initialize_linear_response(
     if config.num_references > 0:
         put_references(model, dataset, panels, pairs, rng)
         choose_width(model, validation, panels, held_out)
+    model.to(device)
+
+
+def _put(buffer: torch.Tensor, values: np.ndarray, rest: float = 0.0) -> None:
+    """Fills the first rows and columns of a buffer; what the data did not need holds `rest`."""
+    buffer.fill_(rest)[tuple(slice(length) for length in values.shape)] = torch.as_tensor(values).to(buffer)
 
 
 @torch.no_grad()
-def _put_mixture(response: GppcLinearResponse, mixture: FactorMixture) -> None:
-    components, factors = mixture.means.shape
+def _put_mixture(response: GppcLinearResponse, mixture: FactorMixture, single: FactorModel) -> None:
+    """Cell states and, beside several of them, the single Gaussian in terms of their factors."""
     states = response.states
-    response.gene_mean.copy_(_tensor(mixture.model.mean, response))
-    response.noise.copy_(_tensor(mixture.model.noise, response))
-    response.loadings.zero_()[:, :factors] = _tensor(mixture.model.loadings, response)
-    states.component_means.zero_()[:components, :factors] = _tensor(mixture.means, response)
+    _put(response.gene_mean, mixture.model.mean)
+    _put(response.noise, mixture.model.noise)
+    _put(response.loadings, mixture.model.loadings)
+    _put(states.component_means, mixture.means)
     # Components that the data did not need are never entered.
-    states.component_logits.fill_(UNUSED)[:components] = _tensor(np.log(mixture.weights), response)
+    _put(states.component_logits, np.log(mixture.weights), UNUSED)
     states.transition_logits.zero_()
     states.coupling.zero_()
-    # One state is the single Gaussian itself.
-    response.single_root.copy_(torch.eye(len(response.single_root)))
-    response.single_share.zero_()
-    if components == 1:
+    if len(mixture.weights) == 1:
+        # One state is the single Gaussian itself.
+        response.single_root.copy_(torch.eye(len(response.single_root)))
+        response.single_share.zero_()
         response.single.coupling.zero_()
-
-
-@torch.no_grad()
-def _put_single(response: GppcLinearResponse, model: FactorModel, mixture: FactorMixture) -> None:
-    """The single Gaussian beside the states: its factors in terms of theirs; its coupling is there already."""
-    response.single_root.zero_()
-    root = np.linalg.lstsq(mixture.model.loadings, model.loadings, rcond=None)[0]
-    response.single_root[: len(root), : len(root)] = _tensor(root, response)
-    response.single_share.fill_(SINGLE_SHARE)
+    else:
+        _put(response.single_root, np.linalg.lstsq(mixture.model.loadings, single.loadings, rcond=None)[0])
+        response.single_share.fill_(SINGLE_SHARE)
 
 
 @torch.no_grad()
 def _put_coupling(
-    response: GppcLinearResponse,
-    pairing: int,
-    mixture: FactorMixture,
-    dataset: PairDataset,
-    panels: np.ndarray,
-    rows: np.ndarray,
+    response: GppcLinearResponse, pairing: int, mixture: FactorMixture, source: Cells, target: Cells
 ) -> None:
-    n_genes = panels.shape[1]
-    transition, coupling = fit_mixture_coupling(
-        mixture,
-        dataset.dense_cells("source", rows, n_genes),
-        dataset.table.column("source_panel").to_numpy()[rows],
-        dataset.dense_cells("target", rows, n_genes),
-        dataset.table.column("target_panel").to_numpy()[rows],
-        panels,
-    )
-    components, factors = mixture.means.shape
-    states = response.states
-    states.coupling[pairing, :factors, :factors] = _tensor(coupling, response)
-    if components == 1:
-        response.single.coupling[pairing] = states.coupling[pairing]
-    states.transition_logits[pairing].fill_(UNUSED)
-    states.transition_logits[pairing, :components, :components] = _tensor(np.log(transition), response)
+    """How partners follow from cells: of the states and, where there is one only, of the single Gaussian."""
+    transition, coupling = fit_mixture_coupling(mixture, source, target)
+    _put(response.states.coupling[pairing], coupling)
+    if len(mixture.weights) == 1:
+        response.single.coupling[pairing] = response.states.coupling[pairing]
+    _put(response.states.transition_logits[pairing], np.log(transition), UNUSED)
 
 
-def choose_evidence_scale(
+def _choose_evidence_scale(
     model: GppcForPerturbationPrediction, dataset: PairDataset, panels: np.ndarray, pairing: int, rows: np.ndarray
 ) -> None:
     """Sets how far the imposed levels are trusted to tell the target's cell state, by squared error on `rows`."""
@@ -167,16 +157,12 @@ def linear_errors(
     model: GppcForPerturbationPrediction, dataset: PairDataset, panels: np.ndarray, rows: np.ndarray
 ) -> np.ndarray:
     """Squared error of the linear response on some pairs, summed over the scored genes of each pairing, `(P,)`."""
-    collate = PairCollator(panels)
     response = model.model.linear_response
     totals = np.zeros(len(model.config.pairings))
-    for start in range(0, len(rows), 256):
-        batch = collate(dataset[rows[start : start + 256]])
-        labels = batch["labels"]
-        encoded = model.encode(**{name: batch[name] for name in SOURCE})
+    for batch, encoded in encoded_batches(model, dataset, rows, panels):
         perturbation = model.model.perturbation(encoded, **{name: batch[name] for name in PERTURBATION})
         expected = response.expected(response.condition(encoded.factors, perturbation).factors)
-        error = torch.where(labels != IGNORED_LABEL, expected - labels, torch.zeros(())).square().sum(1)
+        error = (expected - batch["labels"]).where(batch["labels"] != IGNORED_LABEL, 0).square().sum(1)
         totals += np.bincount(batch["pairing_ids"], weights=error.double(), minlength=len(totals))
     return totals
 
@@ -192,15 +178,10 @@ def keep_network_if_it_pays(model: GppcForPerturbationPrediction, log_history: l
         `bool`: Whether the network is kept.
     """
     evaluations = [entry for entry in log_history if "eval_linear_mse" in entry]
-    if not model.config.use_network or not evaluations:
-        return model.config.use_network
-    best = min(evaluations, key=lambda entry: entry["eval_mse"])
-    model.config.use_network = best["eval_mse"] < best["eval_linear_mse"]
+    if model.config.use_network and evaluations:
+        best = min(evaluations, key=lambda entry: entry["eval_mse"])
+        model.config.use_network = best["eval_mse"] < best["eval_linear_mse"]
     return model.config.use_network
-
-
-def _tensor(array: np.ndarray, response) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array)).to(response.loadings)
 
 
 def _sample(values: np.ndarray, at_most: int, rng: np.random.Generator) -> np.ndarray:

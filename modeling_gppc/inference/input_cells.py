@@ -12,7 +12,8 @@ from scipy import sparse
 from data_scripts.cells.anndata_file import open_cells
 from data_scripts.cells.gene_mapping import FileGenes
 from data_scripts.cells.read_options import ReadOptions
-from modeling_gppc.feature_extraction_gppc import GppcFeatureExtractor
+from data_scripts.cells.technical_covariates import technical_covariates
+from modeling_gppc.feature_extraction_gppc import LOG_LIBRARY_SIZE, GppcFeatureExtractor
 from modeling_gppc.normalization_gppc import close_matches
 
 # Close matches are sought for so many of the unknown genes; every search compares against the whole vocabulary.
@@ -33,6 +34,8 @@ class InputCells:
             where the extractor sums rates.
         library_source (`str`): Column of obs it comes from, `"sum"`, or `"none"` for log values.
         unknown (`pd.DataFrame`): Genes of the input that the model does not know: `gene`, `close_match`.
+        covariates (`dict[str, np.ndarray]`): Technical covariates that the model takes out, by name, as far as obs has
+            them; see [`technical_covariates`].
         warnings (`list[str]`): What a person should know, a line each.
     """
 
@@ -43,6 +46,7 @@ class InputCells:
     library_size: np.ndarray | None
     library_source: str
     unknown: pd.DataFrame
+    covariates: dict[str, np.ndarray]
     warnings: list[str] = dataclasses.field(default_factory=list)
 
     def __len__(self) -> int:
@@ -51,8 +55,13 @@ class InputCells:
     def features(self, extractor: GppcFeatureExtractor, rows: slice):
         """Model inputs of some of the cells."""
         names = [extractor.gene_ids[index] for index in self.gene_index]
-        library_size = None if self.library_size is None else self.library_size[rows]
-        return extractor(self.counts[rows], names, library_size=library_size, value_kind=self.value_kind)
+        return extractor(
+            self.counts[rows],
+            names,
+            library_size=None if self.library_size is None else self.library_size[rows],
+            covariates={name: values[rows] for name, values in self.covariates.items()},
+            value_kind=self.value_kind,
+        )
 
 
 def input_cells(
@@ -84,6 +93,16 @@ def input_cells(
         library = cells.check()
         counts = sparse.vstack([block for _, block in cells.blocks(known)], format="csr")
         warnings += cells.notes
+    covariates, absent = {}, []
+    if extractor.covariate_names:
+        found = technical_covariates(cells.obs, library.sizes if library.is_complete else None, "`cells`")
+        covariates = {name: values for name, values in found.items() if name in extractor.covariate_names}
+        absent = [name for name in extractor.covariate_names if name not in {LOG_LIBRARY_SIZE, *covariates}]
+    if absent:
+        warnings.append(
+            f"the model takes out what technical covariates explain, of which obs lacks {', '.join(absent)}; taken to be "
+            "at the mean of the training cells."
+        )
     if len(known) / extractor.vocab_size < 0.5:
         warnings.append(f"only {len(known)} of the {extractor.vocab_size} genes of the model are among the input's.")
     return InputCells(
@@ -94,6 +113,7 @@ def input_cells(
         library_size=None if rates or library.source == "none" else library.sizes,
         library_source="sum" if rates else library.source,
         unknown=_unknown_genes(cells.genes.table["name"][index < 0].tolist(), extractor),
+        covariates=covariates,
         warnings=warnings,
     )
 

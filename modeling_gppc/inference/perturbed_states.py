@@ -26,6 +26,9 @@ def predicted_blocks(prediction: Prediction, batch_size: int) -> Iterator[tuple[
         features = prediction.cells.features(extractor, rows)
         encoded = model.encode(**{name: tensor.to(device) for name, tensor in features.items()})
         levels = model.levels(encoded).numpy(force=True)
+        own_pairing = torch.full((n_rows,), pairing, device=device)
+        # Two predictions a cell, which pay from the third perturbation on.
+        before = model.unperturbed(encoded, own_pairing, query) if n_texts > 2 else None
         at_once = max(1, batch_size // n_rows)
         for first in range(0, n_texts, at_once):
             texts = prediction.texts[first : first + at_once]
@@ -35,9 +38,10 @@ def predicted_blocks(prediction: Prediction, batch_size: int) -> Iterator[tuple[
             output = model.respond(
                 encoded,
                 **{name: tensor.to(device) for name, tensor in change.items()},
-                pairing_ids=torch.full_like(state_index, pairing),
+                pairing_ids=own_pairing[state_index],
                 query_ids=query,
                 state_index=state_index,
+                before=before,
             )
             values = {"X": output.expression, "delta": output.change, "std": output.variance.sqrt()}
             if output.familiarity is not None:

@@ -80,7 +80,7 @@ class TrainingOptions:
         save_total_limit (`int`): Checkpoints kept, the best among them.
         early_stopping_patience (`int`, *optional*): Evaluations without improvement before training ends.
         max_validation_pairs (`int`): Validation pairs scored at each evaluation.
-        redraw_perturbations (`bool`): Draw the revealed genes anew in every epoch.
+        redraw_perturbations (`bool`): Draw the imposed genes anew in every epoch.
         n_query_genes (`int`, *optional*): Genes predicted in a batch; defaults to all.
         start_from (`str`, *optional*): Folder of a trained model whose weights the network starts with; genes are
             found by id, sizes are that model's. The linear response is fitted on the run's own cells all the same.
@@ -135,11 +135,8 @@ class TrainingOptions:
                 f"{close_matches(self.lr_scheduler_type, schedules)}"
             )
         try:  # a schedule of its own checks its settings
-            optimizer = torch.optim.SGD([torch.zeros(1)])
-            steps = (self.warmup_steps, self.max_steps)
-            get_scheduler(
-                self.lr_scheduler_type, optimizer, *steps, scheduler_specific_kwargs=self.lr_scheduler_kwargs
-            )
+            optimizer, settings = torch.optim.SGD([torch.zeros(1)]), self.lr_scheduler_kwargs
+            get_scheduler(self.lr_scheduler_type, optimizer, self.warmup_steps, self.max_steps, settings)
         except (ValueError, TypeError) as error:
             raise ValueError(
                 f"`training.lr_scheduler_kwargs` {self.lr_scheduler_kwargs} do not fit {self.lr_scheduler_type!r}: "

@@ -13,30 +13,18 @@ from data_scripts.files import make_durable
 logger = logging.getLogger(__name__)
 # Sizes of a checkpoint's files, written last.
 LISTING = "checkpoint.json"
-# Where checkpoints are while they are being written or deleted.
+# Where checkpoints are while they are being written or deleted, inside the run's folder.
 UNFINISHED = ".checkpoints"
-
-
-def unfinished_folder(output_dir: str | Path) -> Path:
-    """Folder inside the run's in which checkpoints are written."""
-    return Path(output_dir) / UNFINISHED
 
 
 def clear_unfinished(output_dir: str | Path) -> None:
     """Deletes what killed runs left half-written or half-deleted."""
-    shutil.rmtree(unfinished_folder(output_dir), ignore_errors=True)
+    shutil.rmtree(Path(output_dir) / UNFINISHED, ignore_errors=True)
 
 
 def publish(written: Path, output_dir: str | Path) -> Path:
-    """Lists the files of a fully written checkpoint, makes them durable and gives the checkpoint its name.
-
-    Args:
-        written (`Path`): The checkpoint under `unfinished_folder(output_dir)`.
-        output_dir (`str` or `Path`): Folder of the run.
-
-    Returns:
-        Where the checkpoint is now.
-    """
+    """Lists the files of a checkpoint that is fully written under `UNFINISHED`, makes them durable and gives the
+    checkpoint its name; returns where it is now."""
     files = [path for path in sorted(written.rglob("*")) if path.is_file() and path.name != LISTING]
     sizes = {str(path.relative_to(written)): path.stat().st_size for path in files}
     listing = written / LISTING
@@ -53,7 +41,7 @@ def publish(written: Path, output_dir: str | Path) -> Path:
 
 def discard(checkpoint: Path) -> None:
     """Deletes a checkpoint; it loses its name first, so that a kill leaves none half-deleted."""
-    grave = unfinished_folder(checkpoint.parent) / f"deleted-{checkpoint.name}"
+    grave = checkpoint.parent / UNFINISHED / f"deleted-{checkpoint.name}"
     grave.parent.mkdir(exist_ok=True)
     shutil.rmtree(grave, ignore_errors=True)
     os.rename(checkpoint, grave)
@@ -62,28 +50,17 @@ def discard(checkpoint: Path) -> None:
 
 def checkpoints(output_dir: str | Path) -> list[tuple[int, Path]]:
     """Steps and folders of a run's checkpoints, oldest first."""
-    found = []
-    for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        step = path.name.rsplit("-", 1)[1]
-        if step.isdigit():
-            found.append((int(step), path))
-    return sorted(found)
+    found = [(path.name.rsplit("-", 1)[1], path) for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")]
+    return sorted((int(step), path) for step, path in found if step.isdigit())
 
 
 def rotate(output_dir: str | Path, keep: int, best_step: int | None) -> None:
-    """Deletes all but the newest checkpoints and the best one.
-
-    Args:
-        output_dir (`str` or `Path`): Folder of the run.
-        keep (`int`): How many stay, the best among them; at least the newest and the best do.
-        best_step (`int`, *optional*): Step of the best.
-    """
+    """Deletes all checkpoints but `keep`: the best one and the newest, both in any case."""
     found = checkpoints(output_dir)
-    newest_first = [path for step, path in reversed(found) if step != best_step]
-    kept_besides = max(keep - int(len(newest_first) < len(found)), 1)
-    if found and found[-1][0] == best_step:  # the newest is the best
-        kept_besides = max(keep - 1, 0)
-    for path in newest_first[kept_besides:]:
+    others = [path for step, path in reversed(found) if step != best_step]
+    room = keep - (len(found) - len(others))
+    newest_is_best = bool(found) and found[-1][0] == best_step
+    for path in others[max(room, 0 if newest_is_best else 1) :]:
         discard(path)
 
 

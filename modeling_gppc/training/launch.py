@@ -18,25 +18,16 @@ Result = TypeVar("Result")
 PATIENCE = timedelta(hours=24)
 
 
-def start_processes(use_cpu: bool) -> PartialState:
-    """Joins the processes of a launch.
-
-    Args:
-        use_cpu (`bool`): Whether to train on the CPU even where a GPU is; without a GPU it is the CPU in any case.
+@contextlib.contextmanager
+def processes(use_cpu: bool) -> Iterator[PartialState]:
+    """The processes of a launch, on the CPU where `use_cpu` says so or there is no GPU.
 
     Raises:
         ValueError: If several processes were asked for and the launcher started a single one.
     """
     refuse_single_process(os.environ)
-    if use_cpu or not torch.cuda.is_available():
-        return PartialState(cpu=True, timeout=PATIENCE)
-    return PartialState(timeout=PATIENCE)
-
-
-@contextlib.contextmanager
-def processes(use_cpu: bool) -> Iterator[PartialState]:
-    """The processes of a launch, from [`start_processes`] to their end."""
-    state = start_processes(use_cpu)
+    on_cpu = {"cpu": True} if use_cpu or not torch.cuda.is_available() else {}
+    state = PartialState(**on_cpu, timeout=PATIENCE)
     try:
         yield state
     finally:
@@ -47,16 +38,10 @@ def processes(use_cpu: bool) -> Iterator[PartialState]:
 
 
 def refuse_single_process(environment: dict[str, str]) -> None:
-    """Tells a launch that asked for several processes and made one, which would silently train on a part of the plan.
+    """Raises a `ValueError` where a launch asked for several processes and made one, which would train on a part only.
 
     `accelerate launch --cpu --num_processes 2` starts one process (accelerate 1.15) and leaves a master's address
     without a world; `srun python train.py` starts several that do not know of each other.
-
-    Args:
-        environment (`dict[str, str]`): Environment variables of this process.
-
-    Raises:
-        ValueError: Naming a launch that does start several processes.
     """
     if any(name in environment for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")):
         return
@@ -75,15 +60,8 @@ def refuse_single_process(environment: dict[str, str]) -> None:
 
 
 def main_first(state: PartialState, function: Callable[[], Result]) -> Result:
-    """Calls `function` on the main process, then on the others; an error of the main process is raised on all.
-
-    Args:
-        state (`PartialState`): The processes.
-        function (`Callable`): What to do; on the others it finds done what the main process did.
-
-    Raises:
-        ValueError: Whatever input the main process found at fault, with the same words on every process.
-    """
+    """Calls `function` on the main process, then on the others, where it finds that work done; an error about input is
+    raised on all of them with the same words."""
     if state.num_processes == 1:
         return function()
     result, message = None, [None]
@@ -110,16 +88,12 @@ def broadcast_buffers(state: PartialState, model: torch.nn.Module) -> None:
 
 
 def leave(code: int, n_processes: int) -> NoReturn:
-    """Ends a process of a launch after its work, without the interpreter's own end where it has others beside it.
+    """Ends a process of a launch with a status, without the interpreter's own end where it has others beside it.
 
     Gloo's threads free the last message after the main thread has gone on. If the interpreter is ending by then, they
     cannot take its lock and abort the process (PyTorch 2.13, seen in one of 30 launches), and the launcher reports a
     finished run as failed. `destroy_process_group` does not end these threads while caches of sharded tensors hold the
     group, and joins them with the lock held where it does: it is left out before this, too.
-
-    Args:
-        code (`int`): Exit status.
-        n_processes (`int`): Processes of the launch; one alone ends as ever.
     """
     if n_processes == 1:
         sys.exit(code)

@@ -17,17 +17,17 @@ def check_files(data: DataOptions, pairs: PairOptions) -> None:
     Raises:
         ValueError: For a missing file, two files of one name, or a list of genes that names none.
     """
-    files = data.files or ([] if data.screen is None else [data.screen])
-    for file in files:
-        if not Path(file).exists():
-            raise ValueError(f"`data.{'screen' if data.files is None else 'files'}` {file} does not exist.")
-    names = [Path(file).stem for file in files]
+    for option, files in (("screen", [data.screen] if data.screen else []), ("files", data.files or [])):
+        for file in files:
+            if not Path(file).exists():
+                raise ValueError(f"`data.{option}` {file} does not exist.")
+    names = [Path(file).stem for file in data.files or []]
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"`data.files` holds two files named {name!r}; their names tell data sets apart.")
-    from data_scripts.pairs.gene_selection import read_gene_list
-
     if pairs.panel.file is not None:
+        from data_scripts.pairs.gene_selection import read_gene_list
+
         read_gene_list(pairs.panel.file)
 
 
@@ -39,14 +39,9 @@ def prepare_pairs(
     train_rows: int | None = None,
     progress: bool = True,
 ) -> PairFolder:
-    """Opens the pairs of a run, after writing a local store and building the pairs where that is still to do.
+    """Opens the pairs of a run, after writing `cells` and `pairs` into its folder `out` where that is still to do.
 
-    Args:
-        data (`DataOptions`): Where cells come from.
-        pairs (`PairOptions`): How cells become pairs.
-        out (`str` or `Path`): Folder of the run, in which `cells` and `pairs` are written.
-        train_rows (`int`, *optional*): Training rows to write beside a stream, about; all of them without it.
-        progress (`bool`, *optional*, defaults to `True`): Whether to show progress bars.
+    Beside a stream only about `train_rows` training rows are written.
 
     Raises:
         ValueError: For missing files, bad counts, a query without cells and so on, before long work.
@@ -64,12 +59,12 @@ def prepare_pairs(
         kind = data.file_options.value_kind if data.files else "counts"
         if data.synthetic is not None and data.synthetic.form == "linear":
             kind = "log"
-        layer = {
+        layers = {
             "counts": {},
             "estimated_counts": {"layer": "normalized"},
             "log": {"layer": "log_values", "normalization": "none"},
-        }[kind]
-        pairs = dataclasses.replace(pairs, query=dataclasses.replace(pairs.query, uri=str(store), **layer))
+        }
+        pairs = dataclasses.replace(pairs, query=dataclasses.replace(pairs.query, uri=str(store), **layers[kind]))
     return build_pairs(pairs, out / "pairs", num_proc=data.num_proc, progress=progress, train_rows=train_rows)
 
 
@@ -103,6 +98,5 @@ def write_store(store: Path, data: DataOptions, organism: str, progress: bool) -
 
         sources = [CensusSource(library_cells_pbmc68k(), data.example)]
     else:
-        reading = data.file_options
-        sources = [CensusSource(file, Path(file).stem, options=reading) for file in data.files]
+        sources = [CensusSource(file, Path(file).stem, options=data.file_options) for file in data.files]
     write_census(store, sources, organism=organism, progress=progress)

@@ -14,17 +14,16 @@ from modeling_gppc.training.trainer import GppcTrainer
 
 
 def run_facts(trainer: GppcTrainer, folder: PairFolder, data: DataOptions, start_from: str | None) -> dict:
-    """The content of `run.json`.
-
-    Args:
-        trainer ([`GppcTrainer`]): The run, as far as it has come.
-        folder ([`PairFolder`]): Its pairs.
-        data ([`DataOptions`]): Where its cells come from.
-        start_from (`str`, *optional*): Folder of the model that it started from.
-    """
+    """The content of `run.json`: of the run as far as it has come, its pairs, where its cells come from and the folder of
+    the model that it started from."""
     manifest = folder.manifest
     query = manifest.get("options", {}).get("query", {})
     source = data.example or query.get("census_version") or query.get("uri")
+    earlier = None
+    if start_from is not None:
+        file = Path(start_from) / "run.json"
+        run = json.loads(file.read_text()) if file.is_file() else {}
+        earlier = {name: run.get(name) for name in ("store", "datasets", "screen", "digest", "start_from")}
     cells = manifest.get("report", {}).get("splits", {}).get("train", {}).get("cells")
     return {
         "store": Path(source or folder.path).name,
@@ -46,25 +45,12 @@ def run_facts(trainer: GppcTrainer, folder: PairFolder, data: DataOptions, start
         "steps": trainer.state.global_step,
         "processes": trainer.args.world_size,
         "digest": manifest.get("digest"),
-        **what_was_read(folder, start_from),
+        # What leak guards ask for: the data sets that this model has seen, and those that the one before it had.
+        "datasets": sorted(pc.unique(folder.split("train").column("dataset_id")).drop_null().to_pylist()),
+        "start_from": earlier,
     }
 
 
 def command() -> str:
     """The command that started this process."""
     return shlex.join(["accelerate", "launch", "train.py", *sys.argv[1:]])
-
-
-def what_was_read(folder: PairFolder, start_folder: str | None) -> dict:
-    """What leak guards ask a model folder for: `datasets` of the training pairs, and the same of the model that the run
-    started from (`start_from`)."""
-    earlier = None
-    if start_folder is not None:
-        run_file = Path(start_folder) / "run.json"
-        run = json.loads(run_file.read_text()) if run_file.is_file() else {}
-        earlier = {name: run.get(name) for name in ("store", "datasets", "screen", "digest", "start_from")}
-    datasets = pc.unique(folder.split("train").column("dataset_id")).to_pylist()
-    return {
-        "datasets": sorted(str(name) for name in datasets if name is not None),
-        "start_from": earlier,
-    }

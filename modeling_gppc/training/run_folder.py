@@ -21,12 +21,9 @@ FREE = (
 
 
 def claim_folder(options: Mapping, resume: bool, processes: int = 1) -> Path:
-    """Takes the run's folder, or refuses to mix two runs in one.
+    """Takes the folder of a run (`output_dir` of its options), or refuses to mix two runs in one.
 
-    Args:
-        options (`Mapping`): All options of the run as a nested mapping; `output_dir` is the folder.
-        resume (`bool`): Whether to go on with the run that the folder holds.
-        processes (`int`, *optional*, defaults to 1): Training processes; they decide which pairs make a step.
+    Another number of training processes is another run: it decides which pairs make a step.
 
     Raises:
         ValueError: If the folder holds a run and `resume` is not set, or another run, naming the first difference.
@@ -71,12 +68,7 @@ def holds_work(folder: Path) -> bool:
 def first_difference(theirs, mine, free: tuple[str, ...] = FREE, where: str = "") -> str | None:
     """The first option that differs, as text, leaving out what moves no number."""
     if isinstance(theirs, dict) and isinstance(mine, dict):
-        for key in sorted({*theirs, *mine}):
-            name = f"{where}.{key}" if where else key
-            if name in free:
-                continue
-            difference = first_difference(theirs.get(key), mine.get(key), free, name)
-            if difference is not None:
-                return difference
-        return None
+        names = {key: f"{where}.{key}" if where else key for key in sorted({*theirs, *mine})}
+        found = (first_difference(theirs.get(k), mine.get(k), free, n) for k, n in names.items() if n not in free)
+        return next((difference for difference in found if difference is not None), None)
     return None if theirs == mine else f"`{where}` is {theirs!r} there and {mine!r} here"

@@ -52,10 +52,7 @@ def start_from(
     Tables with a row a gene or a pairing are copied row by row where the earlier model has it; other rows keep their
     fresh weights. Everything else is copied whole. The linear response is left as it is: it is fitted on the run's cells.
 
-    Args:
-        folder (`str`): Model folder that `train.py` left.
-        config (`GppcConfig`): Of the run; widths and depths are replaced by the earlier model's.
-        gene_ids, gene_symbols (`list[str]`): The run's vocabulary, in id order.
+    The folder is one that `train.py` left. Widths and depths of `config` are replaced by the earlier model's.
 
     Raises:
         ValueError: If the folder holds no model, or one that knows none of the genes.
@@ -63,10 +60,8 @@ def start_from(
     check_start(folder)
     earlier = GppcForPerturbationPrediction.from_pretrained(folder)
     extractor = GppcFeatureExtractor.from_pretrained(folder)
-    settings = earlier.config.to_dict()
-    settings.update({name: getattr(config, name) for name in OWN_SETTINGS})
-    settings = {name: value for name, value in settings.items() if name in GppcConfig.__annotations__}
-    settings.pop("model_type", None)
+    fields = GppcConfig.__annotations__.keys() - {"model_type"}
+    settings = {name: getattr(config if name in OWN_SETTINGS else earlier.config, name) for name in fields}
     model = GppcForPerturbationPrediction(GppcConfig(**settings))
     model.config._attn_implementation = config._attn_implementation
     by_id, by_symbol = extractor.find_genes(gene_ids), extractor.find_genes(gene_symbols)

@@ -1,5 +1,7 @@
 """Training straight from the store: which pairs a run streams, and how a batch of them becomes model inputs."""
 
+import dataclasses
+
 import numpy as np
 import pyarrow as pa
 import torch
@@ -11,18 +13,15 @@ from data_scripts.pairs.pair_options import PairOptions
 from modeling_gppc.training.arguments import TrainingOptions
 
 
+@dataclasses.dataclass
 class TableCollator:
-    """
-    Turns a table of pair rows into model inputs, as training from a folder does; runs in a stream's workers.
+    """Turns a table of pair rows into model inputs, as training from a folder does; runs in a stream's workers.
 
-    Args:
-        collator ([`PairCollator`]): Without redrawing: a stream draws the revealed genes itself.
-        pairings (`list[str]`): Names of the pairings, in the order of the model's ids.
+    The collator redraws nothing: a stream draws the imposed genes itself. Pairings are in the order of the model's ids.
     """
 
-    def __init__(self, collator: PairCollator, pairings: list[str]):
-        self.collator = collator
-        self.pairings = pairings
+    collator: PairCollator
+    pairings: list[str]
 
     def __call__(self, table: pa.Table) -> dict[str, torch.Tensor]:
         """Model inputs of all rows of a table in `PAIR_SCHEMA`, as [`PairCollator`] makes them."""
@@ -45,17 +44,8 @@ def open_stream(
     rank: int = 0,
     world_size: int = 1,
 ):
-    """The training pairs of one process, batch after batch without end.
-
-    Args:
-        folder ([`PairFolder`]): What `prepare_pairs` made for the run.
-        training ([`TrainingOptions`]): Batch size, workers and queried genes.
-        pool_shards (`int`): Shards that a batch draws its pairs from.
-        seed (`int`, *optional*, defaults to 0): Of the orders of shards and rows.
-        rank, world_size (`int`, *optional*): This process among those that train.
-
-    Returns:
-        [`~data_scripts.batches.stream_pairs.PairStream`] of batches of model inputs.
+    """The training pairs of process `rank`, batch after batch of model inputs without end, each batch drawn from
+    `pool_shards` shards: a [`~data_scripts.batches.stream_pairs.PairStream`].
 
     Raises:
         ValueError: If the store makes fewer shards than there are readers.

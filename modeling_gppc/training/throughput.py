@@ -15,13 +15,10 @@ class Throughput:
 
     `start` when a step begins, `timed` around the loader, `fetched` when the step's batches are there, `stop` when it
     is done. Under a GPU the counts stay on it until they are read.
-
-    Attributes:
-        flop_per_cell (`float`): Matrix-product operations of a training step, forward and backward, for one pair; 0
-            until `measure` ran.
     """
 
     def __init__(self):
+        # Matrix-product operations of a training step, forward and backward, for one pair; 0 until `measure` ran.
         self.flop_per_cell = 0.0
         self.reset()
 
@@ -70,11 +67,9 @@ class Throughput:
 
     def totals(self) -> torch.Tensor:
         """Cells, tokens, seconds, seconds waited, operations and peak memory of this process, float64 `(6,)`."""
-        tokens = float(self.tokens)
-        flop = self.flop_per_cell * self.cells
-        return torch.tensor(
-            [self.cells, tokens, self.elapsed, self.waited, flop, peak_memory_gb()], dtype=torch.float64
-        )
+        memory, flop = peak_memory_gb(), self.flop_per_cell * self.cells
+        found = [self.cells, float(self.tokens), self.elapsed, self.waited, flop, memory]
+        return torch.tensor(found, dtype=torch.float64)
 
 
 def peak_memory_gb() -> float:
@@ -85,15 +80,9 @@ def peak_memory_gb() -> float:
 
 
 def summarize(totals: torch.Tensor) -> dict[str, float]:
-    """
-    Log entries of all processes together.
+    """Log entries of all processes together, from the [`Throughput.totals`] of each, `(n_processes, 6)`.
 
-    Args:
-        totals (`torch.Tensor`): `Throughput.totals` of every process, shape `(n_processes, 6)`.
-
-    Returns:
-        `dict` with `cells_per_second`, `tokens_per_second` (a token is an expressed gene of a source cell),
-        `data_wait_share` (mean over processes), `tflop_per_second` and `peak_memory_gb` (largest process).
+    A token is an expressed gene of a source cell; the share of waiting is the mean over processes, memory the largest.
     """
     cells, tokens, seconds, waited, flop, memory = totals.double().unbind(1)
     longest = float(seconds.max().clamp(min=1e-9))

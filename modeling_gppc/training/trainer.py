@@ -25,7 +25,7 @@ from data_scripts.batches.pair_dataset import PairDataset
 from modeling_gppc import GppcForPerturbationPrediction
 from modeling_gppc.modeling_gppc import IGNORED_LABEL
 from modeling_gppc.training.arguments import TrainingOptions
-from modeling_gppc.training.checkpoints import clear_unfinished, publish, rotate, unfinished_folder
+from modeling_gppc.training.checkpoints import UNFINISHED, clear_unfinished, publish, rotate
 from modeling_gppc.training.throughput import Throughput, summarize
 
 logger = logging.getLogger(__name__)
@@ -36,16 +36,11 @@ LINUX = sys.platform == "linux"
 
 class EpochSampler(Sampler):
     """
-    A new order of the rows in every epoch, cut to whole optimiser steps.
+    A new order of the rows in every epoch, cut to whole optimiser steps of `rows_per_step` pairs over all processes.
 
     The order depends on the seed and the epoch alone, so any number of processes, any split of a step into
     accumulated batches and a resumed run all see the same rows in the same step. The epoch is the data set's: the
     loaders of accelerate tell a data set its epoch where they cannot reach a sampler behind skipped batches.
-
-    Args:
-        dataset ([`PairDataset`]): Rows.
-        rows_per_step (`int`): Pairs in an optimiser step, over all processes.
-        seed (`int`): Seed of the run.
     """
 
     def __init__(self, dataset: PairDataset, rows_per_step: int, seed: int):
@@ -201,7 +196,7 @@ class GppcTrainer(Trainer):
 
     def _get_output_dir(self, trial) -> str:
         folder = super()._get_output_dir(trial)
-        return str(unfinished_folder(folder)) if self._writing else folder
+        return str(Path(folder) / UNFINISHED) if self._writing else folder
 
     def _save_checkpoint(self, model, trial) -> None:
         self._writing = True
@@ -212,8 +207,7 @@ class GppcTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         self.state.best_model_checkpoint = None if self.state.best_global_step is None else str(self._best_folder())
         if self.args.should_save:
-            name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            written = unfinished_folder(self.args.output_dir) / name
+            written = Path(self.args.output_dir) / UNFINISHED / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             self.state.save_to_json(str(written / STATE_FILE))
             publish(written, self.args.output_dir)
             rotate(self.args.output_dir, self.args.save_total_limit, self.state.best_global_step)
@@ -228,11 +222,7 @@ class GppcTrainer(Trainer):
         return Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
 
     def train_or_load(self, checkpoint: Path | None) -> None:
-        """Trains, goes on from a checkpoint, or takes the best model of a run that had come to its end.
-
-        Args:
-            checkpoint (`Path`, *optional*): From [`last_checkpoint`].
-        """
+        """Trains, goes on from a checkpoint, or takes the best model of a run that had come to its end."""
         if self.is_world_process_zero():
             clear_unfinished(self.args.output_dir)
         self.accelerator.wait_for_everyone()
@@ -253,15 +243,8 @@ class GppcTrainer(Trainer):
         write_model_card(self._model_folder())
 
     def push_to_hub(self, repo_id: str, **options):
-        """Pushes the run's model folder, as `gppc push` does: neither checkpoints nor logs.
-
-        Args:
-            repo_id (`str`): `name` or `namespace/name`.
-            **options: See [`~hub_card.push.push_model`].
-
-        Raises:
-            ValueError: If `train.py` has not written the folder yet; else as [`~hub_card.push.push_model`].
-        """
+        """Pushes the run's model folder, as `gppc push` does, neither checkpoints nor logs; options and errors are those
+        of [`~hub_card.push.push_model`]."""
         from hub_card.push import push_model
 
         return push_model(self._model_folder(), repo_id, **options)
@@ -291,58 +274,11 @@ def row_errors(model: GppcForPerturbationPrediction, output, labels: torch.Tenso
     """Sums over the scored genes of each row: squared error, that of the linear response, that of the gene mean,
     Gaussian negative log-likelihood, and the number of scored genes; shape `(B, 5)`."""
     scored = labels != IGNORED_LABEL
-    target = torch.where(scored, labels, torch.zeros_like(labels)).float()
-
-    def squared(predicted: torch.Tensor) -> torch.Tensor:
-        return torch.where(scored, predicted.float() - target, torch.zeros_like(target)).square()
-
-    error = squared(output.logits)
-    linear = squared(output.linear_response)
-    mean = model.model.linear_response.gene_mean
+    predictions = (output.logits, output.linear_response, model.model.linear_response.gene_mean)
+    errors = [(predicted.float() - labels.float()).where(scored, 0).square() for predicted in predictions]
     logvar = output.logvar.float()
-    likelihood = 0.5 * (logvar + error * torch.exp(-logvar) + math.log(2 * math.pi))
-    likelihood = torch.where(scored, likelihood, torch.zeros_like(likelihood))
-    parts = (error, linear, squared(mean.expand_as(target)), likelihood, scored.float())
-    return torch.stack([part.sum(1) for part in parts], dim=1)
-
-
-def training_arguments(
-    options: TrainingOptions,
-    output_dir: str | Path,
-    seed: int,
-    find_unused_parameters: bool = False,
-    streamed: bool = False,
-) -> TrainingArguments:
-    """Arguments of the Trainer for the options of a run."""
-    known = TrainingArguments.__dataclass_fields__
-    shared = {name: value for name, value in dataclasses.asdict(options).items() if name in known}
-    changed = {
-        "report_to": options.report_to or "none",
-        "use_cpu": options.use_cpu or not torch.cuda.is_available(),
-        # Forked workers share the mapped rows; others would get a copy of them. They touch numpy only.
-        "dataloader_multiprocessing_context": "fork" if options.dataloader_num_workers and LINUX else None,
-    }
-    return TrainingArguments(
-        **(shared | changed),
-        output_dir=str(output_dir),
-        run_name=Path(output_dir).name,
-        project="gppc",
-        seed=seed,
-        data_seed=seed,
-        full_determinism=options.deterministic,
-        eval_strategy="steps",
-        save_strategy="steps",
-        load_best_model_at_end=True,
-        metric_for_best_model="eval_mse",
-        greater_is_better=False,
-        remove_unused_columns=False,
-        ignore_data_skip=streamed,  # a stream goes on where it stood by itself
-        bf16=options.precision == "bf16",
-        fp16=options.precision == "fp16",
-        disable_tqdm=False,  # the bar belongs to the main process alone
-        ddp_find_unused_parameters=find_unused_parameters,
-        ddp_broadcast_buffers=False,  # they are equal from the start and never change
-    )
+    likelihood = 0.5 * (logvar + errors[0] * torch.exp(-logvar) + math.log(2 * math.pi))
+    return torch.stack([part.sum(1) for part in (*errors, likelihood.where(scored, 0), scored.float())], dim=1)
 
 
 def make_trainer(
@@ -364,27 +300,50 @@ def make_trainer(
     if not len(validation):
         raise ValueError("`pairs` hold no validation pair; give `pairs.splits` a share for `validation`.")
     step = max(1, math.ceil(len(validation) / options.max_validation_pairs))
-    callbacks = []
-    if options.early_stopping_patience is not None:
-        callbacks.append(EarlyStoppingCallback(early_stopping_patience=options.early_stopping_patience))
-    # The variance's parameters get no gradient where its likelihood has no weight.
-    unused = model.config.variance_loss_weight == 0 or not model.config.use_network
+    known = TrainingArguments.__dataclass_fields__.keys() - {"report_to", "use_cpu"}
+    arguments = TrainingArguments(
+        **{name: value for name, value in dataclasses.asdict(options).items() if name in known},
+        output_dir=str(output_dir),
+        run_name=Path(output_dir).name,
+        project="gppc",
+        seed=seed,
+        data_seed=seed,
+        full_determinism=options.deterministic,
+        eval_strategy="steps",
+        save_strategy="steps",
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_mse",
+        greater_is_better=False,
+        remove_unused_columns=False,
+        ignore_data_skip=isinstance(train, IterableDataset),  # a stream goes on where it stood by itself
+        report_to=options.report_to or "none",
+        use_cpu=options.use_cpu or not torch.cuda.is_available(),
+        bf16=options.precision == "bf16",
+        fp16=options.precision == "fp16",
+        disable_tqdm=False,  # the bar belongs to the main process alone
+        # Forked workers share the mapped rows; others would get a copy of them. They touch numpy only.
+        dataloader_multiprocessing_context="fork" if options.dataloader_num_workers and LINUX else None,
+        # The variance's parameters get no gradient where its likelihood has no weight.
+        ddp_find_unused_parameters=model.config.variance_loss_weight == 0 or not model.config.use_network,
+        ddp_broadcast_buffers=False,  # they are equal from the start and never change
+    )
+    patience = options.early_stopping_patience
     trainer = GppcTrainer(
         model=model,
-        args=training_arguments(options, output_dir, seed, unused, streamed=isinstance(train, IterableDataset)),
+        args=arguments,
         train_dataset=train,
         eval_dataset=validation if step == 1 else Subset(validation, range(0, len(validation), step)),
         data_collator=train_collator or eval_collator,
         eval_collator=eval_collator,
-        callbacks=callbacks,
+        callbacks=[] if patience is None else [EarlyStoppingCallback(early_stopping_patience=patience)],
     )
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(PlainProgress)
-    rows_per_step = trainer.get_total_train_batch_size(trainer.args)
+    rows_per_step = trainer.get_total_train_batch_size(arguments)
     if trainer.stream is None and len(train) < rows_per_step:
         raise ValueError(
             f"`training.per_device_train_batch_size` is {options.per_device_train_batch_size}, {rows_per_step} pairs in "
-            f"a step over {trainer.args.world_size} process(es), with {len(train)} training pairs; wanted at most as "
+            f"a step over {arguments.world_size} process(es), with {len(train)} training pairs; wanted at most as "
             "many, or more `pairs.matching.pairs_per_cell`."
         )
     return trainer

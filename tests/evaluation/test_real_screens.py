@@ -33,7 +33,7 @@ np.savez(out, change=response.change.numpy(), variance=response.variance.numpy()
 @pytest.fixture(scope="module")
 def folds(real_data, tmp_path_factory):
     out = tmp_path_factory.mktemp("folds")
-    words = ["--config", "screen", "--data.screen", str(real_data / PAPALEXI), "--screen.fold", "all"]
+    words = ["--config", "screen", "--data.screen", str(real_data / PAPALEXI), "--folds", "all"]
     words += ["--screen.controls", "shared"]
     assert train.main([*words, "--training.use_cpu", "true", "--output_dir", str(out)]) == 0
     return sorted(out.glob("fold_*/model"))

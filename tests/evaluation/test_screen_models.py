@@ -37,7 +37,7 @@ def screen(file):
     return read_screen(file, ScreenOptions(value_kind="log"))
 
 
-CONTROLS, FOLDS = ("--screen.train_on", "controls"), ("--screen.folds", "2", "--screen.fold", "all")
+CONTROLS, FOLDS = ("--screen.train_on", "controls"), ("--screen.folds", "2", "--folds", "all")
 SHARED = ("--screen.controls", "shared")
 
 

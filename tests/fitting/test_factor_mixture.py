@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from modeling_gppc.fitting.factor_mixture import fit_factor_mixture, fit_mixture_coupling
-from modeling_gppc.fitting.factor_model import FactorModel, factor_information, fit_factor_model, posterior_by_panel
+from modeling_gppc.fitting.factor_model import Cells, FactorModel, fit_factor_model
 
 GENES, RANK = 40, 3
 
 
-def cells(n: int, seed: int, label: np.ndarray | None = None):
+def draw(n: int, seed: int, label: np.ndarray | None = None) -> tuple[Cells, np.ndarray]:
     """Cells of three states with known loadings, means 6 apart in the first factor; a third lack ten genes."""
     truth = np.random.default_rng(0)
     loadings = truth.normal(size=(GENES, RANK))
@@ -21,30 +21,24 @@ def cells(n: int, seed: int, label: np.ndarray | None = None):
     panels = np.ones((2, GENES), dtype=bool)
     panels[1, :10] = False
     panel_index = (np.arange(n) % 3 == 0).astype(int)
-    return (values * panels[panel_index]).astype(np.float32), panel_index, panels, label
+    return Cells((values * panels[panel_index]).astype(np.float32), panel_index, panels), label
 
 
 def test_states_are_found_without_labels():
-    values, panel_index, panels, label = cells(1500, seed=1)
-    model = fit_factor_model(values, panel_index, panels, n_factors=RANK, seed=0)
-    mixture = fit_factor_mixture(model, values, panel_index, panels, n_components=3)
-    covariance, _ = posterior_by_panel(mixture.model, panels)
-    information = factor_information(mixture.model, values, panel_index, panels)
-    found = np.empty(len(values), dtype=int)
-    for panel in (0, 1):
-        members = panel_index == panel
-        evidence, _ = mixture.evidence(information[members], covariance[panel])
-        found[members] = (evidence + np.log(mixture.weights)).argmax(1)
+    cells, label = draw(1500, seed=1)
+    model = fit_factor_model(cells, n_factors=RANK, seed=0)
+    mixture = fit_factor_mixture(model, cells, n_components=3)
+    found = (mixture.log_likelihood(cells) + np.log(mixture.weights)).argmax(1)
     table = np.zeros((3, 3))
     np.add.at(table, (label, found), 1)
-    assert table.max(axis=1).sum() / len(values) > 0.99
+    assert table.max(axis=1).sum() / len(cells) > 0.99
     np.testing.assert_allclose(mixture.weights, 1 / 3, atol=0.05)
 
 
 def test_covariance_of_the_genes_is_kept():
-    values, panel_index, panels, _ = cells(3000, seed=2)
-    model = fit_factor_model(values, panel_index, panels, n_factors=RANK, seed=0)
-    mixture = fit_factor_mixture(model, values, panel_index, panels, n_components=3)
+    cells, _ = draw(3000, seed=2)
+    model = fit_factor_model(cells, n_factors=RANK, seed=0)
+    mixture = fit_factor_mixture(model, cells, n_components=3)
     centre = mixture.weights @ mixture.means
     between = (mixture.weights[:, None] * (mixture.means - centre)).T @ (mixture.means - centre)
     loadings = mixture.model.loadings
@@ -53,9 +47,9 @@ def test_covariance_of_the_genes_is_kept():
 
 
 def test_one_component_is_the_factor_model():
-    values, panel_index, panels, _ = cells(200, seed=3)
-    model = fit_factor_model(values, panel_index, panels, n_factors=RANK, seed=0)
-    mixture = fit_factor_mixture(model, values, panel_index, panels, n_components=1)
+    cells, _ = draw(200, seed=3)
+    model = fit_factor_model(cells, n_factors=RANK, seed=0)
+    mixture = fit_factor_mixture(model, cells, n_components=1)
     assert mixture.model is model
     np.testing.assert_array_equal(mixture.means, np.zeros((1, RANK)))
 
@@ -64,12 +58,12 @@ def test_one_component_is_the_factor_model():
 def test_transitions_tell_whether_a_pair_shares_its_state(same):
     rng = np.random.default_rng(4)
     label = rng.integers(3, size=1500)
-    values, panel_index, panels, _ = cells(1500, seed=5, label=label)
+    cells, _ = draw(1500, seed=5, label=label)
     partner_label = label if same else rng.permutation(label)
-    partners, partner_panel, _, _ = cells(1500, seed=6, label=partner_label)
-    model = fit_factor_model(values, panel_index, panels, n_factors=RANK, seed=0)
-    mixture = fit_factor_mixture(model, values, panel_index, panels, n_components=3)
-    transition, coupling = fit_mixture_coupling(mixture, values, panel_index, partners, partner_panel, panels)
+    partners, _ = draw(1500, seed=6, label=partner_label)
+    model = fit_factor_model(cells, n_factors=RANK, seed=0)
+    mixture = fit_factor_mixture(model, cells, n_components=3)
+    transition, coupling = fit_mixture_coupling(mixture, cells, partners)
     np.testing.assert_allclose(transition.sum(axis=1), 1)
     np.testing.assert_allclose(np.diag(transition), 0.99 if same else 1 / 3, atol=0.07)
     # Within a state the factors of the two cells were drawn independently.
@@ -78,7 +72,7 @@ def test_transitions_tell_whether_a_pair_shares_its_state(same):
 
 def test_more_components_than_cells():
     model = FactorModel(np.zeros(GENES), np.random.default_rng(0).normal(size=(GENES, RANK)), np.ones(GENES))
-    values, panel_index, panels, _ = cells(4, seed=7)
-    mixture = fit_factor_mixture(model, values, panel_index, panels, n_components=16)
+    cells, _ = draw(4, seed=7)
+    mixture = fit_factor_mixture(model, cells, n_components=16)
     assert 1 <= len(mixture.weights) <= 4
     assert np.isfinite(mixture.means).all()

@@ -12,9 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from scipy import sparse
 from tiny_model import GENES, SYMBOLS, tiny_extractor, tiny_model, tiny_pipeline
+from tiny_screens import make_adata
 
+from data_scripts.cells.screens import read_screen
 from gppc import cli
 from modeling_gppc.feature_extraction_gppc import GppcFeatureExtractor
+from modeling_gppc.fitting.fit_controls import fit_controls
+from modeling_gppc.fitting.fit_screen import fit_screen
+from modeling_gppc.fitting.fit_screen_options import ScreenFitOptions
 from modeling_gppc.inference.loading import load_model
 from modeling_gppc.inference.predict import predict_anndata, predict_file
 from modeling_gppc.normalization_gppc import normalize_counts
@@ -269,6 +274,39 @@ def test_log_values_need_no_counts():
     cells = anndata.AnnData(values_of(make_cells()).astype(np.float32)[:, :10], var=pd.DataFrame(index=SYMBOLS[:10]))
     output = predict_anndata((tiny_model(), extractor), cells, "STAT1=ko")
     np.testing.assert_allclose(output.X, predict(make_cells(), "STAT1=ko").X, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:`G1` is not expressed")
+def test_technical_covariates_are_taken_out_as_they_were_in_fitting():
+    """Depth, detected genes and mitochondrial share: the answer is the model's to the cells that the fit saw."""
+    adata, generator = make_adata(), np.random.default_rng(0)
+    adata.X = generator.poisson(3.0, adata.shape).astype(np.float32)
+    del adata.obs["batch"]
+    adata.obs["n_counts_full"] = adata.X.sum(axis=1) + generator.integers(100, 5_000, adata.n_obs)
+    adata.obs["n_genes_full"] = generator.integers(20, 400, adata.n_obs)
+    adata.obs["percent_mito"] = generator.random(adata.n_obs)
+    screen = read_screen(adata)
+    model, extractor = fit_screen(screen, ["G0", "G1"], ScreenFitOptions(n_factors=3))
+    assert extractor.covariate_names == ["log library size", "log expressed genes", "mitochondrial share"]
+    cells, texts = screen.cells_of("control")[:9], ["G0=ko", "G7=x2", "G1=ko+G2=ko"]
+    covariates = fit_controls(screen, 3).covariates
+    values = covariates.residuals(screen.values[cells], screen.covariates[cells]).astype(np.float32)
+    encoded = model.encode(**extractor.from_values(values, np.ones(values.shape, dtype=bool)))
+    output = predict_anndata((model, extractor), adata[cells], texts, batch_size=4)
+    for text in texts:
+        wanted = model.respond(encoded, **extractor.perturbation_features(text, values))
+        found = output[output.obs["perturbation"] == text]
+        np.testing.assert_allclose(found.X, wanted.expression, atol=1e-4)
+        np.testing.assert_allclose(found.layers["delta"], wanted.change, atol=1e-4)
+    bare = adata[cells].copy()
+    del bare.obs["percent_mito"]
+    with pytest.warns(UserWarning, match="of which obs lacks mitochondrial share; taken to be at the mean"):
+        predict_anndata((model, extractor), bare, texts)
+    bare.obs["percent_mito"] = np.nan
+    with pytest.raises(
+        ValueError, match="obs column `percent_mito` of `cells` is `nan` for cell `c0`; wanted a number"
+    ):
+        predict_anndata((model, extractor), bare, texts)
 
 
 # --- files and the command -------------------------------------------------------------------------------------------

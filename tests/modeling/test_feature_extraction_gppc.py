@@ -336,7 +336,7 @@ def test_saved_and_loaded_it_is_the_same(tmp_path):
     for loaded in (GppcFeatureExtractor.from_pretrained(tmp_path), AutoFeatureExtractor.from_pretrained(tmp_path)):
         assert type(loaded) is GppcFeatureExtractor
         assert loaded.to_dict() == saved.to_dict()
-        assert "_lookup" not in loaded.to_dict()
+        assert "_genes_of" not in loaded.to_dict()
         features = loaded(COUNTS)
         for name in wanted:
             assert (features[name] == wanted[name]).all(), name

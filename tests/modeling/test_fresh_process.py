@@ -197,5 +197,5 @@ def test_the_folder_holds_the_code_it_needs(tmp_path):
     assert config["auto_map"]["AutoConfig"] == "configuration_gppc.GppcConfig"
     extractor = json.loads((tmp_path / "preprocessor_config.json").read_text())
     assert extractor["auto_map"]["AutoFeatureExtractor"] == "feature_extraction_gppc.GppcFeatureExtractor"
-    assert "_lookup" not in extractor
+    assert "_genes_of" not in extractor
     assert not [name for name in names if name.endswith((".bin", ".pkl", ".pt"))]

@@ -13,7 +13,7 @@ from tiny_model import GENES, SIZES, tiny_model
 from modeling_gppc.configuration_gppc import GppcConfig
 from modeling_gppc.factors_gppc import MAX_EVIDENCE
 from modeling_gppc.familiarity_gppc import ALWAYS
-from modeling_gppc.fitting.factor_model import FactorModel, PairCoupling, predict_factor_model
+from modeling_gppc.fitting.factor_model import Cells, FactorModel, predict_factor_model
 from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
 from modeling_gppc.outputs_gppc import GppcOutput
 
@@ -440,7 +440,7 @@ def numpy_response(model, pairing):
     factors = FactorModel(
         response["gene_mean"] + response["loadings"] @ centre, response["loadings"], response["noise"]
     )
-    return factors, PairCoupling(response["states.coupling"][pairing], np.zeros_like(centre))
+    return factors, response["states.coupling"][pairing]
 
 
 def dense_source(inputs):
@@ -474,9 +474,7 @@ def test_linear_response_equals_the_numpy_reference(seed, pairing):
     output = run(inputs, GAUSSIAN)
     mean, variance = predict_factor_model(
         *numpy_response(GAUSSIAN, pairing),
-        values,
-        np.arange(4),
-        inputs["measured_mask"].numpy(),
+        Cells(values, np.arange(4), inputs["measured_mask"].numpy()),
         inputs["perturbation_ids"].numpy(),
         levels,
         inputs["perturbation_mask"].numpy(),
@@ -494,10 +492,10 @@ def test_linear_response_equals_the_dense_conditional_gaussian(seed, pairing):
     inputs["pairing_ids"] = torch.tensor([pairing])
     factors, coupling = numpy_response(GAUSSIAN, pairing)
     # Joint distribution of (source, target), written out over all genes.
-    loadings, noise, matrix = factors.loadings, np.diag(factors.noise), coupling.matrix
-    cross = loadings @ matrix @ loadings.T
+    loadings, noise = factors.loadings, np.diag(factors.noise)
+    cross = loadings @ coupling @ loadings.T
     joint = np.block([[loadings @ loadings.T + noise, cross.T], [cross, loadings @ loadings.T + noise]])
-    mean = np.concatenate([factors.mean, factors.mean + loadings @ coupling.shift])
+    mean = np.concatenate([factors.mean, factors.mean])
     mask = inputs["perturbation_mask"][0].bool().numpy()
     revealed = inputs["perturbation_ids"][0].numpy()[mask]
     source = np.flatnonzero(inputs["measured_mask"][0].numpy())

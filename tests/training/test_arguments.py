@@ -42,6 +42,15 @@ def pairs(tmp_path_factory):
 BLOOD = "cell_type == 'T cell'"
 # What is given -> what the line says. STORE, PAIRS and EMPTY stand for paths.
 BAD = {
+    "folds without a screen": (["--pairs.query.uri", "STORE", "--folds", "all"], ["`--folds` all", "`--data.screen"]),
+    "a fold that is not there": (
+        ["--data.screen", "EMPTY/x.h5ad", "--folds", "5"],
+        ["`screen.fold` is 5; wanted 0 to 4 or 'all'"],
+    ),
+    "several models to one repository": (
+        ["--data.screen", "EMPTY/x.h5ad", "--folds", "all", "--push_to_hub", "me/x"],
+        ["with `folds` 'all', which makes several models"],
+    ),
     "store missing": (["--pairs.query.uri", "EMPTY/none"], ["`uri`", "does not exist", "gppc make-census"]),
     "store that is a folder": (["--pairs.query.uri", "EMPTY"], ["`uri`", "not a store in Census layout"]),
     "filter matches no cell": (
