@@ -115,7 +115,7 @@ def test_target_changes_measured_and_stated_stay_apart():
         (lambda a: setattr(a, "obs_names", ["same"] * a.n_obs), "duplicate barcodes"),
         (lambda a: setattr(a, "X", a.X * 0.5), "non-integer|mixes raw and log"),
         (lambda a: setattr(a, "X", -a.X), "negative"),
-        (lambda a: a.obs.__setitem__("p_mito", "low"), "obs column `p_mito` of `screen` is 'low' for cell `cell0`"),
+        (lambda a: a.obs.__setitem__("p_mito", "low"), "obs column `p_mito` of `screen` is `low` for cell `cell0`"),
         (lambda a: a.obs.__setitem__("perturbation", "control"), "no perturbation left"),
     ],
 )
