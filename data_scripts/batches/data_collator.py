@@ -1,6 +1,7 @@
 """Pair rows -> tensors: redrawn perturbations, padded tokens, labels without what was imposed."""
 
 import numpy as np
+import scipy.sparse as sp
 import torch
 
 from data_scripts.batches.pair_dataset import PairRows, pad
@@ -86,9 +87,12 @@ class PairCollator:
     def _redrawn(self, rows: PairRows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Imposed genes drawn anew, as `(B, K)` arrays of ids, changes and mask; what a row draws depends on the row
         alone."""
+        cells = []
+        for lengths, ids, values in (rows.lists["source"], rows.lists["target"]):
+            offsets = np.concatenate([[0], np.cumsum(lengths)])
+            cells.append(sp.csr_matrix((values, ids, offsets), shape=(len(rows), self.panels.shape[1])))
         row, gene, change, _ = draw_imposed(
-            rows.lists["source"],
-            rows.lists["target"],
+            *cells,
             self.panels,
             rows.panels["source_panel"],
             rows.panels["target_panel"],

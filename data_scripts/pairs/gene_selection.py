@@ -58,7 +58,7 @@ def count_genes(
     for block in stream if len(datasets) else ():
         check_values(block.values, stream.options, block.joinids)
         inside = slice(block.start, block.start + block.n_cells)
-        values = normalize_block(block, stream.options, library_size[inside], gene_lengths) if moments else None
+        values = normalize_block(block, stream.options, library_size, gene_lengths) if moments else None
         for index, code in enumerate(datasets):
             chosen = dataset[inside] == code
             if not chosen.any():

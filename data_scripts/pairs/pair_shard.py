@@ -183,8 +183,8 @@ class ShardRows:
             changes = candidate_changes(before, after, self.panels, own, other)
             sums["compared_pairs"] = int(np.count_nonzero(np.diff(changes.indptr) >= min(1, options.min_genes)))
             sums["differing_genes"] = int(changes.nnz)
-        lists = ((np.diff(cells.indptr), cells.indices, cells.data) for cells in (before, after))
-        rows, genes, deltas, kept = draw_imposed(*lists, self.panels, own, other, options, rng, 2 * options.max_genes)
+        attempts = 2 * options.max_genes
+        rows, genes, deltas, kept = draw_imposed(before, after, self.panels, own, other, options, rng, attempts)
         offsets = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=len(source))[kept])])
         if not kept.all():
             source, target, pairing = source[kept], target[kept], pairing[kept]
