@@ -36,10 +36,8 @@ class ConfigFile:
 
 
 def sections_of(*classes: type, prefix: str = "") -> Iterator[tuple[str, type, list[tuple[dataclasses.Field, Any]]]]:
-    """Yields option dataclasses and those nested in them, each with its prefix (`training.`), its fields and their types.
-
-    A `dict` field may name the class whose fields are its keys: `metadata={"keys": CLASS}`.
-    """
+    """Yields option dataclasses and those nested in them, each with its prefix (`training.`), its fields and their
+    types."""
     for cls in classes:
         hints = typing.get_type_hints(cls)
         fields = [(field, hints[field.name]) for field in dataclasses.fields(cls) if field.init]
@@ -161,11 +159,7 @@ def read_flags(words: Sequence[str], *classes: type) -> dict:
 
 
 def hint_of(name: str, flags: Mapping[str, Any]) -> Any:
-    """The type of an option, or of an entry in one that is a mapping.
-
-    Raises:
-        ValueError: If there is none, with those of the same last name, or close matches.
-    """
+    """The type of an option, or of an entry in one that is a mapping; raises `ValueError` with close matches."""
     if name in flags:
         return flags[name]
     for known, hint in flags.items():

@@ -116,18 +116,10 @@ class PairCollator:
 
 
 def draw_queries(expressed: np.ndarray, n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Draws `n` genes without replacement, those expressed by more targets more likely.
+    """Draws `n` genes without replacement, those expressed by more targets more likely; their ids and their chances.
 
-    Systematic sampling: the chance of a gene is in proportion to its share of expressing targets plus
-    `ZERO_SHARE`, and 1 where that would be above 1.
-
-    Args:
-        expressed (`np.ndarray`): Share of the targets that express each gene, shape `(V,)`.
-        n (`int`): How many, below `V`.
-        rng (`np.random.Generator`): The only source of randomness.
-
-    Returns:
-        Tuple of the genes, int64 ascending, and the chance that each of them had, float64; both of shape `(n,)`.
+    Systematic sampling: the chance of a gene is in proportion to `expressed`, the share of the targets that express
+    it, plus `ZERO_SHARE`, and 1 where that would be above 1.
     """
     size = expressed + ZERO_SHARE
     certain = np.zeros(len(size), dtype=bool)

@@ -16,15 +16,9 @@ def _mix(state: np.ndarray) -> np.ndarray:
 
 class RowGenerator:
     """
-    The part of `np.random.Generator` that perturbation sampling uses, keyed by row.
-
-    What a row draws depends on the seed, the epoch and the row alone: not on the batch it is in, the process that
-    reads it or the point at which training was resumed.
-
-    Args:
-        seed (`int`): Seed of the run.
-        epoch (`int`): Pass over the data; other draws in every pass.
-        rows (`np.ndarray`): Position of each row in the data set, shape `(B,)`.
+    The part of `np.random.Generator` that perturbation sampling uses: what a row draws depends on the seed, the epoch
+    and its position in the data set alone, not on the batch it is in, the process that reads it or the point at which
+    training was resumed.
     """
 
     def __init__(self, seed: int, epoch: int, rows: np.ndarray):

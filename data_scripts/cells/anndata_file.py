@@ -69,33 +69,21 @@ class CellFile:
     notes: list[str]
 
     def subset(self, cells: np.ndarray) -> "CellFile":
-        """Some of the cells.
-
-        Args:
-            cells (`np.ndarray`): Ascending rows, or a mask.
-        """
+        """Some of the cells, given as ascending rows or as a mask."""
         return dataclasses.replace(self, obs=self.obs.iloc[cells], rows=self.rows[cells])
 
     def blocks(self, genes: np.ndarray | None = None) -> Iterator[tuple[int, sparse.csr_matrix]]:
-        """Yields `(first cell, CSR block)`, one column a gene; float16 is widened, columns of one gene are added up.
+        """Yields `(first cell, CSR block)`, one column a gene, or only `genes` in their order.
 
-        Args:
-            genes (`np.ndarray`, *optional*): Only these, in this order.
+        Columns of one gene are added up.
         """
         for first, block in self._cut():
             block = self._by_gene(block)
             yield first, block if genes is None else block[:, genes]
 
     def log_values(self, sizes: np.ndarray, target_sum: float = 10_000.0) -> np.ndarray:
-        """Normalised values of all cells and genes.
-
-        Args:
-            sizes (`np.ndarray`): Library sizes of the cells, shape `(n_obs,)`.
-            target_sum (`float`, *optional*, defaults to 10,000): See [`normalize_counts`].
-
-        Returns:
-            `np.ndarray` of float32, shape `(n_obs, n_genes)`.
-        """
+        """Normalised values of all cells and genes, float32 of shape `(n_obs, n_genes)`, given the cells' library
+        sizes."""
         how = "none" if self.options.value_kind == "log" else "log1p"
         values = np.empty((len(self.rows), len(self.genes)), dtype=np.float32)
         for first, block in self.blocks():
@@ -230,11 +218,7 @@ class CellFile:
 
 
 def check_path(path: str | Path, where: str = "file") -> Path:
-    """Refuses a path where nothing is, with close matches among the files beside it.
-
-    Raises:
-        ValueError: If the path does not exist.
-    """
+    """Raises `ValueError` for a path where nothing is, with close matches among the files beside it."""
     path = Path(path)
     if not path.exists():
         folder = path.parent

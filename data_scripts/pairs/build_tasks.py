@@ -127,17 +127,9 @@ def run_tasks(
     description: str,
     dask: str | None = None,
 ) -> None:
-    """Runs one task for every shard, stopping at the first error.
+    """Runs one task for every shard in `indices`, in `num_proc` processes or on the scheduler at the address `dask`.
 
-    Args:
-        task (`Callable`): [`count_part`] or [`build_shard`].
-        plan (`PairPlan`): The build.
-        indices (`list[int]`): Shards that remain.
-        num_proc (`int`): Processes.
-        progress (`bool`): Show a bar, in cells.
-        description (`str`): Its name.
-        dask (`str`, *optional*): Address of a `dask.distributed` scheduler, whose workers see the same folders; then
-            `num_proc` does not matter.
+    Stops at the first error.
     """
     identity = digest_of(plan.content["identity"])
     out, bounds = str(plan.out), plan.content["bounds"]

@@ -25,11 +25,7 @@ from data_scripts.store.freed_memory import return_freed_memory
 
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Holds a folder for one build; the lock dies with the process, however that ends.
-
-    Raises:
-        ValueError: If another process holds it.
-    """
+    """Holds a folder for one build, else raises `ValueError`; the lock dies with the process, however that ends."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as file:
         try:
@@ -89,10 +85,7 @@ def planned(
     dask: str | None = None,
     train_rows: int | None = None,
 ) -> Iterator[PairPlan | None]:
-    """Holds a folder exclusively, with its plan made or opened and its genes chosen; `None` where it is finished.
-
-    Args and errors are those of [`build_pairs`].
-    """
+    """Holds a folder exclusively, with its plan made or opened and its genes chosen; `None` where it is finished."""
     query = query_for(options)
     identity = plan_identity(options, query.source)
     if train_rows is not None:

@@ -19,17 +19,11 @@ SAMPLE_CELLS = 512
 
 
 def estimate(options: PairOptions, num_proc: int = 1) -> dict:
-    """Numbers of a build that is not run.
+    """Numbers of a build that is not run, with `num_proc` processes.
 
     Cells, data sets, contexts and the largest possible number of pairs are exact; genes, bytes and time are estimated
-    from a few blocks of the training cells, spread over the store.
-
-    Args:
-        options (`PairOptions`): The build.
-        num_proc (`int`, *optional*, defaults to 1): Processes it would have.
-
-    Raises:
-        ValueError: As the build itself would, for whatever it checks before long work.
+    from a few blocks of the training cells, spread over the store. Raises `ValueError` as the build itself would, for
+    whatever it checks before long work.
     """
     query = query_for(options)
     cells = cell_table(query, options)

@@ -42,16 +42,8 @@ def count_genes(
     n_vars: int,
     moments: bool,
 ) -> PanelPart:
-    """Statistics of the cells of a stream.
-
-    Args:
-        stream (`CellStream`): The cells, all genes.
-        dataset (`np.ndarray`): Data set code of each cell, shape `(n_cells,)`.
-        library_size (`np.ndarray`): Counts over all genes, shape `(n_cells,)`.
-        gene_lengths (`np.ndarray`, *optional*): For `log_tpm`.
-        n_vars (`int`): Genes of the store.
-        moments (`bool`): Also sum normalised values and their squares.
-    """
+    """Statistics of the cells of a stream of all genes; with `moments` also sums of normalised values and their
+    squares."""
     datasets, n_cells = np.unique(dataset, return_counts=True)
     expressed = np.zeros((len(datasets), n_vars), dtype=np.int32)
     sums, squares = (np.zeros((len(datasets), n_vars if moments else 0)) for _ in range(2))
@@ -90,7 +82,6 @@ def select_genes(
         cells_per_dataset (`np.ndarray`): Training cells of each data set, shape `(n_datasets,)`.
         measured (`np.ndarray`): Genes each data set measured, bool of shape `(n_datasets, n_vars)`.
         selected (`np.ndarray`): Genes that may be chosen, bool of shape `(n_vars,)`.
-        options (`PanelOptions`): The rule.
 
     Returns:
         Tuple of the chosen genes in ascending order and a `dict` of how many genes each step kept.
@@ -140,12 +131,8 @@ def select_genes(
 
 
 def standardized_dispersion(n: int, n_expressed: np.ndarray, sums: np.ndarray, squares: np.ndarray) -> np.ndarray:
-    """Log variance-to-mean ratio of each gene, standardised among genes of similar mean; 0 where not expressed.
-
-    Args:
-        n (`int`): Cells of the data set.
-        n_expressed, sums, squares (`np.ndarray`): Per gene, shape `(n_vars,)`.
-    """
+    """Log variance-to-mean ratio of each gene in a data set of `n` cells, standardised among genes of similar mean; 0
+    where not expressed."""
     result = np.zeros(len(sums))
     mean = sums / n
     variance = np.maximum(squares / n - mean**2, 0)
@@ -163,11 +150,7 @@ def standardized_dispersion(n: int, n_expressed: np.ndarray, sums: np.ndarray, s
 
 
 def read_gene_list(path: str | Path) -> list[str]:
-    """Genes from a text file: the first column of each line, without empty lines and `#` comments.
-
-    Raises:
-        ValueError: If the file does not exist or names no gene.
-    """
+    """Genes from a text file: the first column of each line, without empty lines and `#` comments."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"`file` {path} does not exist; wanted a text file with a gene id or symbol a line.")
@@ -179,11 +162,7 @@ def read_gene_list(path: str | Path) -> list[str]:
 
 
 def find_genes(names: Sequence[str], gene_ids: Sequence[str], gene_symbols: Sequence[str], option: str) -> np.ndarray:
-    """Positions of genes given by id or symbol, ascending and distinct.
-
-    Raises:
-        ValueError: If a gene is not known, naming the option and close matches.
-    """
+    """Positions of genes given by id or symbol, ascending and distinct; raises `ValueError` for an unknown one."""
     by_name = {symbol: index for index, symbol in reversed(list(enumerate(gene_symbols)))}
     by_name.update({gene: index for index, gene in enumerate(gene_ids)})
     unknown = [name for name in names if name not in by_name]
@@ -195,11 +174,8 @@ def find_genes(names: Sequence[str], gene_ids: Sequence[str], gene_symbols: Sequ
 
 
 def gene_lengths_of(var: pd.DataFrame) -> np.ndarray:
-    """Gene lengths in bases, float64 of shape `(n_vars,)`.
-
-    Raises:
-        ValueError: If the store does not hold a positive length for every gene.
-    """
+    """Gene lengths in bases, `(n_vars,)`; raises `ValueError` if the store does not hold a positive one for every
+    gene."""
     if "feature_length" not in var:
         raise ValueError("`normalization` is 'log_tpm'; the store's var has no column feature_length: use 'log1p'.")
     lengths = var["feature_length"].to_numpy(dtype=np.float64)

@@ -69,11 +69,8 @@ def differences(old: dict, new: dict, where: str = "") -> list[str]:
 
 
 def check_folder(path: Path, identity: dict) -> str:
-    """Says what an output folder holds: `"new"`, `"unfinished"` or `"finished"`.
-
-    Raises:
-        ValueError: If it holds anything else, or pairs of another run.
-    """
+    """Says what an output folder holds: `"new"`, `"unfinished"` or `"finished"`; raises `ValueError` for anything
+    else."""
     for file, state in ((path / MANIFEST, "finished"), (path / WORK / PLAN, "unfinished")):
         if not file.is_file():
             continue
@@ -123,8 +120,7 @@ def context_codes(obs: pd.DataFrame, columns: list[str]) -> np.ndarray:
 def cell_table(query: CellQuery, options: PairOptions) -> pa.Table:
     """Labels of every selected cell, in ascending `soma_joinid`.
 
-    Raises:
-        ValueError: If no context holds two cells, or library sizes are missing.
+    Raises `ValueError` if no context holds two cells, or library sizes are missing.
     """
     obs = query.obs
     n = len(obs)
@@ -164,10 +160,8 @@ def cell_table(query: CellQuery, options: PairOptions) -> pa.Table:
 
 
 def shard_bounds(joinids: np.ndarray, shard_cells: int) -> np.ndarray:
-    """First cell of every shard and the end, int64 of shape `(n_shards + 1,)`.
-
-    Shards are equally large, but begin with a tile of the store where one begins near.
-    """
+    """First cell of every shard and the end: equally many cells, but a shard begins with a tile of the store if one is
+    near."""
     n_cells = len(joinids)
     n_shards = max(1, round(n_cells / shard_cells))
     even = np.arange(n_shards + 1, dtype=np.int64) * n_cells // n_shards
@@ -177,10 +171,7 @@ def shard_bounds(joinids: np.ndarray, shard_cells: int) -> np.ndarray:
 
 class PairPlan:
     """
-    A plan on disk, which every process that works on the build opens for itself.
-
-    Args:
-        out (`str` or `Path`): The output folder, prepared by [`PairPlan.create`].
+    A plan on disk, prepared by [`PairPlan.create`], which every process that works on the build opens for itself.
     """
 
     def __init__(self, out: str | Path):

@@ -21,11 +21,7 @@ LEFT_OVER = "too_few_for_a_state"
 
 class CellTable:
     """
-    Labels of the cells of a shard, as numpy and Arrow columns.
-
-    Args:
-        table (`pa.Table`): Rows of the plan's cell table.
-        n_pairings (`int`): Number of pairings.
+    Labels of the cells of a shard, rows of the plan's cell table, as numpy and Arrow columns.
     """
 
     def __init__(self, table: pa.Table, n_pairings: int):
@@ -54,19 +50,12 @@ class CellTable:
 def average_states(
     cells: CellTable, values: sp.csr_matrix, n: int, log_values: bool, rng: np.random.Generator
 ) -> tuple[CellTable, sp.csr_matrix]:
-    """Averages random groups of `n` cells that agree in split, panel and every context.
+    """Averages random groups of `n` cells that agree in split, panel and every context; cells that fill no group are
+    left out.
 
-    Args:
-        cells (`CellTable`): Labels of the cells.
-        values (`sp.csr_matrix`): Normalised values, `(n_cells, n_genes)`.
-        n (`int`): Cells of a state.
-        log_values (`bool`): Values are logarithms of scaled counts, which are averaged before the logarithm; else the
-            values themselves are.
-        rng (`np.random.Generator`): Which cells go together.
-
-    Returns:
-        Tuple of labels (those of the state's first cell, with mean library size and mean number of expressed genes)
-        and values, one row a state. Cells that do not fill a state are left out.
+    Labels are those of the group's first cell, with mean library size and mean number of expressed genes. With
+    `log_values` the values are logarithms of scaled counts, which are averaged before the logarithm; else the values
+    themselves are.
     """
     keys = [cells.split, cells.panel, *cells.groups, *(code for code in cells.different if code is not None)]
     known = np.flatnonzero(np.all([group >= 0 for group in cells.groups], axis=0))
@@ -102,7 +91,6 @@ class ShardRows:
         cells (`CellTable`): Labels of the shard's cells.
         values (`sp.csr_matrix`): Their normalised values at the vocabulary, `(n_cells, n_genes)`.
         panels (`np.ndarray`): Measured genes, bool of shape `(n_panels, n_genes)`.
-        options (`PairOptions`): Matching and perturbation.
         shard (`int`): Number of the shard, part of every seed.
     """
 

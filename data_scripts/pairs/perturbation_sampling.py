@@ -30,15 +30,9 @@ def candidate_changes(
 def sample_from_changes(
     changes: sp.csr_matrix, numbers: np.ndarray, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draws the imposed genes of each row, at a cost that grows with their number, not with that of candidates.
+    """Draws so many imposed genes of each row of [`candidate_changes`], at a cost that grows with their number only.
 
-    Args:
-        changes (`sp.csr_matrix`): From [`candidate_changes`], shape `(B, V)`.
-        numbers (`np.ndarray`): Wished-for number of each row, shape `(B,)`.
-        rng (`np.random.Generator`): The only source of randomness.
-
-    Returns:
-        Tuple of `lengths` `(B,)`, `ids` and `values` of the imposed genes, ascending within a row.
+    Returns `lengths` `(B,)`, `ids` and `values` of the imposed genes, ascending within a row.
     """
     available = np.diff(changes.indptr).astype(np.int64)
     numbers = np.minimum(numbers, available)

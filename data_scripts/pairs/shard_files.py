@@ -16,17 +16,10 @@ DECODED_ROWS = 1_024  # decoded at once
 
 
 def write_table_atomically(batches: Iterable[pa.RecordBatch], schema: pa.Schema, path: str | Path) -> dict:
-    """Writes record batches to one `.arrow` (IPC stream) or `.parquet` (zstd) file, atomically.
+    """Writes record batches in `schema` to one `.arrow` (IPC stream) or `.parquet` (zstd) file, atomically.
 
-    The bytes depend on the batches only, so equal rows in equal batches give an equal digest.
-
-    Args:
-        batches (`Iterable[pa.RecordBatch]`): Rows in `schema`.
-        schema (`pa.Schema`): Schema of the file.
-        path (`str` or `Path`): Where to; the ending chooses the format.
-
-    Returns:
-        `dict` with `n_rows`, `n_bytes` and `digest` of the file.
+    The bytes depend on the batches only, so equal rows in equal batches give an equal digest. Returns a `dict` with
+    `n_rows`, `n_bytes` and `digest` of the file.
     """
     path = Path(path)
     n_rows = 0
@@ -64,11 +57,8 @@ def file_digest(path: str | Path) -> str:
 
 
 def read_table(path: str | Path) -> pa.Table:
-    """Opens a shard: `.arrow` memory-mapped without a copy, `.parquet` decoded.
-
-    Raises:
-        ValueError: If the file cannot be read as what its ending says.
-    """
+    """Opens a shard: `.arrow` memory-mapped without a copy, `.parquet` decoded; raises `ValueError` if it is
+    damaged."""
     path = Path(path)
     try:
         if path.suffix == ".parquet":
@@ -87,14 +77,8 @@ def decoded_folder() -> Path:
 def read_decoded(path: str | Path, digest: str) -> pa.Table:
     """Opens a parquet shard memory-mapped: decoded, a few rows at a time, into a file named by its digest.
 
-    Whoever comes first decodes, in any number of processes; a file appears whole or not at all.
-
-    Args:
-        path (`str` or `Path`): The shard; others than `.parquet` are opened as they are.
-        digest (`str`): Digest of the file.
-
-    Raises:
-        ValueError: If the shard is damaged.
+    Whoever comes first decodes, in any number of processes; a file appears whole or not at all. Files other than
+    `.parquet` are opened as they are.
     """
     path = Path(path)
     if path.suffix != ".parquet":

@@ -198,7 +198,11 @@ def read_values(
     parts = []
     for block in stream.blocks_ahead(None if all_genes else vocabulary):
         check_values(block.values, stream.options, block.joinids)
-        values, rows, genes = normalize_block(block, stream.options, library_size, gene_lengths), block.rows, block.genes
+        values, rows, genes = (
+            normalize_block(block, stream.options, library_size, gene_lengths),
+            block.rows,
+            block.genes,
+        )
         if all_genes:
             ids = vocabulary.take(genes)
             chosen = np.flatnonzero(ids >= 0)

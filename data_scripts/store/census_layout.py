@@ -199,16 +199,10 @@ def create_x_layers(path: str | Path, organism: str, layers: Sequence[str], shap
 def write_x(
     path: str | Path, organism: str, layer: str, block: sparse.csr_matrix, first: int, order=None
 ) -> np.ndarray:
-    """Adds rows to a layer of X, starting at row `first`.
+    """Adds rows, in columns of the store, to a layer of X, starting at row `first`.
 
-    Values are handed over in the order of the array's tiles, which TileDB writes five times as fast as any other.
-
-    Args:
-        block (`csr_matrix`): Rows in columns of the store.
-        order (`np.ndarray`, *optional*): What an earlier call returned for another layer of the same block.
-
-    Returns:
-        `np.ndarray` of int64, shape `(nnz,)`: the order.
+    Values are handed over in the order of the array's tiles, which TileDB writes five times as fast as any other; that
+    order is returned, to be given again with another layer of the same block.
     """
     rows = np.repeat(np.arange(first, first + block.shape[0], dtype=np.int64), np.diff(block.indptr))
     columns = block.indices.astype(np.int64)
@@ -247,13 +241,8 @@ def write_var(path: str | Path, organism: str, var: pd.DataFrame) -> None:
 
 
 def write_info(path: str | Path, organism: str, obs: pd.DataFrame, datasets: pd.DataFrame) -> None:
-    """Writes census_info: summary, datasets, summary_cell_counts and organisms.
-
-    Args:
-        obs (`pd.DataFrame`): All of obs.
-        datasets (`pd.DataFrame`): `dataset_id`, `dataset_title`, `dataset_h5ad_path` and `dataset_total_cell_count`
-            in the order of their `soma_joinid`.
-    """
+    """Writes census_info (summary, datasets, summary_cell_counts, organisms) of all of obs and the table of data
+    sets."""
     uri = f"{path}/census_info"
     label, taxon, _ = ORGANISMS[organism]
     today = datetime.datetime.now(tz=datetime.UTC).date().isoformat()

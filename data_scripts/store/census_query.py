@@ -54,10 +54,8 @@ class CellQuery:
 
 
 def open_experiment(options: QueryOptions) -> tuple[tiledbsoma.Collection, tiledbsoma.Experiment, dict]:
-    """Opens the store of a query.
-
-    Returns:
-        Tuple of the Census collection, the organism's experiment and a `dict` that says where they are.
+    """Opens the store of a query: the Census collection, the organism's experiment and a `dict` that says where they
+    are.
 
     Raises:
         ValueError: If the store does not exist, is not in Census layout or lacks the organism or layer.
@@ -152,11 +150,7 @@ def open_query(options: QueryOptions, columns: dict[str, str], optional_columns:
 
 
 def check_filter(text: str | None, frame: tiledbsoma.DataFrame, name: str) -> None:
-    """Checks a SOMA value filter against the columns and known values of a data frame, before it is run.
-
-    Raises:
-        ValueError: If it cannot be parsed, or names a column or value that does not exist, with close matches.
-    """
+    """Checks a SOMA value filter against the columns and known values of a data frame, before it is run."""
     if text is None:
         return
     try:

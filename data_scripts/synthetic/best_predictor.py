@@ -45,8 +45,7 @@ def check_question(
 ) -> PairQuestion:
     """Aligns pairs with the network and finds the data sets that measure what was measured.
 
-    Raises:
-        ValueError: For unknown genes or pairings, or a set of measured genes that no data set has.
+    Raises `ValueError` for unknown genes or pairings, or a set of measured genes that no data set has.
     """
     columns = np.arange(network.config.n_genes) if gene_ids is None else network.gene_index(gene_ids)
     values = np.asarray(source_values, dtype=np.float64)
@@ -193,12 +192,8 @@ def _posterior(
 
 class ExpectedLogValue:
     """
-    Expected normalised log value of a count given its mean: a table, interpolated linearly in the log mean.
-
-    Args:
-        network ([`GeneNetwork`]): Count form; gives dispersion, dropout and the spread of libraries.
-        libraries (`np.ndarray`, *optional*): Library sizes to tabulate; defaults to 24 even quantiles of their
-            distribution.
+    Expected normalised log value of a count given its mean: a table for some library sizes, by default 24 even
+    quantiles of their distribution, interpolated linearly in the log mean.
     """
 
     low, step, size = -14.0, 0.05, 440  # log means from 8e-7 to 3,000

@@ -87,11 +87,7 @@ class GeneNetwork:
         return symbols.tolist()
 
     def gene_index(self, names) -> np.ndarray:
-        """Column of each gene, given by id or symbol.
-
-        Raises:
-            ValueError: For a gene the network does not have, with close matches.
-        """
+        """Column of each gene, given by id or symbol; raises `ValueError` for one that the network does not have."""
         lookup = {symbol: index for index, symbol in enumerate(self.gene_symbols)}
         lookup.update({gene: index for index, gene in enumerate(self.gene_ids)})
         for name in names:
@@ -135,11 +131,7 @@ class GeneNetwork:
         return eta
 
     def loadings(self) -> np.ndarray:
-        """Linear form: change of each log value per unit of innovation, `(G, R)`, interventions applied.
-
-        Raises:
-            ValueError: In the count form, which has none.
-        """
+        """Linear form: change of each log value per unit of innovation, `(G, R)`, interventions applied."""
         if self.config.form != "linear":
             raise ValueError("`loadings` exist in the linear form only; this network's form is 'count'.")
         n = len(self.regulators)
@@ -244,11 +236,7 @@ def matrix_root(covariance: np.ndarray) -> np.ndarray:
 
 
 def load_network(path: str | Path) -> GeneNetwork:
-    """Reads what [`GeneNetwork.save`] wrote.
-
-    Raises:
-        ValueError: If the file is missing or holds something else.
-    """
+    """Reads what [`GeneNetwork.save`] wrote; raises `ValueError` if the file is missing or holds something else."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"`path` {path} does not exist; `gppc make-synthetic` writes it beside the store it makes.")

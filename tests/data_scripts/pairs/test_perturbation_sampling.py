@@ -63,7 +63,9 @@ def test_imposed_genes_are_candidates(seed, options, n_genes):
     rng = np.random.default_rng(seed)
     panels, panel, source, target = pairs_of_panels(rng, n_genes)
     candidates = candidate_changes(sp.csr_matrix(source), sp.csr_matrix(target), panels, *panel).toarray()
-    rows, genes, changes, kept = draw_imposed(sp.csr_matrix(source), sp.csr_matrix(target), panels, *panel, options, rng, 6)
+    rows, genes, changes, kept = draw_imposed(
+        sp.csr_matrix(source), sp.csr_matrix(target), panels, *panel, options, rng, 6
+    )
     np.testing.assert_array_equal(kept, (candidates != 0).any(1) | (options.min_genes == 0))
     assert kept[rows].all()
     np.testing.assert_array_equal(changes, candidates[rows, genes])
