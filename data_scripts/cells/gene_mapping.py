@@ -233,14 +233,18 @@ def map_genes(
         raise ValueError(f"none of the {len(ids)} genes of {where} could be mapped; give a `gene_table` or keep them.")
     for row in missing:
         ids[row] = names[row] if unmapped == "keep" else ""
-    table, more = genes.table, by_id.reindex(ids).reset_index(drop=True)
+    table = genes.table
+    symbol, biotype, length = (
+        by_id[column].reindex(ids, fill_value=unknown).reset_index(drop=True)
+        for column, unknown in (("symbol", ""), ("biotype", ""), ("length", 0))
+    )
     return pd.DataFrame(
         {
             "name": names,
             "feature_id": ids,
-            "feature_name": _first(table["symbol"], more["symbol"].fillna(""), table["name"]),
-            "feature_type": _first(table["biotype"], more["biotype"].fillna("")),
-            "feature_length": _first(table["length"], more["length"].fillna(0)).astype(np.int64),
+            "feature_name": _first(table["symbol"], symbol, table["name"]),
+            "feature_type": _first(table["biotype"], biotype),
+            "feature_length": _first(table["length"], length).astype(np.int64),
             "mapped_by": how,
             "note": notes,
         }
