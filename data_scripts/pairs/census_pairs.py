@@ -13,12 +13,12 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from data_scripts.files import write_json
+from data_scripts.files import write_arrays, write_json
 from data_scripts.pairs.build_tasks import build_shard, count_part, load_part, run_tasks, shard_done
-from data_scripts.pairs.gene_selection import find_genes, read_gene_list, select_genes
+from data_scripts.pairs.gene_selection import choose_genes
 from data_scripts.pairs.pair_folder import PairFolder, finish_pair_folder, read_table
 from data_scripts.pairs.pair_options import PairOptions
-from data_scripts.pairs.pair_plan import PairPlan, check_folder, digest_of, plan_identity, query_for, write_array
+from data_scripts.pairs.pair_plan import PairPlan, check_folder, digest_of, plan_identity, query_for
 from data_scripts.pairs.schema import GENE_SCHEMA, PAIR_SCHEMA, SPLITS
 from data_scripts.store.freed_memory import return_freed_memory
 
@@ -101,7 +101,7 @@ def planned(
         for leftover in out.rglob(".*.tmp"):
             leftover.unlink()
         plan = PairPlan(out) if state == "unfinished" else PairPlan.create(out, query, options, identity)
-        choose_genes(plan, num_proc, progress, dask)
+        write_genes(plan, num_proc, progress, dask)
         yield plan
 
 
@@ -116,31 +116,18 @@ def plan_pairs(options: PairOptions, out: str | Path, num_proc: int = 1, progres
         return plan
 
 
-def choose_genes(plan: PairPlan, num_proc: int, progress: bool, dask: str | None = None) -> None:
+def write_genes(plan: PairPlan, num_proc: int, progress: bool, dask: str | None = None) -> None:
     """Writes the vocabulary (`genes.npy`), after a pass over the training cells where the rule needs one."""
     if (plan.work / "genes.npy").is_file():
         return
     options, selected = plan.options.panel, np.load(plan.work / "selected.npy")
-    if options.rule in ("all", "file"):
-        genes, steps = np.flatnonzero(selected & plan.measured.any(0)), {}
-        if options.rule == "file":
-            names = read_gene_list(options.file)
-            genes = find_genes(names, plan.var["feature_id"].tolist(), plan.var["feature_name"].tolist(), "file")
-        if not len(genes):
-            raise ValueError("`panel` leaves no gene: the data sets measure none of those that `var_filter` keeps.")
-    else:
+    if options.rule in ("common", "variable"):
         todo = [index for index in range(plan.n_shards) if not (plan.work / f"panel-{index:05d}.npz").is_file()]
         run_tasks(count_part, plan, todo, num_proc, progress, "gene panel", dask)
-        cells_per_dataset = np.bincount(
-            plan.cells.column("dataset").to_numpy()[plan.cells.column("split").to_numpy() == 0],
-            minlength=len(plan.measured),
-        )
-        if not cells_per_dataset.sum():
-            raise ValueError("`splits` leave no cell for training, so no gene panel can be chosen; change the rules.")
-        parts = (load_part(plan, index) for index in range(plan.n_shards))
-        genes, steps = select_genes(parts, cells_per_dataset, plan.measured, selected, options)
+    parts = (load_part(plan, index) for index in range(plan.n_shards))
+    genes, steps = choose_genes(parts, plan.training_cells, plan.measured, selected, options, plan.var)
     write_json(steps, plan.work / "panel.json")
-    write_array(plan.work / "genes.npy", genes.astype(np.int64))
+    write_arrays(genes.astype(np.int64), plan.work / "genes.npy")
 
 
 def finish(plan: PairPlan) -> None:
@@ -154,7 +141,7 @@ def finish(plan: PairPlan) -> None:
     report["panel"] = json.loads((plan.work / "panel.json").read_text())
     sampled = plan.content["identity"].get("train_rows") is not None
     if sampled:
-        report["splits"] = {SPLITS[0]: {"cells": plan.n_training_cells}, **report["splits"]}
+        report["splits"] = {SPLITS[0]: {"cells": int(plan.training_cells.sum())}, **report["splits"]}
     if not any(entry["n_pairs"] for entry in splits.values()):
         reasons = sorted({reason for entry in report["splits"].values() for reason in entry["cells_unpaired"]})
         raise ValueError(f"no cell found a partner ({', '.join(reasons)}); relax `pairings` or `min_shared_genes`.")
@@ -216,8 +203,7 @@ def gene_table(plan: PairPlan) -> pa.Table:
         with np.load(plan.work / f"shard-{index:05d}.npz") as part:
             for name, total in totals.items():
                 total += part[name]
-    training = plan.cells.column("split").to_numpy() == 0
-    cells = np.bincount(plan.cells.column("dataset").to_numpy()[training], minlength=len(plan.measured))
+    cells = plan.training_cells
     measured = plan.measured[:, plan.genes]
     n_measured = cells @ measured
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -65,6 +65,30 @@ def count_genes(
     return PanelPart(datasets, n_cells, expressed, sums, squares)
 
 
+def choose_genes(
+    parts: Iterable[PanelPart],
+    cells_per_dataset: np.ndarray,
+    measured: np.ndarray,
+    selected: np.ndarray,
+    options: PanelOptions,
+    var: pd.DataFrame,
+) -> tuple[np.ndarray, dict[str, int]]:
+    """Applies any rule: arguments and result are those of [`select_genes`]; `parts` are asked for only where needed."""
+    if options.rule in ("common", "variable"):
+        if not cells_per_dataset.sum():
+            raise ValueError("`splits` leave no cell for training, so no gene panel can be chosen; change the rules.")
+        return select_genes(parts, cells_per_dataset, measured, selected, options)
+    if options.rule == "file":
+        genes = find_genes(
+            read_gene_list(options.file), var["feature_id"].tolist(), var["feature_name"].tolist(), "file"
+        )
+    else:
+        genes = np.flatnonzero(selected & measured.any(0))
+    if not len(genes):
+        raise ValueError("`panel` leaves no gene: the data sets measure none of those that `var_filter` keeps.")
+    return genes, {}
+
+
 def select_genes(
     parts: Iterable[PanelPart],
     cells_per_dataset: np.ndarray,
@@ -96,21 +120,24 @@ def select_genes(
     open_sets: dict[int, list] = {}
     for part in parts:
         for index, code in enumerate(part.datasets.tolist()):
-            state = open_sets.setdefault(code, [0, 0, 0.0, 0.0])
-            state[0] += int(part.n_cells[index])
-            state[1] = state[1] + part.n_expressed[index].astype(np.int64)
-            state[2] = state[2] + part.sums[index]
-            state[3] = state[3] + part.squares[index]
-            if state[0] == cells_per_dataset[code]:
-                _, expressed, sums, squares = open_sets.pop(code)
-                n = state[0]
-                n_expressed += expressed
-                weight = float(n) if options.dataset_weighting == "cells" else 1.0
-                weight_sum += weight
-                if options.rule == "variable":
-                    score += weight * standardized_dispersion(n, expressed, sums, squares)
-                else:
-                    score += weight * expressed / n
+            own = (
+                int(part.n_cells[index]),
+                part.n_expressed[index].astype(np.int64),
+                part.sums[index],
+                part.squares[index],
+            )
+            state = [seen + new for seen, new in zip(open_sets.pop(code, (0, 0, 0.0, 0.0)), own)]
+            if state[0] < cells_per_dataset[code]:
+                open_sets[code] = state
+                continue
+            n, expressed, sums, squares = state
+            n_expressed += expressed
+            weight = float(n) if options.dataset_weighting == "cells" else 1.0
+            weight_sum += weight
+            if options.rule == "variable":
+                score += weight * standardized_dispersion(n, expressed, sums, squares)
+            else:
+                score += weight * expressed / n
     score /= max(weight_sum, 1.0)
     share_measured = n_measured / max(cells_per_dataset.sum(), 1)
     share_expressed = n_expressed / np.maximum(n_measured, 1)

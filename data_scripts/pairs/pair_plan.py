@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from data_scripts.files import write_atomically, write_json
+from data_scripts.files import write_arrays, write_json
 from data_scripts.options import from_mapping
 from data_scripts.pairs.gene_selection import gene_lengths_of, read_gene_list
 from data_scripts.pairs.pair_folder import MANIFEST, write_table_atomically
@@ -29,9 +29,24 @@ WORK = "work"
 PLAN = "plan.json"
 
 
-def auto_format(n_genes: int) -> str:
-    """File format of a panel of so many genes where none is asked for."""
+def file_format(options: PairOptions, n_genes: int) -> str:
+    """`arrow` or `parquet`; `auto` depends on the size of the panel."""
+    if options.file_format != "auto":
+        return options.file_format
     return "parquet" if n_genes > MAPPED_GENES else "arrow"
+
+
+def vocabulary_of(genes: np.ndarray, n_vars: int) -> np.ndarray:
+    """Vocabulary id of every gene of the store, -1 where left out; int32 of shape `(n_vars,)`."""
+    ids = np.full(n_vars, -1, dtype=np.int32)
+    ids[genes] = np.arange(len(genes), dtype=np.int32)
+    return ids
+
+
+def panels_of(measured: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct sets of measured genes, `(n_panels, n_genes)`, and each data set's index among them, int32."""
+    panels, index = np.unique(measured, axis=0, return_inverse=True)
+    return panels, index.reshape(-1).astype(np.int32)
 
 
 def digest_of(content) -> str:
@@ -180,7 +195,6 @@ class PairPlan:
         self.content = json.loads((self.work / PLAN).read_text())
         self.options = from_mapping(PairOptions, self.content["options"], "options")
         self.n_shards = len(self.content["bounds"]) - 1
-        self._opening = threading.Lock()
         self.reading = threading.Lock()  # held while a shard is read: threads take turns, so memory is bounded
 
     @classmethod
@@ -193,12 +207,9 @@ class PairPlan:
         dataset_ids = list(dict.fromkeys(query.obs["dataset_id"].astype(str)))
         # One record batch: a shard is then a slice of it.
         write_table_atomically(cells.combine_chunks().to_batches(), cells.schema, work / "cells.arrow")
-        write_array(work / "measured.npy", query.presence(dataset_ids))
-        write_array(work / "selected.npy", query.var_selected)
+        write_arrays(query.presence(dataset_ids), work / "measured.npy")
+        write_arrays(query.var_selected, work / "selected.npy")
         written = dataclasses.asdict(options)
-        if options.query.uri is not None and "://" not in options.query.uri:
-            # Workers on other machines may have another working directory.
-            written["query"]["uri"] = str(Path(options.query.uri).resolve())
         if "census_version" in query.source:
             written["query"]["census_version"] = query.source["census_version"]  # the alias may move meanwhile
         split_by = "the given rules"
@@ -231,10 +242,8 @@ class PairPlan:
     @cached_property
     def experiment(self):
         """The organism's experiment, opened for this process."""
-        with self._opening:  # threads share one open store
-            if "_census" not in self.__dict__:
-                self._census, self._experiment, _ = open_experiment(self.options.query)
-        return self._experiment
+        self._census, experiment, _ = open_experiment(self.options.query)
+        return experiment
 
     @cached_property
     def var(self) -> pd.DataFrame:
@@ -258,28 +267,19 @@ class PairPlan:
         return np.load(self.work / "genes.npy")
 
     @cached_property
-    def n_training_cells(self) -> int:
-        """Cells of the training split, counted once for all shards."""
-        return int(np.count_nonzero(self.cells.column("split").to_numpy() == SPLITS.index("train")))
-
-    @property
-    def file_format(self) -> str:
-        """`arrow` or `parquet`; `auto` depends on the size of the panel."""
-        if self.options.file_format != "auto":
-            return self.options.file_format
-        return auto_format(len(self.genes))
+    def training_cells(self) -> np.ndarray:
+        """Cells of the training split in each data set, int64 of shape `(n_datasets,)`."""
+        training = self.cells.column("split").to_numpy() == SPLITS.index("train")
+        return np.bincount(self.cells.column("dataset").to_numpy()[training], minlength=len(self.measured))
 
     @cached_property
     def vocabulary(self) -> np.ndarray:
-        """Vocabulary id of every gene of the store, -1 where left out; int32 of shape `(n_vars,)`."""
-        ids = np.full(self.measured.shape[1], -1, dtype=np.int32)
-        ids[self.genes] = np.arange(len(self.genes), dtype=np.int32)
-        return ids
+        """See [`vocabulary_of`]."""
+        return vocabulary_of(self.genes, self.measured.shape[1])
 
     @cached_property
     def _panels(self) -> tuple[np.ndarray, np.ndarray]:
-        panels, index = np.unique(self.measured[:, self.genes], axis=0, return_inverse=True)
-        return panels, index.reshape(-1).astype(np.int32)
+        return panels_of(self.measured[:, self.genes])
 
     @property
     def panels(self) -> np.ndarray:
@@ -290,15 +290,5 @@ class PairPlan:
         """Labels of the cells of a shard."""
         first, last = self.content["bounds"][index : index + 2]
         table = self.cells.slice(first, last - first)
-        panel = self._panels[1][table.column("dataset").to_numpy()] if (self.work / "genes.npy").is_file() else None
-        zeros = np.zeros(last - first, dtype=np.int32)
-        return CellTable(
-            table.append_column("panel", pa.array(zeros if panel is None else panel)),
-            len(self.options.matching.pairings),
-        )
-
-
-def write_array(path: Path, array: np.ndarray) -> None:
-    """Writes a `.npy` file atomically."""
-    with write_atomically(path) as temporary, open(temporary, "wb") as file:
-        np.save(file, array, allow_pickle=False)
+        has_genes = (self.work / "genes.npy").is_file()
+        return CellTable(table, len(self.options.matching.pairings), self._panels[1] if has_genes else None)

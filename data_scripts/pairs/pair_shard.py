@@ -24,13 +24,13 @@ class CellTable:
     Labels of the cells of a shard, rows of the plan's cell table, as numpy and Arrow columns.
     """
 
-    def __init__(self, table: pa.Table, n_pairings: int):
+    def __init__(self, table: pa.Table, n_pairings: int, panel_of_dataset: np.ndarray | None = None):
         self.table = table.combine_chunks()
-        numbers = {
-            name: self.table.column(name).to_numpy() for name in ("soma_joinid", "split", "panel", "library", "nnz")
-        }
-        self.joinids, self.split, self.panel = numbers["soma_joinid"], numbers["split"], numbers["panel"]
-        self.library, self.n_expressed = numbers["library"], numbers["nnz"]
+        self.joinids, self.split, self.dataset, self.library, self.n_expressed = (
+            self.table.column(name).to_numpy() for name in ("soma_joinid", "split", "dataset", "library", "nnz")
+        )
+        self.panel_of_dataset = panel_of_dataset
+        self.panel = None if panel_of_dataset is None else panel_of_dataset[self.dataset]
         self.groups = [self.table.column(f"group_{index}").to_numpy() for index in range(n_pairings)]
         self.different = [
             self.table.column(f"different_{index}").to_numpy() if f"different_{index}" in table.column_names else None
@@ -80,7 +80,7 @@ def average_states(
     for name, column in (("library", cells.library), ("nnz", cells.n_expressed)):
         means = pa.array(column[members].mean(1)).cast(table.schema.field(name).type, safe=False)
         table = table.set_column(table.column_names.index(name), name, means)
-    return CellTable(table, len(cells.groups)), averaged.astype(np.float32)
+    return CellTable(table, len(cells.groups), cells.panel_of_dataset), averaged.astype(np.float32)
 
 
 class ShardRows:
