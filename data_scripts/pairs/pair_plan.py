@@ -20,7 +20,7 @@ from data_scripts.pairs.pair_shard import CellTable
 from data_scripts.pairs.schema import CONTEXT_COLUMNS, SCHEMA_VERSION, SPLITS
 from data_scripts.pairs.splits import assign_splits, columns_of, default_rules, describe_rules
 from data_scripts.store.cell_stream import tile_boundary
-from data_scripts.store.census_query import CellQuery, open_experiment, open_query
+from data_scripts.store.census_query import CellQuery, absolute_uri, open_experiment, open_query
 
 BUILD_VERSION = 2  # raised whenever the same options would give other rows
 # Panels up to this size are written as they are mapped; rows of larger ones are packed to a quarter.
@@ -210,6 +210,8 @@ class PairPlan:
         write_arrays(query.presence(dataset_ids), work / "measured.npy")
         write_arrays(query.var_selected, work / "selected.npy")
         written = dataclasses.asdict(options)
+        if options.query.uri is not None:
+            written["query"]["uri"] = absolute_uri(options.query.uri)
         if "census_version" in query.source:
             written["query"]["census_version"] = query.source["census_version"]  # the alias may move meanwhile
         split_by = "the given rules"

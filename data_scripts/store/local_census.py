@@ -137,6 +137,7 @@ def write_census(
             of several kinds of values, an existing store.
     """
     store = Path(store)
+    place = store.absolute()  # whatever the working directory becomes meanwhile
     check_species(organism)
     if unmapped not in UNMAPPED:
         raise ValueError(f"`unmapped` is {unmapped!r}; wanted one of {', '.join(UNMAPPED)}.")
@@ -158,14 +159,14 @@ def write_census(
     if len(kinds) > 1:
         raise ValueError(f"`value_kind` of the sources is {' and '.join(kinds)}; a store holds one kind of values.")
     var = _join_genes(checked, tables, unmapped)
-    partial, old = (store.with_name(f".{store.name}.{what}-{os.getpid()}") for what in ("partial", "old"))
-    store.parent.mkdir(parents=True, exist_ok=True)
+    partial, old = (place.with_name(f".{store.name}.{what}-{os.getpid()}") for what in ("partial", "old"))
+    place.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         report = _write_store(partial, checked, var, organism, keep_obs, progress)
-        if store.exists():
-            os.replace(store, old)
-        os.replace(partial, store)
+        if place.exists():
+            os.replace(place, old)
+        os.replace(partial, place)
         shutil.rmtree(old, ignore_errors=True)
     except BaseException:  # also an interruption must not leave half a store behind
         shutil.rmtree(partial, ignore_errors=True)
