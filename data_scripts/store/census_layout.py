@@ -197,25 +197,22 @@ def create_x_layers(path: str | Path, organism: str, layers: Sequence[str], shap
 
 
 def write_x(
-    path: str | Path, organism: str, layer: str, block: sparse.csr_matrix, first: int, order=None
-) -> np.ndarray:
-    """Adds rows, in columns of the store, to a layer of X, starting at row `first`.
+    path: str | Path, organism: str, layers: Mapping[str, np.ndarray], block: sparse.csr_matrix, first: int
+) -> None:
+    """Adds a block's rows, in columns of the store, to layers of X (name -> values), starting at row `first`.
 
-    Values are handed over in the order of the array's tiles, which TileDB writes five times as fast as any other; that
-    order is returned, to be given again with another layer of the same block.
+    Values are handed over in the order of the array's tiles, which TileDB writes five times as fast as any other.
     """
     rows = np.repeat(np.arange(first, first + block.shape[0], dtype=np.int64), np.diff(block.indptr))
     columns = block.indices.astype(np.int64)
-    if order is None:
-        tile = rows // X_TILE * (2**31 // X_TILE) + columns // X_TILE
-        inside = rows % X_TILE * X_TILE + columns % X_TILE
-        order = np.argsort(tile * X_TILE**2 + inside)
-    with tiledbsoma.open(f"{measurement_uri(path, organism)}/X/{layer}", "w") as array:
-        array.write(
-            pa.table({"soma_dim_0": rows[order], "soma_dim_1": columns[order], "soma_data": block.data[order]}),
-            platform_config=tiledbsoma.options.TileDBWriteOptions(sort_coords=False),
-        )
-    return order
+    tile = rows // X_TILE * (2**31 // X_TILE) + columns // X_TILE
+    order = np.argsort(tile * X_TILE**2 + rows % X_TILE * X_TILE + columns % X_TILE)
+    for layer, values in layers.items():
+        with tiledbsoma.open(f"{measurement_uri(path, organism)}/X/{layer}", "w") as array:
+            array.write(
+                pa.table({"soma_dim_0": rows[order], "soma_dim_1": columns[order], "soma_data": values[order]}),
+                platform_config=tiledbsoma.options.TileDBWriteOptions(sort_coords=False),
+            )
 
 
 def write_presence(path: str | Path, organism: str, measured: Sequence[np.ndarray], n_vars: int) -> None:

@@ -233,7 +233,11 @@ def _write_store(
                     block = _stored(block, part.joinids)
                     gene_nnz += np.bincount(block.indices, minlength=len(var))
                     statistics.append(_row_statistics(block))
-                    _write_block(path, organism, layers, block, part.library.sizes[start:], first + start)
+                    sizes = np.repeat(part.library.sizes[start : start + block.shape[0]], np.diff(block.indptr))
+                    fractions = (block.data.astype(np.float64) / sizes).astype(np.float32)
+                    values = {name: fractions if name == "normalized" else block.data for name in layers}
+                    if block.nnz:
+                        census_layout.write_x(path, organism, values, block, first + start)
                     bar.update(block.shape[0])
             first += len(part.obs)
     obs = pd.concat([obs, pd.concat(statistics, ignore_index=True)], axis=1)
@@ -261,19 +265,6 @@ def _stored(block: sparse.csr_matrix, joinids: np.ndarray) -> sparse.csr_matrix:
     block.eliminate_zeros()
     indices = joinids[kept][block.indices]
     return sparse.csr_matrix((block.data, indices, block.indptr), shape=(block.shape[0], int(joinids.max()) + 1))
-
-
-def _write_block(
-    path: Path, organism: str, layers: Sequence[str], block: sparse.csr_matrix, library: np.ndarray, first: int
-) -> None:
-    if not block.nnz:
-        return
-    order = None
-    for layer in layers:
-        if layer == "normalized":
-            sizes = np.repeat(library[: block.shape[0]], np.diff(block.indptr))
-            block.data = (block.data.astype(np.float64) / sizes).astype(np.float32)
-        order = census_layout.write_x(path, organism, layer, block, first, order)
 
 
 def _row_statistics(block: sparse.csr_matrix) -> pd.DataFrame:
