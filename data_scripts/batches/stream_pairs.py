@@ -138,23 +138,22 @@ class PairStream(torch.utils.data.IterableDataset):
     Batches of pairs for one process of a training job, in an order that seed, epoch and numbers of readers fix.
 
     1. Shards are put in random order and shared out to readers (a worker of a rank), so that readers have disjoint
-       cells, none twice, none missing. 2. A reader spreads the rows of each shard over the next `pool_shards` rounds,
-       so a round mixes that many shards; while one round is used, the shard that the next one needs is read.
-       3. Rows are shuffled within the round and cut into batches. 4. `transform` turns a batch into what the model
-       takes, still in the background. Partners are drawn anew in every epoch.
+    cells, none twice, none missing. 2. A reader spreads the rows of each shard over the next `pool_shards` rounds, so
+    a round mixes that many shards; while one round is used, the shard that the next one needs is read. 3. Rows are
+    shuffled within the round and cut into batches. 4. `transform` turns a batch into what the model takes, still in
+    the background. Partners are drawn anew in every epoch.
+
+    Iterating yields one epoch from where the state stands, then goes on to the next epoch's beginning; endless, it
+    yields one epoch after the other.
 
     Args:
         out (`str` or `Path`): Folder that [`plan_pairs`] prepared, or that `build_pairs(train_rows=...)` wrote.
-        options (`StreamOptions`, *optional*): How the stream is cut up.
         num_workers (`int`, *optional*, defaults to 0): Background processes; 0 reads in a thread of this one.
         rank, world_size (`int`, *optional*): This process among those that train.
         transform (`Callable[[pa.Table], Any]`, *optional*): Applied to each batch where it is read; must be picklable
             for `num_workers` above 0.
-        endless (`bool`, *optional*, defaults to `False`): Go on with the next epoch for ever. A reader that is
-            through with its share of an epoch does not wait for the others, so no rank ends before another.
-
-    Iterating yields one epoch from where the state stands, then goes on to the next epoch's beginning; endless, it
-    yields one epoch after the other.
+        endless (`bool`, *optional*, defaults to `False`): Go on with the next epoch for ever. A reader that is through
+            with its share of an epoch does not wait for the others, so no rank ends before another.
     """
 
     def __init__(

@@ -96,9 +96,8 @@ class CellFile:
     def check(self) -> LibrarySizes:
         """Reads every value once, and the library sizes.
 
-        Raises:
-            ValueError: For no cells, two cells of one name, values that are not of the declared kind, or library sizes
-                that cannot be.
+        Raises `ValueError` for no cells, two cells of one name, values that are not of the declared kind, or library
+        sizes that cannot be.
         """
         names = self.obs.index
         if not len(names):
@@ -236,20 +235,12 @@ def open_cells(
     Args:
         source (`str`, `Path` or `AnnData`): An `.h5ad` file, a `.zarr` folder, an `.h5` file of 10x Genomics, or cells
             in memory.
-        options ([`ReadOptions`], *optional*): What is where.
         where (`str`, *optional*): What messages call the cells.
 
     Raises:
         ValueError: For a source that is absent or unreadable, a missing layer or column, or no genes.
 
-    Example:
-
-    ```python
-    with open_cells("cells.h5ad", ReadOptions(layer="counts")) as cells:
-        library = cells.check()
-        for first, block in cells.blocks():
-            ...
-    ```
+    Example: `with open_cells("cells.h5ad") as cells: library = cells.check()`, then `cells.blocks()`.
     """
     options = options or ReadOptions()
     with contextlib.ExitStack() as stack:

@@ -17,14 +17,9 @@ DISPERSION_BINS = 20
 @dataclass
 class PanelPart:
     """
-    Statistics of some cells, by data set.
-
-    Attributes:
-        datasets (`np.ndarray`): Codes of the data sets, int64 of shape `(n_datasets,)`.
-        n_cells (`np.ndarray`): Their cells in this part, int64 of shape `(n_datasets,)`.
-        n_expressed (`np.ndarray`): Cells that express each gene, int32 of shape `(n_datasets, n_vars)`.
-        sums, squares (`np.ndarray`): Of normalised values, float64 of shape `(n_datasets, n_vars)`; of shape
-            `(n_datasets, 0)` for rules that need none.
+    Statistics of some cells, by data set: codes of the data sets and numbers of their cells, `(n_datasets,)`; how many
+    express each gene, sums and sums of squares of normalised values, `(n_datasets, n_vars)` (no columns of sums for
+    rules that need none).
     """
 
     datasets: np.ndarray

@@ -45,18 +45,12 @@ class PairFolder:
     """
     Pairs that `gppc build-pairs` wrote, opened without reading them.
 
-    Args:
-        path (`str` or `Path`): The folder.
-
-    Raises:
-        ValueError: If the folder is not a finished pairs folder, was written with another major version of the schema,
-            or lacks a shard.
+    Raises `ValueError` if the folder is not a finished pairs folder, was written with another major version of the
+    schema, or lacks a shard.
 
     Attributes:
-        manifest (`dict`): `schema_version`, `organism`, `normalization`, `target_sum`, `pairings`, `splits`,
-            `report`, `digest`, ...
-        genes (`pa.Table`): The vocabulary in id order (`GENE_SCHEMA`).
-        panels (`np.ndarray`): Measured genes, bool of shape `(n_panels, n_genes)`.
+        manifest (`dict`): `schema_version`, `organism`, `normalization`, `target_sum`, `pairings`, `splits`, `report`,
+            `digest`, ...
     """
 
     def __init__(self, path: str | Path):

@@ -1,8 +1,9 @@
 """Files of rows: written atomically, read memory-mapped; what is packed is unpacked once, into a cache."""
 
+import contextlib
 import fcntl
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -59,11 +60,17 @@ def file_digest(path: str | Path) -> str:
 def read_table(path: str | Path) -> pa.Table:
     """Opens a shard: `.arrow` memory-mapped without a copy, `.parquet` decoded; raises `ValueError` if it is
     damaged."""
-    path = Path(path)
-    try:
-        if path.suffix == ".parquet":
+    with _naming(path):
+        if Path(path).suffix == ".parquet":
             return pq.read_table(path)
         return pa.ipc.open_stream(pa.memory_map(str(path), "r")).read_all()
+
+
+@contextlib.contextmanager
+def _naming(path: str | Path) -> Iterator[None]:
+    """Raises `ValueError` that names the file for what goes wrong while it is read."""
+    try:
+        yield
     except (pa.ArrowInvalid, OSError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"`{path}` is damaged ({reason}); delete it and run `gppc build-pairs` again.") from error
@@ -89,12 +96,7 @@ def read_decoded(path: str | Path, digest: str) -> pa.Table:
         with open(decoded.with_suffix(".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not decoded.is_file():
-                try:
+                with _naming(path):
                     shard = pq.ParquetFile(path)
                     write_table_atomically(shard.iter_batches(DECODED_ROWS), shard.schema_arrow, decoded)
-                except pa.ArrowInvalid as error:
-                    reason = " ".join(str(error).split())
-                    raise ValueError(
-                        f"`{path}` is damaged ({reason}); delete it and run `gppc build-pairs` again."
-                    ) from error
     return read_table(decoded)

@@ -119,7 +119,6 @@ def open_query(options: QueryOptions, columns: dict[str, str], optional_columns:
     """Opens the store and reads the labels of the selected cells.
 
     Args:
-        options (`QueryOptions`): The query.
         columns (`dict[str, str]`): Columns of obs to read besides `soma_joinid` -> the option that asks for them.
         optional_columns (`list[str]`, *optional*): Columns to read where obs has them.
 

@@ -112,29 +112,24 @@ def write_census(
 ) -> CensusReport:
     """Writes cells into a local store in Census layout.
 
-    Counts become `X["raw"]` and, over the library size, `X["normalized"]`; estimated counts only the latter; log values
-    `X["log_values"]`, float32 bit for bit. The sources' `value_kind` says what they are.
+    Counts become `X["raw"]` and, over the library size, `X["normalized"]`; estimated counts only the latter; log
+    values `X["log_values"]`, float32 bit for bit. The sources' `value_kind` says what they are.
 
     Everything is checked before the store is begun; it grows under a temporary name beside `store` and gets its name
     at the end. Cells keep the order given (`soma_joinid` counts through the data sets), genes are the union over data
     sets in order of first appearance, and the presence matrix tells which data set measured which gene.
 
     Args:
-        store (`str` or `Path`): Folder of the store.
         sources (`Iterable[CensusSource]`): The data sets; at most one lazy source is in memory at a time.
         organism (`str`, *optional*, defaults to `"homo_sapiens"`): Species, as Census names it.
         gene_table (`str`, `Path` or a list of them, *optional*): Symbols and Ensembl ids; see [`read_gene_table`].
         unmapped (`str`, *optional*, defaults to `"keep"`): `keep`, `drop` or `error`; see [`map_genes`].
         keep_obs (`Sequence[str]`, *optional*): Columns of obs to carry along besides those of Census.
         overwrite (`bool`, *optional*, defaults to `False`): Replace a store of that name.
-        progress (`bool`, *optional*, defaults to `False`): Show progress bars.
-
-    Returns:
-        [`CensusReport`].
 
     Raises:
-        ValueError: Before anything is written: unknown species, cells that cannot be read (see [`open_cells`]), sources
-            of several kinds of values, an existing store.
+        ValueError: Before anything is written: unknown species, cells that cannot be read (see [`open_cells`]),
+            sources of several kinds of values, an existing store.
     """
     store = Path(store)
     place = store.absolute()  # whatever the working directory becomes meanwhile
