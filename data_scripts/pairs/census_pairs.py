@@ -145,7 +145,6 @@ def finish(plan: PairPlan) -> None:
     if not any(entry["n_pairs"] for entry in splits.values()):
         reasons = sorted({reason for entry in report["splits"].values() for reason in entry["cells_unpaired"]})
         raise ValueError(f"no cell found a partner ({', '.join(reasons)}); relax `pairings` or `min_shared_genes`.")
-    options = dataclasses.asdict(plan.options)
     finish_pair_folder(
         plan.out,
         gene_table(plan),
@@ -156,7 +155,7 @@ def finish(plan: PairPlan) -> None:
             "target_sum": plan.options.query.target_sum,
             "pairings": list(plan.options.matching.pairings),
             "source": plan.content["source"],
-            "options": options,
+            "options": dataclasses.asdict(plan.options),
             "identity": plan.content["identity"],
             "splits": splits,
             "split_by": plan.content["split_by"],
@@ -210,20 +209,15 @@ def gene_table(plan: PairPlan) -> pa.Table:
         mean = np.where(n_measured > 0, totals["sums"] / n_measured, 0.0)
         variance = np.where(n_measured > 0, totals["squares"] / n_measured - mean**2, 0.0)
     var = plan.var.iloc[plan.genes]
-    lengths = var["feature_length"].to_numpy(dtype=np.float32) if "feature_length" in var else np.full(n_genes, np.nan)
-    return pa.table(
-        [
-            pa.array(var["feature_id"].astype(str).tolist()),
-            pa.array(var["feature_name"].astype(str).tolist()),
-            pa.array(lengths, pa.float32()),
-            pa.array(n_measured, pa.int64()),
-            pa.array(totals["n_expressed"], pa.int64()),
-            pa.array((cells > 0).astype(np.int64) @ measured),
-            pa.array(mean.astype(np.float32)),
-            pa.array(np.maximum(variance, 0).astype(np.float32)),
-        ],
-        schema=GENE_SCHEMA,
+    lengths = (
+        var["feature_length"].to_numpy(dtype=np.float32)
+        if "feature_length" in var
+        else np.full(n_genes, np.nan, np.float32)
     )
+    names = [var[column].astype(str).tolist() for column in ("feature_id", "feature_name")]
+    numbers = [n_measured, totals["n_expressed"], (cells > 0).astype(np.int64) @ measured]
+    moments = [mean.astype(np.float32), np.maximum(variance, 0).astype(np.float32)]
+    return pa.table([pa.array(column) for column in (*names, lengths, *numbers, *moments)], schema=GENE_SCHEMA)
 
 
 @dataclass
@@ -233,12 +227,10 @@ class CensusPairsConfig(datasets.BuilderConfig):
 
     Args:
         options (`PairOptions`): What to build.
-        folder (`str`, *optional*): Where the pairs folder is built; default inside the builder's cache folder.
         num_proc (`int`, *optional*, defaults to 1): Processes of the build.
     """
 
     options: PairOptions = field(default_factory=PairOptions)
-    folder: str | None = None
     num_proc: int = 1
 
 
@@ -253,7 +245,7 @@ class CensusPairs(datasets.ArrowBasedBuilder):
 
     @classmethod
     def from_options(
-        cls, options: PairOptions, cache_dir: str | Path | None = None, folder: str | None = None, num_proc: int = 1
+        cls, options: PairOptions, cache_dir: str | Path | None = None, num_proc: int = 1
     ) -> "CensusPairs":
         """Builder whose cache key covers store, query, panel, matching, seeds and code version."""
         digest = digest_of(plan_identity(options, query_for(options).source))
@@ -262,7 +254,6 @@ class CensusPairs(datasets.ArrowBasedBuilder):
             config_name=f"pairs-{digest}",
             version=datasets.Version("1.0.0"),
             options=options,
-            folder=folder,
             num_proc=num_proc,
         )
 
@@ -273,17 +264,13 @@ class CensusPairs(datasets.ArrowBasedBuilder):
         )
 
     def _split_generators(self, dl_manager) -> list[datasets.SplitGenerator]:
-        folder = Path(self.config.folder or Path(self.cache_dir).parent / f"{self.config.name}-folder")
+        folder = Path(self.cache_dir).parent / f"{self.config.name}-folder"
         pairs = build_pairs(self.config.options, folder, self.config.num_proc)
-        return [
-            datasets.SplitGenerator(
-                name=name,
-                gen_kwargs={
-                    "shards": [str(folder / shard["file"]) for shard in pairs.manifest["splits"][name]["shards"]]
-                },
-            )
-            for name in pairs.splits
-        ]
+        generators = []
+        for name in pairs.splits:
+            shards = [str(folder / shard["file"]) for shard in pairs.manifest["splits"][name]["shards"]]
+            generators.append(datasets.SplitGenerator(name=name, gen_kwargs={"shards": shards}))
+        return generators
 
     def _generate_tables(self, shards: list[str]) -> Iterator[tuple[str, pa.Table]]:
         for shard in shards:

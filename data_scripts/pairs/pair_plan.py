@@ -224,8 +224,6 @@ class PairPlan:
             "options": written,
             "split_by": split_by,
             "source": query.source,
-            "dataset_ids": dataset_ids,
-            "n_cells": len(query.obs),
             "bounds": shard_bounds(query.obs["soma_joinid"].to_numpy(), options.shard_cells).tolist(),
         }
         write_json(content, work / PLAN)

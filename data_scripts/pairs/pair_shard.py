@@ -13,7 +13,6 @@ from data_scripts.pairs.schema import CONTEXT_COLUMNS, PAIR_SCHEMA, SPLITS, TARG
 from data_scripts.store.cell_stream import CellStream, read_values
 
 ROWS_PER_BATCH = 1_024
-MOMENT_CELLS = 128  # summed at once: few enough to stay in the processor's cache
 # Why a cell is in no pair, besides the reasons of partner matching.
 NO_CHANGE = "no_differing_gene"
 LEFT_OVER = "too_few_for_a_state"
@@ -214,22 +213,12 @@ def _array(values, kind: pa.DataType) -> pa.Array:
 
 def gene_moments(values: sp.csr_matrix, chosen: np.ndarray) -> dict[str, np.ndarray]:
     """Number of cells that express each gene, sum and sum of squares of its values over the chosen cells."""
-    n_genes = values.shape[1]
-    totals = {"n_expressed": np.zeros(n_genes, np.int64), "sums": np.zeros(n_genes), "squares": np.zeros(n_genes)}
-    for first in range(0, values.shape[0], MOMENT_CELLS):
-        weights = chosen[first : first + MOMENT_CELLS].astype(np.float64)
-        if not weights.any():
-            continue
-        begin, end = values.indptr[[first, first + len(weights)]]
-        data = values.data[begin:end].astype(np.float64)
-        places = (values.indices[begin:end], values.indptr[first : first + len(weights) + 1] - begin)
-        part = sp.csr_matrix((data, *places), shape=(len(weights), n_genes), copy=False)
-        totals["sums"] += weights @ part
-        np.multiply(data, data, out=data)
-        totals["squares"] += weights @ part
-        data[:] = 1
-        totals["n_expressed"] += (weights @ part).astype(np.int64)
-    return totals
+    own = values[chosen].astype(np.float64)
+    return {
+        "n_expressed": own.getnnz(axis=0).astype(np.int64),
+        "sums": np.asarray(own.sum(axis=0)).ravel(),
+        "squares": np.asarray(own.multiply(own).sum(axis=0)).ravel(),
+    }
 
 
 def read_shard_values(

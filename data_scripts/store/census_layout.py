@@ -1,4 +1,4 @@
-"""The layout of a Census-like SOMA store: columns, types, TileDB settings, and the calls that create and fill it.
+"""The layout of a Census-like SOMA store: columns, types, tiles of X, and the calls that create and fill it.
 
 Follows schema 2.4.0 as published by the Census builder (chanzuckerberg/cellxgene-census).
 """
@@ -78,80 +78,38 @@ COUNTED_TERMS = (
 X_TILE = 2048
 
 
-def _zstd(level: int) -> dict:
-    return {"_type": "ZstdFilter", "level": level}
-
-
-def _x_settings(values: list) -> dict:
-    return {
-        "tiledb": {
-            "create": {
-                "capacity": 2**16,
-                "dims": {
-                    "soma_dim_0": {"tile": X_TILE, "filters": [_zstd(9)]},
-                    "soma_dim_1": {"tile": X_TILE, "filters": ["ByteShuffleFilter", _zstd(9)]},
-                },
-                "attrs": {"soma_data": {"filters": values}},
-                "cell_order": "row-major",
-                "tile_order": "row-major",
-                "allows_duplicates": True,
-            }
-        }
-    }
-
-
+# As Census has them: what a reader of cells decodes is a tile of 2,048 cells and as many genes.
 X_SETTINGS = {
-    "raw": _x_settings(["ByteShuffleFilter", _zstd(9)]),
-    "normalized": _x_settings([_zstd(13)]),
-    "log_values": _x_settings(["ByteShuffleFilter", _zstd(9)]),
-}
-
-
-def _frame_settings(schema: pa.Schema) -> dict:
-    attributes = {}
-    for column in schema:
-        if column.name == "soma_joinid":
-            continue
-        if pa.types.is_dictionary(column.type):
-            filters = [_zstd(9)]
-        elif pa.types.is_large_string(column.type) or pa.types.is_boolean(column.type):
-            filters = [_zstd(19)]
-        else:
-            filters = ["ByteShuffleFilter", _zstd(9)]
-        attributes[column.name] = {"filters": filters}
-    return {
-        "tiledb": {
-            "create": {
-                "capacity": 2**16,
-                "dims": {"soma_joinid": {"filters": ["DoubleDeltaFilter", _zstd(19)]}},
-                "attrs": attributes,
-                "offsets_filters": ["DoubleDeltaFilter", _zstd(19)],
-                "allows_duplicates": True,
-            }
+    "tiledb": {
+        "create": {
+            "capacity": 2**16,
+            "dims": {
+                "soma_dim_0": {"tile": X_TILE, "filters": [{"_type": "ZstdFilter", "level": 9}]},
+                "soma_dim_1": {"tile": X_TILE, "filters": ["ByteShuffleFilter", {"_type": "ZstdFilter", "level": 9}]},
+            },
+            "attrs": {"soma_data": {"filters": ["ByteShuffleFilter", {"_type": "ZstdFilter", "level": 9}]}},
+            "cell_order": "row-major",
+            "tile_order": "row-major",
+            "allows_duplicates": True,
         }
     }
+}
 
 
 def frame_to_arrow(
     frame: pd.DataFrame, types: Mapping[str, pa.DataType], dictionaries: Sequence[str] = ()
 ) -> pa.Table:
     """Arrow form of a frame with the given column types; `dictionaries` get the narrowest index type."""
-    arrays, fields = [], []
+    arrays = {}
     for name, value_type in types.items():
         if name in dictionaries:
-            column = (
-                frame[name] if isinstance(frame[name].dtype, pd.CategoricalDtype) else frame[name].astype("category")
-            )
-            column = column.cat.remove_unused_categories()
-            codes = column.cat.codes.to_numpy()
-            array = pa.DictionaryArray.from_arrays(
-                pa.array(codes), pa.array(column.cat.categories.astype(str).tolist(), type=value_type)
-            )
+            column = frame[name].astype("category").cat.remove_unused_categories()
+            values = pa.array(column.cat.categories.astype(str).tolist(), type=value_type)
+            array = pa.DictionaryArray.from_arrays(pa.array(column.cat.codes.to_numpy()), values)
         else:
             array = pa.array(frame[name].to_numpy(), type=value_type)
-        arrays.append(array)
-        fields.append(pa.field(name, array.type))
-    return pa.Table.from_arrays(arrays, schema=pa.schema(fields))
+        arrays[name] = array
+    return pa.table(arrays)
 
 
 def create_store(path: str | Path, organism: str) -> None:
@@ -181,7 +139,6 @@ def write_frame(collection_uri: str, name: str, table: pa.Table) -> None:
             schema=table.schema,
             index_column_names=["soma_joinid"],
             domain=[(int(ids.min()), int(ids.max()))],
-            platform_config=_frame_settings(table.schema),
         )
     with tiledbsoma.open(f"{collection_uri}/{name}", "w") as frame:
         frame.write(table)
@@ -191,9 +148,7 @@ def create_x_layers(path: str | Path, organism: str, layers: Sequence[str], shap
     """Creates empty float32 layers of X, `(n_obs, n_vars)`."""
     with tiledbsoma.open(f"{measurement_uri(path, organism)}/X", "w") as collection:
         for name in layers:
-            collection.add_new_sparse_ndarray(
-                name, type=pa.float32(), shape=shape, platform_config=X_SETTINGS[name]
-            ).close()
+            collection.add_new_sparse_ndarray(name, type=pa.float32(), shape=shape, platform_config=X_SETTINGS).close()
 
 
 def write_x(
