@@ -197,7 +197,7 @@ def _add(total: dict, part: dict) -> None:
 def gene_table(plan: PairPlan) -> pa.Table:
     """The vocabulary with statistics over the training cells."""
     n_genes = len(plan.genes)
-    totals = {"n_expressed": np.zeros(n_genes, np.int64), "sums": np.zeros(n_genes), "squares": np.zeros(n_genes)}
+    totals = {name: np.zeros(n_genes) for name in ("n_expressed", "sums", "squares")}
     for index in range(plan.n_shards):
         with np.load(plan.work / f"shard-{index:05d}.npz") as part:
             for name, total in totals.items():
@@ -215,7 +215,7 @@ def gene_table(plan: PairPlan) -> pa.Table:
         else np.full(n_genes, np.nan, np.float32)
     )
     names = [var[column].astype(str).tolist() for column in ("feature_id", "feature_name")]
-    numbers = [n_measured, totals["n_expressed"], (cells > 0).astype(np.int64) @ measured]
+    numbers = [n_measured, totals["n_expressed"].astype(np.int64), (cells > 0).astype(np.int64) @ measured]
     moments = [mean.astype(np.float32), np.maximum(variance, 0).astype(np.float32)]
     return pa.table([pa.array(column) for column in (*names, lengths, *numbers, *moments)], schema=GENE_SCHEMA)
 

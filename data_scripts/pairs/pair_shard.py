@@ -13,6 +13,7 @@ from data_scripts.pairs.schema import CONTEXT_COLUMNS, PAIR_SCHEMA, SPLITS, TARG
 from data_scripts.store.cell_stream import CellStream, read_values
 
 ROWS_PER_BATCH = 1_024
+MOMENT_CELLS = 128  # summed at once: few enough to stay in the processor's cache
 # Why a cell is in no pair, besides the reasons of partner matching.
 NO_CHANGE = "no_differing_gene"
 LEFT_OVER = "too_few_for_a_state"
@@ -213,12 +214,16 @@ def _array(values, kind: pa.DataType) -> pa.Array:
 
 def gene_moments(values: sp.csr_matrix, chosen: np.ndarray) -> dict[str, np.ndarray]:
     """Number of cells that express each gene, sum and sum of squares of its values over the chosen cells."""
-    own = values[chosen].astype(np.float64)
-    return {
-        "n_expressed": own.getnnz(axis=0).astype(np.int64),
-        "sums": np.asarray(own.sum(axis=0)).ravel(),
-        "squares": np.asarray(own.multiply(own).sum(axis=0)).ravel(),
-    }
+    totals = {name: np.zeros(values.shape[1]) for name in ("n_expressed", "sums", "squares")}
+    for first in range(0, values.shape[0], MOMENT_CELLS):
+        part = values[first : first + MOMENT_CELLS].astype(np.float64)
+        weights = chosen[first : first + MOMENT_CELLS].astype(np.float64)
+        totals["sums"] += weights @ part
+        part.data **= 2
+        totals["squares"] += weights @ part
+        part.data[:] = 1
+        totals["n_expressed"] += weights @ part
+    return totals
 
 
 def read_shard_values(
