@@ -87,7 +87,7 @@ def help_text(command: str, description: str, *classes: type) -> str:
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False
     )
-    usage, told = [command], set()
+    usage, listed = [command], set()
     for prefix, cls, fields in sections_of(*classes):
         texts, summary = argument_texts(cls), inspect.cleandoc(cls.__doc__).partition("\n")[0]
         group = parser.add_argument_group(*((prefix[:-1], summary) if prefix else (summary.rstrip("."), "")))
@@ -97,13 +97,13 @@ def help_text(command: str, description: str, *classes: type) -> str:
                 place = name.upper() + (" ..." if container_of(hint) else "")
                 usage.append(place if required else f"[{place}]")
             # The fields of a nested class are options themselves.
-            if not dataclasses.is_dataclass(kind_of(hint)) and name not in told:
+            if not dataclasses.is_dataclass(kind_of(hint)) and name not in listed:
                 default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
                 if not required and not isinstance(default, str):
                     default = json.dumps(default, default=dataclasses.asdict)
                 text = f"{texts.get(field.name, '')} ({'required' if required else f'default: {default}'})"
                 group.add_argument(f"--{name}", metavar=value_name(hint), help=text.replace("%", "%%"))
-                told.add(name)
+                listed.add(name)
     parser.usage = " ".join([*usage, "[--name value ...]"])
     return parser.format_help()
 

@@ -259,7 +259,7 @@ class CensusPairs(datasets.ArrowBasedBuilder):
 
     def _info(self) -> datasets.DatasetInfo:
         return datasets.DatasetInfo(
-            description="Pairs of single cells that share a context, with a few revealed expression changes.",
+            description="Pairs of single cells that share a context, with a few imposed expression changes.",
             features=datasets.Features.from_arrow_schema(PAIR_SCHEMA),
         )
 

@@ -147,8 +147,8 @@ def select_genes(
         genes = np.sort(genes[np.argsort(-score[genes], kind="stable")[: options.n_genes]])
     steps["chosen"] = len(genes)
     if not len(genes):
-        told = "; ".join(f"{name}: {count}" for name, count in steps.items())
-        raise ValueError(f"`panel` leaves no gene ({told}); lower `min_measured` or `min_expressed`.")
+        counts = "; ".join(f"{name}: {count}" for name, count in steps.items())
+        raise ValueError(f"`panel` leaves no gene ({counts}); lower `min_measured` or `min_expressed`.")
     return genes, steps
 
 

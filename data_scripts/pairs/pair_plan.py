@@ -18,7 +18,7 @@ from data_scripts.pairs.pair_folder import MANIFEST, write_table_atomically
 from data_scripts.pairs.pair_options import PairOptions
 from data_scripts.pairs.pair_shard import CellTable
 from data_scripts.pairs.schema import CONTEXT_COLUMNS, SCHEMA_VERSION, SPLITS
-from data_scripts.pairs.splits import assign_splits, columns_of, default_rules, describe_rules
+from data_scripts.pairs.splits import assign_splits, default_rules, describe_rules
 from data_scripts.store.cell_stream import tile_boundary
 from data_scripts.store.census_query import CellQuery, absolute_uri, open_experiment, open_query
 
@@ -97,8 +97,8 @@ def check_folder(path: Path, identity: dict) -> str:
             ) from error
         if digest_of(old) == digest_of(identity):
             return state
-        told = "; ".join(differences(old, identity)[:3])
-        raise ValueError(f"`out` {path} holds another run ({told}); choose another folder or delete it.")
+        found = "; ".join(differences(old, identity)[:3])
+        raise ValueError(f"`out` {path} holds another run ({found}); choose another folder or delete it.")
     if path.exists() and (not path.is_dir() or any(entry.name not in (".lock", WORK) for entry in path.iterdir())):
         raise ValueError(f"`out` {path} is not empty and holds no pairs; choose another folder.")
     return "new"
@@ -112,7 +112,8 @@ def needed_columns(options: PairOptions) -> dict[str, str]:
     for name, pairing in options.matching.pairings.items():
         columns |= {column: f"pairings.{name}.keys" for column in pairing.keys if column not in columns}
         columns |= {column: f"pairings.{name}.different" for column in pairing.different if column not in columns}
-    columns |= {name: "splits.rules" for name in columns_of(options.splits) if name != "cell" and name not in columns}
+    for rule in options.splits.rules or ():
+        columns |= {name: "splits.rules" for name in (*rule.where, rule.by) if name not in (None, "cell", *columns)}
     return columns
 
 
@@ -123,13 +124,9 @@ def query_for(options: PairOptions) -> CellQuery:
 
 def context_codes(obs: pd.DataFrame, columns: list[str]) -> np.ndarray:
     """One code for each combination of values, -1 where any is missing, int64 of shape `(n_obs,)`."""
-    codes = np.zeros(len(obs), dtype=np.int64)
-    missing = np.zeros(len(obs), dtype=bool)
-    for column in columns:
-        values, uniques = pd.factorize(obs[column])
-        missing |= values < 0
-        codes = pd.factorize(codes * (len(uniques) + 1) + values)[0]
-    return np.where(missing, -1, codes)
+    if not columns:
+        return np.zeros(len(obs), dtype=np.int64)
+    return obs.groupby(columns, sort=False, observed=True).ngroup().to_numpy(dtype=np.int64)
 
 
 def cell_table(query: CellQuery, options: PairOptions) -> pa.Table:

@@ -23,12 +23,6 @@ def stable_uniform(seed: int, column: str, values: Sequence) -> np.ndarray:
     return (np.array(draws, dtype=np.uint64) >> np.uint64(11)).astype(np.float64) / 2.0**53
 
 
-def columns_of(options: SplitOptions) -> list[str]:
-    """Columns of obs that the rules read; `cell` stands for the cell's own identifier."""
-    names = [name for rule in options.rules or () for name in [*rule.where, rule.by] if name is not None]
-    return list(dict.fromkeys(names))
-
-
 def default_rules(obs: pd.DataFrame, seed: int) -> list[SplitRule]:
     """Rules for cells that come without: whole donors for test and validation where donors suffice, else single cells.
 

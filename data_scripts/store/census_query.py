@@ -201,9 +201,9 @@ def store_digest(uri: str) -> str:
     TileDB never changes a written fragment and gives each a unique name, so names and sizes of the files of a local
     store say what it holds; of a remote store the address is all that is cheap to know.
     """
-    told = uri
+    content = uri
     if "://" not in uri:
         files = [path for path in Path(uri).rglob("*") if path.is_file()]
         entries = sorted((f"/{path.relative_to(uri)}", path.stat().st_size) for path in files)
-        told = "".join(f"{name}|{size}\n" for name, size in entries)
-    return hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
+        content = "".join(f"{name}|{size}\n" for name, size in entries)
+    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()

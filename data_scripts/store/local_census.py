@@ -15,7 +15,6 @@ from tqdm import tqdm
 from data_scripts.cells.anndata_file import LibrarySizes
 from data_scripts.cells.column_names import numbers, texts
 from data_scripts.cells.gene_mapping import (
-    UNMAPPED,
     FileGenes,
     check_species,
     known_genes,
@@ -134,8 +133,6 @@ def write_census(
     store = Path(store)
     place = store.absolute()  # whatever the working directory becomes meanwhile
     check_species(organism)
-    if unmapped not in UNMAPPED:
-        raise ValueError(f"`unmapped` is {unmapped!r}; wanted one of {', '.join(UNMAPPED)}.")
     if store.exists() and not overwrite:
         raise ValueError(f"`store` {store} exists already; choose another name or ask to overwrite it.")
     if store.exists() and not (store / "census_info").is_dir():

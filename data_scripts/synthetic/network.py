@@ -305,7 +305,7 @@ def make_network(config: SyntheticConfig) -> GeneNetwork:
         base = rng.normal(3.0, 0.7, n_genes)
         noise = config.noise_scale * rng.uniform(0.7, 1.3, n_genes)
     else:
-        # Regulators are measured well enough to be revealed: their base rates lie above the average.
+        # Regulators are measured well enough to be imposed: their base rates lie above the average.
         base = config.rate_spread * rng.standard_normal(n_genes)
         base[regulators] = 0.5 + 0.5 * np.abs(base[regulators])
         base[targets] -= weights[targets] @ features.mean(axis=0)

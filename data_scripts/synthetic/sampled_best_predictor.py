@@ -99,7 +99,7 @@ class _Sampler:
         """Predictions `(len(rows), G)`."""
         states = self._source_states(rng, rows, dataset)
         grid = self.expectation.libraries
-        # The revealed genes single out few of the target's states, so many more are proposed than are kept.
+        # The imposed genes single out few of the target's states, so many more are proposed than are kept.
         repeats = _TARGET_REPEATS if (~np.isnan(self.question.revealed[rows])).any() else 1
         targets, indices, log_weights = [], [], []
         for _ in range(repeats):
@@ -208,7 +208,7 @@ class _Sampler:
         return network.dataset_effects[dataset] + types + donor + own
 
     def _revealed_likelihood(self, rows: np.ndarray, log_means: np.ndarray, library: np.ndarray) -> np.ndarray:
-        """Log likelihood `(n, S)` of the revealed genes given log means `(n, S, G)` and libraries `(n, S)`."""
+        """Log likelihood `(n, S)` of the imposed genes given log means `(n, S, G)` and libraries `(n, S)`."""
         revealed = self.question.revealed[rows]
         known = ~np.isnan(revealed)
         total = np.zeros(library.shape)
