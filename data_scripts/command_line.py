@@ -36,8 +36,7 @@ class ConfigFile:
 
 
 def sections_of(*classes: type, prefix: str = "") -> Iterator[tuple[str, type, list[tuple[dataclasses.Field, Any]]]]:
-    """Yields option dataclasses and those nested in them, each with its prefix (`training.`), its fields and their
-    types."""
+    """Yields option dataclasses and those nested in them: prefix (`training.`), class, fields with their types."""
     for cls in classes:
         hints = typing.get_type_hints(cls)
         fields = [(field, hints[field.name]) for field in dataclasses.fields(cls) if field.init]

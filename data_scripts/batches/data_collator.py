@@ -85,8 +85,7 @@ class PairCollator:
         return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in batch.items()}
 
     def _redrawn(self, rows: PairRows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Imposed genes drawn anew, as `(B, K)` arrays of ids, changes and mask; what a row draws depends on the row
-        alone."""
+        """Imposed genes drawn anew, as `(B, K)` arrays of ids, changes and mask; a row's draws depend on it alone."""
         cells = []
         for lengths, ids, values in (rows.lists["source"], rows.lists["target"]):
             offsets = np.concatenate([[0], np.cumsum(lengths)])
@@ -116,10 +115,10 @@ class PairCollator:
 
 
 def draw_queries(expressed: np.ndarray, n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Draws `n` genes without replacement, those expressed by more targets more likely; their ids and their chances.
+    """Draws `n` genes without replacement, those expressed by more targets more likely; returns genes and chances.
 
-    Systematic sampling: the chance of a gene is in proportion to `expressed`, the share of the targets that express
-    it, plus `ZERO_SHARE`, and 1 where that would be above 1.
+    Systematic sampling: a gene's chance is in proportion to `expressed`, the share of the targets that express it,
+    plus `ZERO_SHARE`, and 1 where that would be above 1.
     """
     size = expressed + ZERO_SHARE
     certain = np.zeros(len(size), dtype=bool)

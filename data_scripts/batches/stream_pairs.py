@@ -114,8 +114,7 @@ def n_rounds(n_shards: int, pool_shards: int) -> int:
 
 
 def rounds_of(shard: int, n_shards: int, pool_shards: int) -> range:
-    """Rounds over which the rows of a reader's shard are spread: round `r` mixes the shards `r` to `r + pool_shards -
-    1`."""
+    """Rounds that a reader's shard is spread over: round `r` mixes its shards `r` to `r + pool_shards - 1`."""
     last = n_rounds(n_shards, pool_shards) - 1
     return range(max(0, min(shard - pool_shards + 1, last)), min(shard, last) + 1)
 
@@ -225,8 +224,7 @@ class PairStream(torch.utils.data.IterableDataset):
         return {**self._shape(), "next": self.next_reader, "positions": positions, "rank": self.rank}
 
     def load_state_dict(self, state: dict) -> None:
-        """Goes to where another stream stood; raises `ValueError` if that had other rows or other numbers of
-        readers."""
+        """Goes to where another stream stood; `ValueError` if that had other rows or numbers of readers."""
         for name, value in (*self._shape().items(), ("rank", self.rank)):
             if state.get(name) != value:
                 raise ValueError(

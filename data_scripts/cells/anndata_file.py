@@ -82,8 +82,7 @@ class CellFile:
             yield first, block if genes is None else block[:, genes]
 
     def log_values(self, sizes: np.ndarray, target_sum: float = 10_000.0) -> np.ndarray:
-        """Normalised values of all cells and genes, float32 of shape `(n_obs, n_genes)`, given the cells' library
-        sizes."""
+        """Normalised values of all cells and genes, float32 of shape `(n_obs, n_genes)`, given library sizes."""
         how = "none" if self.options.value_kind == "log" else "log1p"
         values = np.empty((len(self.rows), len(self.genes)), dtype=np.float32)
         for first, block in self.blocks():

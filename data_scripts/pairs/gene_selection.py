@@ -37,8 +37,7 @@ def count_genes(
     n_vars: int,
     moments: bool,
 ) -> PanelPart:
-    """Statistics of the cells of a stream of all genes; with `moments` also sums of normalised values and their
-    squares."""
+    """Statistics of the cells of a stream of all genes; sums of normalised values only with `moments`."""
     datasets, n_cells = np.unique(dataset, return_counts=True)
     expressed = np.zeros((len(datasets), n_vars), dtype=np.int32)
     sums, squares = (np.zeros((len(datasets), n_vars if moments else 0)) for _ in range(2))
@@ -153,8 +152,7 @@ def select_genes(
 
 
 def standardized_dispersion(n: int, n_expressed: np.ndarray, sums: np.ndarray, squares: np.ndarray) -> np.ndarray:
-    """Log variance-to-mean ratio of each gene in a data set of `n` cells, standardised among genes of similar mean; 0
-    where not expressed."""
+    """Log variance-to-mean ratio of each gene over `n` cells, standardised among genes of similar mean; else 0."""
     result = np.zeros(len(sums))
     mean = sums / n
     variance = np.maximum(squares / n - mean**2, 0)
@@ -196,8 +194,7 @@ def find_genes(names: Sequence[str], gene_ids: Sequence[str], gene_symbols: Sequ
 
 
 def gene_lengths_of(var: pd.DataFrame) -> np.ndarray:
-    """Gene lengths in bases, `(n_vars,)`; raises `ValueError` if the store does not hold a positive one for every
-    gene."""
+    """Gene lengths in bases, `(n_vars,)`; `ValueError` if the store does not hold a positive one for each."""
     if "feature_length" not in var:
         raise ValueError("`normalization` is 'log_tpm'; the store's var has no column feature_length: use 'log1p'.")
     lengths = var["feature_length"].to_numpy(dtype=np.float64)

@@ -84,8 +84,7 @@ def differences(old: dict, new: dict, where: str = "") -> list[str]:
 
 
 def check_folder(path: Path, identity: dict) -> str:
-    """Says what an output folder holds: `"new"`, `"unfinished"` or `"finished"`; raises `ValueError` for anything
-    else."""
+    """What an output folder holds: `"new"`, `"unfinished"` or `"finished"`; anything else is a `ValueError`."""
     for file, state in ((path / MANIFEST, "finished"), (path / WORK / PLAN, "unfinished")):
         if not file.is_file():
             continue
@@ -172,8 +171,7 @@ def cell_table(query: CellQuery, options: PairOptions) -> pa.Table:
 
 
 def shard_bounds(joinids: np.ndarray, shard_cells: int) -> np.ndarray:
-    """First cell of every shard and the end: equally many cells, but a shard begins with a tile of the store if one is
-    near."""
+    """First cell of every shard, and the end: even shares that begin with a tile of the store if one begins near."""
     n_cells = len(joinids)
     n_shards = max(1, round(n_cells / shard_cells))
     even = np.arange(n_shards + 1, dtype=np.int64) * n_cells // n_shards

@@ -50,8 +50,7 @@ class CellTable:
 def average_states(
     cells: CellTable, values: sp.csr_matrix, n: int, log_values: bool, rng: np.random.Generator
 ) -> tuple[CellTable, sp.csr_matrix]:
-    """Averages random groups of `n` cells that agree in split, panel and every context; cells that fill no group are
-    left out.
+    """Averages random groups of `n` cells that agree in split, panel and every context; the rest is left out.
 
     Labels are those of the group's first cell, with mean library size and mean number of expressed genes. With
     `log_values` the values are logarithms of scaled counts, which are averaged before the logarithm; else the values

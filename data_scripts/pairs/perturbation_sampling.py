@@ -30,7 +30,7 @@ def candidate_changes(
 def sample_from_changes(
     changes: sp.csr_matrix, numbers: np.ndarray, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draws so many imposed genes of each row of [`candidate_changes`], at a cost that grows with their number only.
+    """Draws so many genes of each row of [`candidate_changes`], at a cost that grows with their number only.
 
     Returns `lengths` `(B,)`, `ids` and `values` of the imposed genes, ascending within a row.
     """

@@ -58,8 +58,7 @@ def file_digest(path: str | Path) -> str:
 
 
 def read_table(path: str | Path) -> pa.Table:
-    """Opens a shard: `.arrow` memory-mapped without a copy, `.parquet` decoded; raises `ValueError` if it is
-    damaged."""
+    """Opens a shard: `.arrow` memory-mapped without a copy, `.parquet` decoded; `ValueError` if damaged."""
     with _naming(path):
         if Path(path).suffix == ".parquet":
             return pq.read_table(path)

@@ -193,8 +193,7 @@ def write_var(path: str | Path, organism: str, var: pd.DataFrame) -> None:
 
 
 def write_info(path: str | Path, organism: str, obs: pd.DataFrame, datasets: pd.DataFrame) -> None:
-    """Writes census_info (summary, datasets, summary_cell_counts, organisms) of all of obs and the table of data
-    sets."""
+    """Writes census_info: summary, data sets, numbers of cells (`obs` holds all of them) and organisms."""
     uri = f"{path}/census_info"
     label, taxon, _ = ORGANISMS[organism]
     today = datetime.datetime.now(tz=datetime.UTC).date().isoformat()

@@ -59,8 +59,7 @@ class CellQuery:
 
 
 def open_experiment(options: QueryOptions) -> tuple[tiledbsoma.Collection, tiledbsoma.Experiment, dict]:
-    """Opens the store of a query: the Census collection, the organism's experiment and a `dict` that says where they
-    are.
+    """Opens a query's store: the Census, the organism's experiment and a `dict` that says where they are.
 
     Raises:
         ValueError: If the store does not exist, is not in Census layout or lacks the organism or layer.

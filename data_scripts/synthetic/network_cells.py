@@ -61,8 +61,7 @@ def sample_chunk(
     labels: tuple[np.ndarray, np.ndarray, np.ndarray],
     measured: np.ndarray,
 ) -> sp.csr_matrix:
-    """Log values (linear) or counts (count) of the measured genes of cells with these labels, float32 `(n,
-    measured.sum())`.
+    """Log values (linear) or counts (count) of the measured genes of cells with these labels, float32 CSR.
 
     Args:
         labels (`tuple` of `np.ndarray`): Data set, cell type and donor, each `(n,)`.
