@@ -32,7 +32,7 @@ def open_plan(out: str, identity: str) -> PairPlan:
     """The plan in `out`, opened once a process; `identity` tells builds in one folder apart."""
     with _opening:  # or each of the first threads would open its own, and they would not take turns in reading
         plan = _plan_of(out, identity)
-        plan.experiment  # noqa: B018  the threads share one open store
+        _ = plan.experiment  # opened now, so that the threads share one store
         return plan
 
 

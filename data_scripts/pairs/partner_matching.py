@@ -18,12 +18,7 @@ PROJECTION = 128  # dimensions in which `nearest` and `farthest` compare cells o
 @dataclass
 class Pairs:
     """
-    Matched cells of one waiting room.
-
-    Attributes:
-        source, target (`np.ndarray`): Positions of the cells, int64 of shape `(n_pairs,)`.
-        pairing (`np.ndarray`): Index of the pairing that both share, int64 of shape `(n_pairs,)`.
-        unpaired (`dict[str, int]`): Reason -> cells that found no partner at all.
+    Positions of matched cells, index of the pairing that both share, and reason -> cells that found no partner at all.
     """
 
     source: np.ndarray

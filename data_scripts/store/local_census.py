@@ -39,9 +39,7 @@ class CensusReport:
     What went into a store.
 
     Args:
-        store (`Path`): The store.
-        n_obs (`int`): Cells.
-        n_vars (`int`): Genes, the union over data sets.
+        n_obs, n_vars (`int`): Cells, and genes: the union over data sets.
         datasets (`pd.DataFrame`): One row a data set: cells, genes, how many were mapped or not, and which column fed
             cell type, donor and library size, and what a person should know (`notes`).
         genes (`pd.DataFrame`): One row a gene of a data set: `dataset_id` and the columns of
