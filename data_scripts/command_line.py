@@ -36,10 +36,7 @@ class ConfigFile:
 
 
 def sections_of(*classes: type, prefix: str = "") -> Iterator[tuple[str, type, list[tuple[dataclasses.Field, Any]]]]:
-    """Yields option dataclasses and those nested in them, each with its prefix (`training.`), its fields and their types.
-
-    A `dict` field may name the class whose fields are its keys: `metadata={"keys": CLASS}`.
-    """
+    """Yields option dataclasses and those nested in them: prefix (`training.`), class, fields with their types."""
     for cls in classes:
         hints = typing.get_type_hints(cls)
         fields = [(field, hints[field.name]) for field in dataclasses.fields(cls) if field.init]
@@ -89,7 +86,7 @@ def help_text(command: str, description: str, *classes: type) -> str:
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False
     )
-    usage, told = [command], set()
+    usage, listed = [command], set()
     for prefix, cls, fields in sections_of(*classes):
         texts, summary = argument_texts(cls), inspect.cleandoc(cls.__doc__).partition("\n")[0]
         group = parser.add_argument_group(*((prefix[:-1], summary) if prefix else (summary.rstrip("."), "")))
@@ -99,13 +96,13 @@ def help_text(command: str, description: str, *classes: type) -> str:
                 place = name.upper() + (" ..." if container_of(hint) else "")
                 usage.append(place if required else f"[{place}]")
             # The fields of a nested class are options themselves.
-            if not dataclasses.is_dataclass(kind_of(hint)) and name not in told:
+            if not dataclasses.is_dataclass(kind_of(hint)) and name not in listed:
                 default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
                 if not required and not isinstance(default, str):
                     default = json.dumps(default, default=dataclasses.asdict)
                 text = f"{texts.get(field.name, '')} ({'required' if required else f'default: {default}'})"
                 group.add_argument(f"--{name}", metavar=value_name(hint), help=text.replace("%", "%%"))
-                told.add(name)
+                listed.add(name)
     parser.usage = " ".join([*usage, "[--name value ...]"])
     return parser.format_help()
 
@@ -161,11 +158,7 @@ def read_flags(words: Sequence[str], *classes: type) -> dict:
 
 
 def hint_of(name: str, flags: Mapping[str, Any]) -> Any:
-    """The type of an option, or of an entry in one that is a mapping.
-
-    Raises:
-        ValueError: If there is none, with those of the same last name, or close matches.
-    """
+    """The type of an option, or of an entry in one that is a mapping; raises `ValueError` with close matches."""
     if name in flags:
         return flags[name]
     for known, hint in flags.items():

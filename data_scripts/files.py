@@ -7,6 +7,8 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 
 @contextlib.contextmanager
 def write_atomically(path: str | Path) -> Iterator[Path]:
@@ -35,6 +37,15 @@ def write_atomically(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_arrays(arrays: np.ndarray | dict[str, np.ndarray], path: str | Path) -> None:
+    """Writes one array as `.npy` or several as `.npz`, atomically."""
+    with write_atomically(path) as temporary, open(temporary, "wb") as file:
+        if isinstance(arrays, dict):
+            np.savez(file, **arrays)
+        else:
+            np.save(file, arrays)
 
 
 def write_text(text: str, path: str | Path) -> Path:

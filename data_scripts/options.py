@@ -52,12 +52,7 @@ Share = Annotated[float, Range(0, 1)]
 def check_numbers(options, where: str = "") -> None:
     """Checks every number of an options object, also those in lists and mappings, against its annotated [`Range`].
 
-    Args:
-        options: A dataclass; a number without a range only has to be finite.
-        where (`str`, *optional*): Dotted name of the options, for messages.
-
-    Raises:
-        ValueError: For NaN, an infinite number or one out of its range, naming the option.
+    A number without a range only has to be finite. Raises `ValueError` that names the option, after `where` and a dot.
     """
     hints = typing.get_type_hints(type(options), include_extras=True)
     for field in dataclasses.fields(options):
@@ -80,11 +75,7 @@ def _ranges(hint) -> Iterator[Range]:
 
 
 def read_yaml(path: str | Path) -> dict:
-    """Reads a YAML file that holds a mapping.
-
-    Raises:
-        ValueError: If there is no such file, it is not valid YAML or does not hold a mapping.
-    """
+    """Reads a YAML file that holds a mapping; raises `ValueError` where it is none."""
     if not Path(path).is_file():
         raise ValueError(f"`config` {path} is not a file; wanted a YAML file of options.")
     try:
@@ -101,13 +92,8 @@ def from_mapping(cls: type, mapping: Mapping, where: str = ""):
 
     Nested dataclass fields take nested mappings. Integers are accepted where floats are wanted.
 
-    Args:
-        cls (`type`): A dataclass.
-        mapping (`Mapping`): Option names to values.
-        where (`str`, *optional*): Dotted name of the mapping itself, for error messages.
-
     Raises:
-        ValueError: For an unknown key (with close matches) or a value of another type, naming the dotted key.
+        ValueError: For an unknown key (with close matches) or a value of another type, naming the key after `where`.
     """
     prefix = where and f"{where}."
     if not isinstance(mapping, Mapping):

@@ -1,6 +1,7 @@
 """Pair rows -> tensors: redrawn perturbations, padded tokens, labels without what was imposed."""
 
 import numpy as np
+import scipy.sparse as sp
 import torch
 
 from data_scripts.batches.pair_dataset import PairRows, pad
@@ -84,11 +85,13 @@ class PairCollator:
         return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in batch.items()}
 
     def _redrawn(self, rows: PairRows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Imposed genes drawn anew, as `(B, K)` arrays of ids, changes and mask; what a row draws depends on the row
-        alone."""
+        """Imposed genes drawn anew, as `(B, K)` arrays of ids, changes and mask; a row's draws depend on it alone."""
+        cells = []
+        for lengths, ids, values in (rows.lists["source"], rows.lists["target"]):
+            offsets = np.concatenate([[0], np.cumsum(lengths)])
+            cells.append(sp.csr_matrix((values, ids, offsets), shape=(len(rows), self.panels.shape[1])))
         row, gene, change, _ = draw_imposed(
-            rows.lists["source"],
-            rows.lists["target"],
+            *cells,
             self.panels,
             rows.panels["source_panel"],
             rows.panels["target_panel"],
@@ -112,18 +115,10 @@ class PairCollator:
 
 
 def draw_queries(expressed: np.ndarray, n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Draws `n` genes without replacement, those expressed by more targets more likely.
+    """Draws `n` genes without replacement, those expressed by more targets more likely; returns genes and chances.
 
-    Systematic sampling: the chance of a gene is in proportion to its share of expressing targets plus
-    `ZERO_SHARE`, and 1 where that would be above 1.
-
-    Args:
-        expressed (`np.ndarray`): Share of the targets that express each gene, shape `(V,)`.
-        n (`int`): How many, below `V`.
-        rng (`np.random.Generator`): The only source of randomness.
-
-    Returns:
-        Tuple of the genes, int64 ascending, and the chance that each of them had, float64; both of shape `(n,)`.
+    Systematic sampling: a gene's chance is in proportion to `expressed`, the share of the targets that express it,
+    plus `ZERO_SHARE`, and 1 where that would be above 1.
     """
     size = expressed + ZERO_SHARE
     certain = np.zeros(len(size), dtype=bool)

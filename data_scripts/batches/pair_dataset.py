@@ -6,11 +6,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-LISTS = (
-    ("source_gene_ids", "source_values"),
-    ("target_gene_ids", "target_values"),
-    ("perturbation_gene_ids", "perturbation_values"),
-)
+LISTS = ("source", "target", "perturbation")
 SCALARS = ("source_panel", "target_panel")
 
 
@@ -59,10 +55,9 @@ class PairDataset(torch.utils.data.Dataset):
         self.pairing_ids = lookup[codes.indices.to_numpy()]
         # Views into the buffers of every chunk, and where each row lies in them.
         self._chunks, self._begins, self._ends = {}, {}, {}
-        for ids, values in LISTS:
-            chunks = list(zip(table.column(ids).chunks, table.column(values).chunks))
+        for name in LISTS:
+            chunks = list(zip(table.column(f"{name}_gene_ids").chunks, table.column(f"{name}_values").chunks))
             offsets = [first.offsets.to_numpy() for first, _ in chunks]
-            name = ids.split("_")[0]
             self._chunks[name] = [(first.values.to_numpy(), second.values.to_numpy()) for first, second in chunks]
             self._begins[name] = np.concatenate([np.empty(0, np.int32), *(offset[:-1] for offset in offsets)])
             self._ends[name] = np.concatenate([np.empty(0, np.int32), *(offset[1:] for offset in offsets)])

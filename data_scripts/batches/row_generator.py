@@ -16,15 +16,9 @@ def _mix(state: np.ndarray) -> np.ndarray:
 
 class RowGenerator:
     """
-    The part of `np.random.Generator` that perturbation sampling uses, keyed by row.
-
-    What a row draws depends on the seed, the epoch and the row alone: not on the batch it is in, the process that
-    reads it or the point at which training was resumed.
-
-    Args:
-        seed (`int`): Seed of the run.
-        epoch (`int`): Pass over the data; other draws in every pass.
-        rows (`np.ndarray`): Position of each row in the data set, shape `(B,)`.
+    The part of `np.random.Generator` that perturbation sampling uses: what a row draws depends on the seed, the epoch
+    and its position in the data set alone, not on the batch it is in, the process that reads it or the point at which
+    training was resumed.
     """
 
     def __init__(self, seed: int, epoch: int, rows: np.ndarray):
@@ -33,7 +27,7 @@ class RowGenerator:
         self._keys = _mix(np.asarray(rows, dtype=np.uint64) * _GAMMA + (first ^ second))
         self._draws = 0
 
-    def random(self, size, dtype=np.float64) -> np.ndarray:
+    def random(self, size) -> np.ndarray:
         """Uniform numbers in [0, 1), shape `(B,)` or `(B, n)`."""
         shape = (size,) if isinstance(size, (int, np.integer)) else tuple(size)
         if shape[0] != len(self._keys) or len(shape) > 2:
@@ -44,11 +38,7 @@ class RowGenerator:
         steps = (np.arange(1, width + 1, dtype=np.uint64) + np.uint64(self._draws)) * _GAMMA
         bits = _mix(self._keys[:, None] + steps[None, :])
         self._draws += width
-        if dtype == np.float32:
-            output = (bits >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)
-        else:
-            output = (bits >> np.uint64(11)).astype(np.float64) * 2**-53
-        return output.reshape(shape)
+        return ((bits >> np.uint64(11)).astype(np.float64) * 2**-53).reshape(shape)
 
     def integers(self, low: int, high: int, size) -> np.ndarray:
         """Integers from `low` to `high - 1`, int64."""

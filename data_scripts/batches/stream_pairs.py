@@ -1,6 +1,5 @@
 """Pairs straight from the store while training: read, matched and collated ahead in the background."""
 
-import concurrent.futures
 import dataclasses
 import itertools
 import json
@@ -17,6 +16,7 @@ from data_scripts.pairs.build_tasks import open_plan
 from data_scripts.pairs.pair_plan import PairPlan, digest_of
 from data_scripts.pairs.pair_shard import ShardRows, read_shard_values
 from data_scripts.pairs.schema import PAIR_SCHEMA, SPLITS
+from data_scripts.store.cell_stream import read_ahead
 
 PREFETCHED = 4  # batches that each worker keeps ready
 EPOCH_STRIDE = 1_000_003  # between the seeds of epochs; epoch 0 draws the rows that a build would write
@@ -50,45 +50,62 @@ class _Reader(torch.utils.data.IterableDataset):
     """Batches of the shards that belong to each reader of a process; a worker of a loader is one reader."""
 
     def __init__(self, stream: "PairStream"):
-        self.out, self.identity, self.options = stream.out, stream.identity, stream.options
-        self.endless, self.transform = stream.endless, stream.transform
-        self.rotation, self.positions = stream.next_reader, list(stream.positions)
-        self.first_reader, self.n_readers = stream.rank * stream.n_readers, stream.world_size * stream.n_readers
+        self.stream = stream
 
     def __iter__(self) -> Iterator[tuple[int, tuple[int, int, int], object]]:
-        worker = torch.utils.data.get_worker_info()
-        own = (self.rotation + (worker.id if worker else 0)) % len(self.positions)
-        plan = open_plan(self.out, self.identity)
-        rounds, size = self._rounds(own, streamed_shards(plan, self.options.split)), self.options.batch_size
-        first_batch = self.positions[own][2]
-        mixer = _Mixer(plan, self.options)
-        with concurrent.futures.ThreadPoolExecutor(1) as ahead:
-            place = next(rounds, None)
-            coming = ahead.submit(mixer.rows, *place) if place else None
-            while place is not None:
-                rows = coming.result()
-                following = next(rounds, None)
-                coming = ahead.submit(mixer.rows, *following) if following else None
-                epoch, number, _ = place
-                shuffled = np.random.default_rng([self.options.seed, epoch, own, number]).permutation(rows.num_rows)
-                n_batches = -(-rows.num_rows // size)
-                for batch in range(first_batch, n_batches):
-                    # Where this reader stands once the batch has been used.
-                    after = (epoch, number, batch + 1) if batch + 1 < n_batches else (epoch, number + 1, 0)
-                    table = rows.take(pa.array(shuffled[batch * size : (batch + 1) * size]))
-                    yield own, after, table if self.transform is None else self.transform(table)
-                first_batch, place = 0, following
+        stream, options, worker = self.stream, self.stream.options, torch.utils.data.get_worker_info()
+        own = (stream.next_reader + (worker.id if worker else 0)) % stream.n_readers
+        plan = open_plan(stream.out, stream.identity)
+        first_batch = stream.positions[own][2]
+        for epoch, number, rows in read_ahead(self._rounds(own, plan)):
+            shuffled = np.random.default_rng([options.seed, epoch, own, number]).permutation(rows.num_rows)
+            n_batches = -(-rows.num_rows // options.batch_size)
+            for batch in range(first_batch, n_batches):
+                # Where this reader stands once the batch has been used.
+                after = (epoch, number, batch + 1) if batch + 1 < n_batches else (epoch, number + 1, 0)
+                begin = batch * options.batch_size
+                table = rows.take(pa.array(shuffled[begin : begin + options.batch_size]))
+                yield own, after, table if stream.transform is None else stream.transform(table)
+            first_batch = 0
 
-    def _rounds(self, own: int, shards: np.ndarray) -> Iterator[tuple[int, int, list[int]]]:
-        """Epoch, number and the reader's shards of that epoch, of every round that a reader still has to read."""
-        first_epoch, first_round, _ = self.positions[own]
-        for epoch in itertools.count(first_epoch) if self.endless else (first_epoch,):
-            order = np.random.default_rng([self.options.seed, epoch]).permutation(len(shards))
+    def _rounds(self, own: int, plan: PairPlan) -> Iterator[tuple[int, int, pa.Table]]:
+        """Epoch, number and rows of every round that a reader still has to read.
+
+        Of each shard it holds what is left for later rounds, and nothing else.
+        """
+        stream, options = self.stream, self.stream.options
+        shards = streamed_shards(plan, options.split)
+        reader, n_readers = stream.rank * stream.n_readers + own, stream.world_size * stream.n_readers
+        first_epoch, first_round, _ = stream.positions[own]
+        for epoch in itertools.count(first_epoch) if stream.endless else (first_epoch,):
+            order = np.random.default_rng([options.seed, epoch]).permutation(len(shards))
             # One further each epoch: where the shards do not divide evenly, every reader has the longer share in turn.
-            mine = shards[order[(self.first_reader + own + epoch) % self.n_readers :: self.n_readers]].tolist()
-            for number in range(first_round, n_rounds(len(mine), self.options.pool_shards)):
-                yield epoch, number, mine
+            mine = shards[order[(reader + epoch) % n_readers :: n_readers]].tolist()
+            waiting: dict[int, dict[int, pa.Table]] = {}
+            for number in range(first_round, n_rounds(len(mine), options.pool_shards)):
+                for place, shard in enumerate(mine):
+                    rounds = rounds_of(place, len(mine), options.pool_shards)
+                    if number in rounds and place not in waiting:
+                        waiting[place] = _spread(plan, options, epoch, shard, rounds, number)
+                parts = [tables.pop(number) for tables in waiting.values() if number in tables]
+                # Many chunks would have to be searched for every row: one is gathered from directly.
+                yield epoch, number, pa.concat_tables(parts).combine_chunks()
             first_round = 0
+
+
+def _spread(
+    plan: PairPlan, options: StreamOptions, epoch: int, shard: int, rounds: range, first: int
+) -> dict[int, pa.Table]:
+    """The rows of a shard, drawn for its rounds, from round `first` on."""
+    drawn_anew = dataclasses.replace(plan.options, seed=plan.options.seed + EPOCH_STRIDE * epoch)
+    cells = plan.shard_cells(shard)
+    values = read_shard_values(plan.matrix, cells, drawn_anew, plan.vocabulary, plan.gene_lengths)
+    rows = ShardRows(cells, values, plan.panels, drawn_anew, shard)
+    table = pa.Table.from_batches(rows.batches(SPLITS.index(options.split)), PAIR_SCHEMA).combine_chunks()
+    order = np.random.default_rng([options.seed, epoch, shard]).permutation(table.num_rows)
+    parts = dict(zip(rounds, np.array_split(order, len(rounds))))
+    # Copies, so that what was used can be forgotten.
+    return {number: table.take(pa.array(part)) for number, part in parts.items() if number >= first}
 
 
 def n_rounds(n_shards: int, pool_shards: int) -> int:
@@ -97,47 +114,9 @@ def n_rounds(n_shards: int, pool_shards: int) -> int:
 
 
 def rounds_of(shard: int, n_shards: int, pool_shards: int) -> range:
-    """Rounds over which the rows of a reader's shard, by its place in the reader's order, are spread.
-
-    Round `r` mixes the shards `r` to `r + pool_shards - 1`.
-    """
+    """Rounds that a reader's shard is spread over: round `r` mixes its shards `r` to `r + pool_shards - 1`."""
     last = n_rounds(n_shards, pool_shards) - 1
     return range(max(0, min(shard - pool_shards + 1, last)), min(shard, last) + 1)
-
-
-class _Mixer:
-    """Rows of one round after the other; of each shard it holds what is left for later rounds, and nothing else."""
-
-    def __init__(self, plan: PairPlan, options: StreamOptions):
-        self.plan, self.options = plan, options
-        self.epoch, self.held = None, {}
-
-    def rows(self, epoch: int, number: int, mine: list[int]) -> pa.Table:
-        """Rows of a round; reads the shards that it is the first to need."""
-        if epoch != self.epoch:
-            self.epoch, self.held = epoch, {}
-        parts = []
-        for place, shard in enumerate(mine):
-            rounds = rounds_of(place, len(mine), self.options.pool_shards)
-            if number not in rounds:
-                continue
-            if place not in self.held:
-                self.held[place] = self._spread(epoch, shard, rounds, number)
-            parts.append(self.held[place].pop(number))
-        # Many chunks would have to be searched for every row: one is gathered from directly.
-        return pa.concat_tables(parts).combine_chunks()
-
-    def _spread(self, epoch: int, shard: int, rounds: range, number: int) -> dict[int, pa.Table]:
-        """The rows of a shard, drawn for its rounds, from round `number` on."""
-        options = dataclasses.replace(self.plan.options, seed=self.plan.options.seed + EPOCH_STRIDE * epoch)
-        cells = self.plan.shard_cells(shard)
-        values = read_shard_values(self.plan.matrix, cells, options, self.plan.vocabulary, self.plan.gene_lengths)
-        rows = ShardRows(cells, values, self.plan.panels, options, shard)
-        table = pa.Table.from_batches(rows.batches(SPLITS.index(self.options.split)), PAIR_SCHEMA).combine_chunks()
-        drawn = np.random.default_rng([self.options.seed, epoch, shard]).permutation(table.num_rows)
-        drawn = dict(zip(rounds, np.array_split(drawn, len(rounds))))
-        # Copies, so that what was used can be forgotten.
-        return {later: table.take(pa.array(part)) for later, part in drawn.items() if later >= number}
 
 
 def streamed_shards(plan: PairPlan, split: str) -> np.ndarray:
@@ -158,26 +137,22 @@ class PairStream(torch.utils.data.IterableDataset):
     Batches of pairs for one process of a training job, in an order that seed, epoch and numbers of readers fix.
 
     1. Shards are put in random order and shared out to readers (a worker of a rank), so that readers have disjoint
-       cells, none twice, none missing. 2. A reader spreads the rows of each shard over the next `pool_shards` rounds,
-       so a round mixes that many shards; while one round is used, the shard that the next one needs is read.
-       3. Rows are shuffled within the round and cut into batches. 4. `transform` turns a batch into what the model
-       takes, still in the background. Partners are drawn anew in every epoch.
-
-    Args:
-        out (`str` or `Path`): Folder that [`plan_pairs`] prepared, or that `build_pairs(train_rows=...)` wrote.
-        options (`StreamOptions`, *optional*): How the stream is cut up.
-        num_workers (`int`, *optional*, defaults to 0): Background processes; 0 reads in a thread of this one.
-        rank, world_size (`int`, *optional*): This process among those that train.
-        transform (`Callable[[pa.Table], Any]`, *optional*): Applied to each batch where it is read; must be picklable
-            for `num_workers` above 0.
-        endless (`bool`, *optional*, defaults to `False`): Go on with the next epoch for ever. A reader that is
-            through with its share of an epoch does not wait for the others, so no rank ends before another.
+    cells, none twice, none missing. 2. A reader spreads the rows of each shard over the next `pool_shards` rounds, so
+    a round mixes that many shards; while one round is used, the shard that the next one needs is read. 3. Rows are
+    shuffled within the round and cut into batches. 4. `transform` turns a batch into what the model takes, still in
+    the background. Partners are drawn anew in every epoch.
 
     Iterating yields one epoch from where the state stands, then goes on to the next epoch's beginning; endless, it
     yields one epoch after the other.
 
-    Attributes:
-        epoch (`int`): Pass over the data that the slowest reader of this process is in.
+    Args:
+        out (`str` or `Path`): Folder that [`plan_pairs`] prepared, or that `build_pairs(train_rows=...)` wrote.
+        num_workers (`int`, *optional*, defaults to 0): Background processes; 0 reads in a thread of this one.
+        rank, world_size (`int`, *optional*): This process among those that train.
+        transform (`Callable[[pa.Table], Any]`, *optional*): Applied to each batch where it is read; must be picklable
+            for `num_workers` above 0.
+        endless (`bool`, *optional*, defaults to `False`): Go on with the next epoch for ever. A reader that is through
+            with its share of an epoch does not wait for the others, so no rank ends before another.
     """
 
     def __init__(
@@ -249,11 +224,7 @@ class PairStream(torch.utils.data.IterableDataset):
         return {**self._shape(), "next": self.next_reader, "positions": positions, "rank": self.rank}
 
     def load_state_dict(self, state: dict) -> None:
-        """Goes to where another stream stood.
-
-        Raises:
-            ValueError: If that stream had other rows or other numbers of readers.
-        """
+        """Goes to where another stream stood; `ValueError` if that had other rows or numbers of readers."""
         for name, value in (*self._shape().items(), ("rank", self.rank)):
             if state.get(name) != value:
                 raise ValueError(

@@ -70,33 +70,20 @@ class CellFile:
     notes: list[str]
 
     def subset(self, cells: np.ndarray) -> "CellFile":
-        """Some of the cells.
-
-        Args:
-            cells (`np.ndarray`): Ascending rows, or a mask.
-        """
+        """Some of the cells, given as ascending rows or as a mask."""
         return dataclasses.replace(self, obs=self.obs.iloc[cells], rows=self.rows[cells])
 
     def blocks(self, genes: np.ndarray | None = None) -> Iterator[tuple[int, sparse.csr_matrix]]:
-        """Yields `(first cell, CSR block)`, one column a gene; float16 is widened, columns of one gene are added up.
+        """Yields `(first cell, CSR block)`, one column a gene, or only `genes` in their order.
 
-        Args:
-            genes (`np.ndarray`, *optional*): Only these, in this order.
+        Columns of one gene are added up.
         """
         for first, block in self._cut():
             block = self._by_gene(block)
             yield first, block if genes is None else block[:, genes]
 
     def log_values(self, sizes: np.ndarray, target_sum: float = 10_000.0) -> LogValues:
-        """Normalised values of all cells and genes.
-
-        Args:
-            sizes (`np.ndarray`): Library sizes of the cells, shape `(n_obs,)`.
-            target_sum (`float`, *optional*, defaults to 10,000): See [`normalize_counts`].
-
-        Returns:
-            [`LogValues`] of shape `(n_obs, n_genes)`.
-        """
+        """Normalised values of all cells and genes, shape `(n_obs, n_genes)`, given library sizes."""
         how = "none" if self.options.value_kind == "log" else "log1p"
         parts = []
         for first, block in self.blocks():
@@ -109,9 +96,8 @@ class CellFile:
     def check(self) -> LibrarySizes:
         """Reads every value once, and the library sizes.
 
-        Raises:
-            ValueError: For no cells, two cells of one name, values that are not of the declared kind, or library sizes
-                that cannot be.
+        Raises `ValueError` for no cells, two cells of one name, values that are not of the declared kind, or library
+        sizes that cannot be.
         """
         names = self.obs.index
         if not len(names):
@@ -231,11 +217,7 @@ class CellFile:
 
 
 def check_path(path: str | Path, where: str = "file") -> Path:
-    """Refuses a path where nothing is, with close matches among the files beside it.
-
-    Raises:
-        ValueError: If the path does not exist.
-    """
+    """Raises `ValueError` for a path where nothing is, with close matches among the files beside it."""
     path = Path(path)
     if not path.exists():
         folder = path.parent
@@ -253,20 +235,12 @@ def open_cells(
     Args:
         source (`str`, `Path` or `AnnData`): An `.h5ad` file, a `.zarr` folder, an `.h5` file of 10x Genomics, or cells
             in memory.
-        options ([`ReadOptions`], *optional*): What is where.
         where (`str`, *optional*): What messages call the cells.
 
     Raises:
         ValueError: For a source that is absent or unreadable, a missing layer or column, or no genes.
 
-    Example:
-
-    ```python
-    with open_cells("cells.h5ad", ReadOptions(layer="counts")) as cells:
-        library = cells.check()
-        for first, block in cells.blocks():
-            ...
-    ```
+    Example: `with open_cells("cells.h5ad") as cells: library = cells.check()`, then `cells.blocks()`.
     """
     options = options or ReadOptions()
     with contextlib.ExitStack() as stack:

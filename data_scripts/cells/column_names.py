@@ -44,14 +44,12 @@ STANDARD_NAMES = {
 def find_column(
     columns: Iterable[str], kind: str, named: str | None = None, *, where: str = "obs", required: bool = False
 ) -> str | None:
-    """Column of a kind: the one that was named, else the first of the kind's usual names that is there.
+    """Column of a kind: the one that was `named`, else the first of the kind's usual names that is there.
 
     Args:
         columns (`Iterable[str]`): Of obs or var.
-        kind (`str`): Key of [`STANDARD_NAMES`].
-        named (`str`, *optional*): Value of the option `{kind}_column`.
+        kind (`str`): Key of [`STANDARD_NAMES`]; the option that names the column is `{kind}_column`.
         where (`str`, *optional*, defaults to `"obs"`): The table, for messages.
-        required (`bool`, *optional*, defaults to `False`): Whether its absence is an error.
 
     Raises:
         ValueError: If the named column, or a required one, is not there; with close matches.

@@ -18,9 +18,8 @@ def library_cells_pbmc68k() -> anndata.AnnData:
     of an integer, 99.8 % within 0.02, and rounding is safe.
 
     Returns:
-        `AnnData` with integer counts (CSR float32, `(700, 765)`, genes by symbol) and in obs `cell_type` (ten labels),
-        `donor_id` (all cells come from one donor), `sample` (which of eight lanes of the instrument, from the barcode)
-        and `n_counts_full` (counts over all genes, not only these 765).
+        `AnnData` with counts and in obs `cell_type` (ten labels), `donor_id` (one), `sample` (which of eight lanes of
+        the instrument) and `n_counts_full` (counts over all genes, not only these 765).
 
     Raises:
         ValueError: If the installed scanpy ships other values, from which counts cannot be recovered.

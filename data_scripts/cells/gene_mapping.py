@@ -26,20 +26,16 @@ _ENSEMBL = re.compile(r"(ENS[A-Z]*G)\d{6,}")
 
 
 def strip_version(name: str) -> str | None:
-    """The Ensembl gene id without version and genome (`GRCh38_ENSG00000141510.18` -> `ENSG00000141510`); None for
-    anything else."""
+    """The bare Ensembl gene id (`GRCh38_ENSG00000141510.18` -> `ENSG00000141510`); `None` for anything else."""
     name = bare_gene_name(name)
     return name if _ENSEMBL.fullmatch(name) else None
 
 
 def read_gene_table(path: str | Path) -> pd.DataFrame:
-    """Reads a table of symbols and Ensembl ids.
+    """Reads a table (`.csv`, `.tsv`, `.txt` with tabs, `.parquet`) of symbols and Ensembl ids.
 
     Columns are found by their usual names (`symbol`, `ensembl_id`, `gene_name`, `gene_id`, ...). Optional columns:
     `priority` (where a symbol stands on several rows, the lowest wins, then the first), `length`, `biotype`.
-
-    Args:
-        path (`str` or `Path`): `.csv`, `.tsv`, `.txt` (tabs) or `.parquet`.
 
     Returns:
         `pd.DataFrame` with `symbol`, `id`, `length` (bases; 0 where unknown) and `biotype`, the row that wins first.
@@ -126,18 +122,11 @@ def _first(column: pd.Series, *others: pd.Series) -> pd.Series:
 
 
 def read_file_genes(var: pd.DataFrame, options: ReadOptions | None = None, where: str = "the file") -> FileGenes:
-    """Reads which gene each column counts; ids may stand in the index, in a column, or in both.
+    """Reads which gene each column counts; ids may stand in the index of var, in a column, or in both.
 
     Columns that name the same gene, by its Ensembl id or else by its name, are one gene. Columns whose `feature_types`
-    is not gene expression (antibodies, guides, peaks) are none.
-
-    Args:
-        var (`pd.DataFrame`): Of the file.
-        options ([`ReadOptions`], *optional*): Names the columns with ids and symbols where they are not usual ones.
-        where (`str`, *optional*): The file, for messages.
-
-    Raises:
-        ValueError: For no genes, or a named column that is absent.
+    is not gene expression (antibodies, guides, peaks) are none. Raises `ValueError` for no genes, or a named column
+    that is absent.
     """
     options = options or ReadOptions()
     kinds = ("gene", "symbol", "feature_types", "length", "biotype")
@@ -172,11 +161,7 @@ def read_file_genes(var: pd.DataFrame, options: ReadOptions | None = None, where
 
 
 def check_species(organism: str, genes: FileGenes | None = None, where: str = "the file") -> None:
-    """Checks that Census knows a species, and that Ensembl ids are those of it.
-
-    Raises:
-        ValueError: For an unknown species, with close matches, or ids of another one.
-    """
+    """Raises `ValueError` for a species that Census does not know, and for Ensembl ids of another one."""
     if organism not in ORGANISMS:
         raise ValueError(
             f"`organism` is {organism!r}, which is not a known species{close_matches(organism, ORGANISMS)}"
@@ -197,9 +182,7 @@ def check_species(organism: str, genes: FileGenes | None = None, where: str = "t
 def known_genes(tables: Iterable[pd.DataFrame], files: Iterable[FileGenes]) -> pd.DataFrame:
     """What tables and files say of genes, the surest first; a column `source` tells `gene_table` from `other_file`.
 
-    Args:
-        tables (`Iterable[pd.DataFrame]`): From [`read_gene_table`], in the order in which they are believed.
-        files (`Iterable[FileGenes]`): Those that give both symbol and id of a gene say something to the others.
+    Tables are believed in their order; files that give both symbol and id of a gene say something to the others.
     """
     said = pd.concat([genes.table for genes in files])
     said = said[(said["symbol"] != "") & (said["id"] != "")].assign(source="other_file")
@@ -209,17 +192,11 @@ def known_genes(tables: Iterable[pd.DataFrame], files: Iterable[FileGenes]) -> p
 def map_genes(
     genes: FileGenes, known: pd.DataFrame, *, unmapped: str = "keep", where: str = "the file"
 ) -> pd.DataFrame:
-    """Gives every gene of a file its `feature_id`: the id that the file gives, else that of its symbol.
+    """Gives every gene of a file its `feature_id`: the id that the file gives, else that of its symbol in `known`.
 
     Two genes never share an id: a symbol whose id another gene of the file holds already (an alias, most often) stays
-    unmapped, so no counts are added up that the file kept apart.
-
-    Args:
-        genes ([`FileGenes`]): From [`read_file_genes`].
-        known (`pd.DataFrame`): From [`known_genes`].
-        unmapped (`str`, *optional*, defaults to `"keep"`): `keep` uses the name as id, `drop` leaves the gene out (its
-            counts stay part of the library size), `error` raises.
-        where (`str`, *optional*): The file, for messages.
+    unmapped, so no counts are added up that the file kept apart. Of unmapped genes, `keep` uses the name as id, `drop`
+    leaves the gene out (its counts stay part of the library size), `error` raises.
 
     Returns:
         `pd.DataFrame`, one row a gene: `name`, `feature_id` (empty where dropped), `feature_name`, `feature_type`,
@@ -256,14 +233,18 @@ def map_genes(
         raise ValueError(f"none of the {len(ids)} genes of {where} could be mapped; give a `gene_table` or keep them.")
     for row in missing:
         ids[row] = names[row] if unmapped == "keep" else ""
-    table, more = genes.table, by_id.reindex(ids).reset_index(drop=True)
+    table = genes.table
+    symbol, biotype, length = (
+        by_id[column].reindex(ids, fill_value=unknown).reset_index(drop=True)
+        for column, unknown in (("symbol", ""), ("biotype", ""), ("length", 0))
+    )
     return pd.DataFrame(
         {
             "name": names,
             "feature_id": ids,
-            "feature_name": _first(table["symbol"], more["symbol"].fillna(""), table["name"]),
-            "feature_type": _first(table["biotype"], more["biotype"].fillna("")),
-            "feature_length": _first(table["length"], more["length"].fillna(0)).astype(np.int64),
+            "feature_name": _first(table["symbol"], symbol, table["name"]),
+            "feature_type": _first(table["biotype"], biotype),
+            "feature_length": _first(table["length"], length).astype(np.int64),
             "mapped_by": how,
             "note": notes,
         }

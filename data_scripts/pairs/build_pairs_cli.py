@@ -33,7 +33,7 @@ OPTIONS = (BuildOptions, PairOptions)
 
 def describe(report: dict) -> str:
     """The report of a build as a short table."""
-    lines = [f"{'split':<12}{'cells':>10}{'paired':>10}{'pairs':>10}{'shared':>10}{'differing':>11}{'revealed':>10}"]
+    lines = [f"{'split':<12}{'cells':>10}{'paired':>10}{'pairs':>10}{'shared':>10}{'differing':>11}{'imposed':>10}"]
     for name, entry in report["splits"].items():
         means = [entry[f"mean_{key}_genes"] for key in ("shared", "differing", "revealed")]
         shown = [f"{mean:.1f}" if mean is not None else "-" for mean in means]
@@ -51,7 +51,7 @@ def describe(report: dict) -> str:
 
 def run(build: BuildOptions, options: PairOptions) -> None:
     """Builds the folder and says what it holds."""
-    # Imported late: these take seconds, and bad options should be told at once.
+    # Imported late: these take seconds, and bad options should be named at once.
     if build.dry_run:
         from data_scripts.pairs.dry_run import estimate, tell
 

@@ -8,16 +8,15 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 from tqdm.auto import tqdm
 
-from data_scripts.files import write_atomically, write_json
+from data_scripts.files import write_arrays, write_json
 from data_scripts.pairs.gene_selection import PanelPart, count_genes
 from data_scripts.pairs.pair_folder import write_table_atomically
-from data_scripts.pairs.pair_plan import PairPlan, digest_of
+from data_scripts.pairs.pair_plan import PairPlan, digest_of, file_format
 from data_scripts.pairs.pair_shard import ShardRows, gene_moments, read_shard_values
 from data_scripts.pairs.schema import PAIR_SCHEMA, SPLITS
 from data_scripts.store.cell_stream import CellStream
@@ -32,7 +31,9 @@ _plan_of = functools.lru_cache(maxsize=2)(lambda out, identity: PairPlan(out))
 def open_plan(out: str, identity: str) -> PairPlan:
     """The plan in `out`, opened once a process; `identity` tells builds in one folder apart."""
     with _opening:  # or each of the first threads would open its own, and they would not take turns in reading
-        return _plan_of(out, identity)
+        plan = _plan_of(out, identity)
+        _ = plan.experiment  # opened now, so that the threads share one store
+        return plan
 
 
 def count_part(out: str, identity: str, index: int) -> None:
@@ -44,13 +45,13 @@ def count_part(out: str, identity: str, index: int) -> None:
     stream = CellStream(plan.matrix, plan.options.query, cells.joinids[training])
     part = count_genes(
         stream,
-        cells.table.column("dataset").to_numpy()[training],
+        cells.dataset[training],
         cells.library[training],
         plan.gene_lengths,
         plan.measured.shape[1],
         moments=plan.options.panel.rule == "variable",
     )
-    _write_npz(plan.work / f"panel-{index:05d}.npz", vars(part))
+    write_arrays(vars(part), plan.work / f"panel-{index:05d}.npz")
 
 
 def load_part(plan: PairPlan, index: int) -> PanelPart:
@@ -69,11 +70,11 @@ def build_shard(out: str, identity: str, index: int) -> None:
     files = {}
     train_rows = plan.content["identity"].get("train_rows")
     for split in np.unique(cells.split):
-        name = f"{SPLITS[split]}/shard-{index:05d}.{plan.file_format}"
+        name = f"{SPLITS[split]}/shard-{index:05d}.{file_format(plan.options, len(plan.genes))}"
         batches = rows.batches(split)
         if split == 0 and train_rows is not None:
             share = train_rows * np.count_nonzero(cells.split == 0)
-            batches = first_rows(batches, -(-share // plan.n_training_cells))
+            batches = first_rows(batches, int(-(-share // plan.training_cells.sum())))
         summary = write_table_atomically(batches, PAIR_SCHEMA, plan.out / name)
         if summary["n_rows"]:
             files[SPLITS[split]] = {"file": name, **summary}
@@ -81,7 +82,7 @@ def build_shard(out: str, identity: str, index: int) -> None:
             (plan.out / name).unlink()
     if train_rows is not None:
         rows.report.pop(SPLITS[0], None)  # not all were counted
-    _write_npz(plan.work / f"shard-{index:05d}.npz", gene_moments(values, cells.split == 0))
+    write_arrays(gene_moments(values, cells.split == 0), plan.work / f"shard-{index:05d}.npz")
     write_json({"files": files, "report": rows.report}, plan.work / f"shard-{index:05d}.json")
 
 
@@ -100,11 +101,6 @@ def shard_done(plan: PairPlan, index: int) -> bool:
     files = json.loads(report.read_text())["files"].values()
     paths = [(plan.out / entry["file"], entry["n_bytes"]) for entry in files]
     return all(path.is_file() and path.stat().st_size == n_bytes for path, n_bytes in paths)
-
-
-def _write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    with write_atomically(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **arrays)
 
 
 def _end_with_parent(parent: int) -> None:
@@ -127,46 +123,40 @@ def run_tasks(
     description: str,
     dask: str | None = None,
 ) -> None:
-    """Runs one task for every shard, stopping at the first error.
+    """Runs one task for every shard in `indices`, in `num_proc` processes or on the scheduler at the address `dask`.
 
-    Args:
-        task (`Callable`): [`count_part`] or [`build_shard`].
-        plan (`PairPlan`): The build.
-        indices (`list[int]`): Shards that remain.
-        num_proc (`int`): Processes.
-        progress (`bool`): Show a bar, in cells.
-        description (`str`): Its name.
-        dask (`str`, *optional*): Address of a `dask.distributed` scheduler, whose workers see the same folders; then
-            `num_proc` does not matter.
+    Stops at the first error.
     """
     identity = digest_of(plan.content["identity"])
     out, bounds = str(plan.out), plan.content["bounds"]
     done_cells = bounds[-1] - sum(bounds[index + 1] - bounds[index] for index in indices)
+    run = _run_here if dask is None else _run_on_dask
     with tqdm(total=bounds[-1], initial=done_cells, desc=description, unit="cell", disable=not progress) as bar:
-        if dask is not None:
-            for index in _run_on_dask(task, out, identity, indices, dask):
-                bar.update(bounds[index + 1] - bounds[index])
-            return
-        if num_proc == 1 or len(indices) < 2:
-            # Two shards at a time: while one is matched and written the next is read.
-            executor = concurrent.futures.ThreadPoolExecutor(THREADS)
-        else:
-            executor = concurrent.futures.ProcessPoolExecutor(
-                min(num_proc, len(indices)),
-                mp_context=multiprocessing.get_context("spawn"),  # TileDB's threads do not survive a fork
-                initializer=_end_with_parent,
-                initargs=(os.getpid(),),
-            )
-        with executor as pool:
-            futures = {pool.submit(task, out, identity, index): index for index in indices}
-            try:
-                for future in concurrent.futures.as_completed(futures):
-                    future.result()
-                    index = futures[future]
-                    bar.update(bounds[index + 1] - bounds[index])
-            except BaseException:
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
+        for index in run(task, out, identity, indices, num_proc if dask is None else dask):
+            bar.update(bounds[index + 1] - bounds[index])
+
+
+def _run_here(task: Callable, out: str, identity: str, indices: list[int], num_proc: int) -> Iterator[int]:
+    """Yields the shards as processes, or threads of this one, finish them."""
+    if num_proc == 1 or len(indices) < 2:
+        # Two shards at a time: while one is matched and written the next is read.
+        executor = concurrent.futures.ThreadPoolExecutor(THREADS)
+    else:
+        executor = concurrent.futures.ProcessPoolExecutor(
+            min(num_proc, len(indices)),
+            mp_context=multiprocessing.get_context("spawn"),  # TileDB's threads do not survive a fork
+            initializer=_end_with_parent,
+            initargs=(os.getpid(),),
+        )
+    with executor as pool:
+        futures = {pool.submit(task, out, identity, index): index for index in indices}
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                future.result()
+                yield futures[future]
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
 
 
 def _run_on_dask(task: Callable, out: str, identity: str, indices: list[int], address: str) -> Iterator[int]:

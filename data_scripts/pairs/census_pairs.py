@@ -13,23 +13,19 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from data_scripts.files import write_json
+from data_scripts.files import write_arrays, write_json
 from data_scripts.pairs.build_tasks import build_shard, count_part, load_part, run_tasks, shard_done
-from data_scripts.pairs.gene_selection import find_genes, read_gene_list, select_genes
+from data_scripts.pairs.gene_selection import choose_genes
 from data_scripts.pairs.pair_folder import PairFolder, finish_pair_folder, read_table
 from data_scripts.pairs.pair_options import PairOptions
-from data_scripts.pairs.pair_plan import PairPlan, check_folder, digest_of, plan_identity, query_for, write_array
+from data_scripts.pairs.pair_plan import PairPlan, check_folder, digest_of, plan_identity, query_for
 from data_scripts.pairs.schema import GENE_SCHEMA, PAIR_SCHEMA, SPLITS
 from data_scripts.store.freed_memory import return_freed_memory
 
 
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Holds a folder for one build; the lock dies with the process, however that ends.
-
-    Raises:
-        ValueError: If another process holds it.
-    """
+    """Holds a folder for one build, else raises `ValueError`; the lock dies with the process, however that ends."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as file:
         try:
@@ -89,10 +85,7 @@ def planned(
     dask: str | None = None,
     train_rows: int | None = None,
 ) -> Iterator[PairPlan | None]:
-    """Holds a folder exclusively, with its plan made or opened and its genes chosen; `None` where it is finished.
-
-    Args and errors are those of [`build_pairs`].
-    """
+    """Holds a folder exclusively, with its plan made or opened and its genes chosen; `None` where it is finished."""
     query = query_for(options)
     identity = plan_identity(options, query.source)
     if train_rows is not None:
@@ -108,7 +101,7 @@ def planned(
         for leftover in out.rglob(".*.tmp"):
             leftover.unlink()
         plan = PairPlan(out) if state == "unfinished" else PairPlan.create(out, query, options, identity)
-        choose_genes(plan, num_proc, progress, dask)
+        write_genes(plan, num_proc, progress, dask)
         yield plan
 
 
@@ -123,31 +116,18 @@ def plan_pairs(options: PairOptions, out: str | Path, num_proc: int = 1, progres
         return plan
 
 
-def choose_genes(plan: PairPlan, num_proc: int, progress: bool, dask: str | None = None) -> None:
+def write_genes(plan: PairPlan, num_proc: int, progress: bool, dask: str | None = None) -> None:
     """Writes the vocabulary (`genes.npy`), after a pass over the training cells where the rule needs one."""
     if (plan.work / "genes.npy").is_file():
         return
     options, selected = plan.options.panel, np.load(plan.work / "selected.npy")
-    if options.rule in ("all", "file"):
-        genes, steps = np.flatnonzero(selected & plan.measured.any(0)), {}
-        if options.rule == "file":
-            names = read_gene_list(options.file)
-            genes = find_genes(names, plan.var["feature_id"].tolist(), plan.var["feature_name"].tolist(), "file")
-        if not len(genes):
-            raise ValueError("`panel` leaves no gene: the data sets measure none of those that `var_filter` keeps.")
-    else:
+    if options.rule in ("common", "variable"):
         todo = [index for index in range(plan.n_shards) if not (plan.work / f"panel-{index:05d}.npz").is_file()]
         run_tasks(count_part, plan, todo, num_proc, progress, "gene panel", dask)
-        cells_per_dataset = np.bincount(
-            plan.cells.column("dataset").to_numpy()[plan.cells.column("split").to_numpy() == 0],
-            minlength=len(plan.measured),
-        )
-        if not cells_per_dataset.sum():
-            raise ValueError("`splits` leave no cell for training, so no gene panel can be chosen; change the rules.")
-        parts = (load_part(plan, index) for index in range(plan.n_shards))
-        genes, steps = select_genes(parts, cells_per_dataset, plan.measured, selected, options)
+    parts = (load_part(plan, index) for index in range(plan.n_shards))
+    genes, steps = choose_genes(parts, plan.training_cells, plan.measured, selected, options, plan.var)
     write_json(steps, plan.work / "panel.json")
-    write_array(plan.work / "genes.npy", genes.astype(np.int64))
+    write_arrays(genes.astype(np.int64), plan.work / "genes.npy")
 
 
 def finish(plan: PairPlan) -> None:
@@ -161,11 +141,10 @@ def finish(plan: PairPlan) -> None:
     report["panel"] = json.loads((plan.work / "panel.json").read_text())
     sampled = plan.content["identity"].get("train_rows") is not None
     if sampled:
-        report["splits"] = {SPLITS[0]: {"cells": plan.n_training_cells}, **report["splits"]}
+        report["splits"] = {SPLITS[0]: {"cells": int(plan.training_cells.sum())}, **report["splits"]}
     if not any(entry["n_pairs"] for entry in splits.values()):
         reasons = sorted({reason for entry in report["splits"].values() for reason in entry["cells_unpaired"]})
         raise ValueError(f"no cell found a partner ({', '.join(reasons)}); relax `pairings` or `min_shared_genes`.")
-    options = dataclasses.asdict(plan.options)
     finish_pair_folder(
         plan.out,
         gene_table(plan),
@@ -176,7 +155,7 @@ def finish(plan: PairPlan) -> None:
             "target_sum": plan.options.query.target_sum,
             "pairings": list(plan.options.matching.pairings),
             "source": plan.content["source"],
-            "options": options,
+            "options": dataclasses.asdict(plan.options),
             "identity": plan.content["identity"],
             "splits": splits,
             "split_by": plan.content["split_by"],
@@ -218,33 +197,27 @@ def _add(total: dict, part: dict) -> None:
 def gene_table(plan: PairPlan) -> pa.Table:
     """The vocabulary with statistics over the training cells."""
     n_genes = len(plan.genes)
-    totals = {"n_expressed": np.zeros(n_genes, np.int64), "sums": np.zeros(n_genes), "squares": np.zeros(n_genes)}
+    totals = {name: np.zeros(n_genes) for name in ("n_expressed", "sums", "squares")}
     for index in range(plan.n_shards):
         with np.load(plan.work / f"shard-{index:05d}.npz") as part:
             for name, total in totals.items():
                 total += part[name]
-    training = plan.cells.column("split").to_numpy() == 0
-    cells = np.bincount(plan.cells.column("dataset").to_numpy()[training], minlength=len(plan.measured))
+    cells = plan.training_cells
     measured = plan.measured[:, plan.genes]
     n_measured = cells @ measured
     with np.errstate(divide="ignore", invalid="ignore"):
         mean = np.where(n_measured > 0, totals["sums"] / n_measured, 0.0)
         variance = np.where(n_measured > 0, totals["squares"] / n_measured - mean**2, 0.0)
     var = plan.var.iloc[plan.genes]
-    lengths = var["feature_length"].to_numpy(dtype=np.float32) if "feature_length" in var else np.full(n_genes, np.nan)
-    return pa.table(
-        [
-            pa.array(var["feature_id"].astype(str).tolist()),
-            pa.array(var["feature_name"].astype(str).tolist()),
-            pa.array(lengths, pa.float32()),
-            pa.array(n_measured, pa.int64()),
-            pa.array(totals["n_expressed"], pa.int64()),
-            pa.array((cells > 0).astype(np.int64) @ measured),
-            pa.array(mean.astype(np.float32)),
-            pa.array(np.maximum(variance, 0).astype(np.float32)),
-        ],
-        schema=GENE_SCHEMA,
+    lengths = (
+        var["feature_length"].to_numpy(dtype=np.float32)
+        if "feature_length" in var
+        else np.full(n_genes, np.nan, np.float32)
     )
+    names = [var[column].astype(str).tolist() for column in ("feature_id", "feature_name")]
+    numbers = [n_measured, totals["n_expressed"].astype(np.int64), (cells > 0).astype(np.int64) @ measured]
+    moments = [mean.astype(np.float32), np.maximum(variance, 0).astype(np.float32)]
+    return pa.table([pa.array(column) for column in (*names, lengths, *numbers, *moments)], schema=GENE_SCHEMA)
 
 
 @dataclass
@@ -254,12 +227,10 @@ class CensusPairsConfig(datasets.BuilderConfig):
 
     Args:
         options (`PairOptions`): What to build.
-        folder (`str`, *optional*): Where the pairs folder is built; default inside the builder's cache folder.
         num_proc (`int`, *optional*, defaults to 1): Processes of the build.
     """
 
     options: PairOptions = field(default_factory=PairOptions)
-    folder: str | None = None
     num_proc: int = 1
 
 
@@ -274,7 +245,7 @@ class CensusPairs(datasets.ArrowBasedBuilder):
 
     @classmethod
     def from_options(
-        cls, options: PairOptions, cache_dir: str | Path | None = None, folder: str | None = None, num_proc: int = 1
+        cls, options: PairOptions, cache_dir: str | Path | None = None, num_proc: int = 1
     ) -> "CensusPairs":
         """Builder whose cache key covers store, query, panel, matching, seeds and code version."""
         digest = digest_of(plan_identity(options, query_for(options).source))
@@ -283,28 +254,23 @@ class CensusPairs(datasets.ArrowBasedBuilder):
             config_name=f"pairs-{digest}",
             version=datasets.Version("1.0.0"),
             options=options,
-            folder=folder,
             num_proc=num_proc,
         )
 
     def _info(self) -> datasets.DatasetInfo:
         return datasets.DatasetInfo(
-            description="Pairs of single cells that share a context, with a few revealed expression changes.",
+            description="Pairs of single cells that share a context, with a few imposed expression changes.",
             features=datasets.Features.from_arrow_schema(PAIR_SCHEMA),
         )
 
     def _split_generators(self, dl_manager) -> list[datasets.SplitGenerator]:
-        folder = Path(self.config.folder or Path(self.cache_dir).parent / f"{self.config.name}-folder")
+        folder = Path(self.cache_dir).parent / f"{self.config.name}-folder"
         pairs = build_pairs(self.config.options, folder, self.config.num_proc)
-        return [
-            datasets.SplitGenerator(
-                name=name,
-                gen_kwargs={
-                    "shards": [str(folder / shard["file"]) for shard in pairs.manifest["splits"][name]["shards"]]
-                },
-            )
-            for name in pairs.splits
-        ]
+        generators = []
+        for name in pairs.splits:
+            shards = [str(folder / shard["file"]) for shard in pairs.manifest["splits"][name]["shards"]]
+            generators.append(datasets.SplitGenerator(name=name, gen_kwargs={"shards": shards}))
+        return generators
 
     def _generate_tables(self, shards: list[str]) -> Iterator[tuple[str, pa.Table]]:
         for shard in shards:

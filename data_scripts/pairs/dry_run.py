@@ -5,9 +5,9 @@ import time
 import numpy as np
 import pyarrow as pa
 
-from data_scripts.pairs.gene_selection import count_genes, find_genes, gene_lengths_of, read_gene_list, select_genes
+from data_scripts.pairs.gene_selection import choose_genes, count_genes, gene_lengths_of
 from data_scripts.pairs.pair_options import PairOptions
-from data_scripts.pairs.pair_plan import auto_format, cell_table, query_for, shard_bounds
+from data_scripts.pairs.pair_plan import cell_table, file_format, panels_of, query_for, shard_bounds, vocabulary_of
 from data_scripts.pairs.pair_shard import CellTable, ShardRows
 from data_scripts.pairs.schema import PAIR_SCHEMA, SPLITS
 from data_scripts.pairs.shard_files import shard_writer
@@ -19,17 +19,11 @@ SAMPLE_CELLS = 512
 
 
 def estimate(options: PairOptions, num_proc: int = 1) -> dict:
-    """Numbers of a build that is not run.
+    """Numbers of a build that is not run, with `num_proc` processes.
 
     Cells, data sets, contexts and the largest possible number of pairs are exact; genes, bytes and time are estimated
-    from a few blocks of the training cells, spread over the store.
-
-    Args:
-        options (`PairOptions`): The build.
-        num_proc (`int`, *optional*, defaults to 1): Processes it would have.
-
-    Raises:
-        ValueError: As the build itself would, for whatever it checks before long work.
+    from a few blocks of the training cells, spread over the store. Raises `ValueError` as the build itself would, for
+    whatever it checks before long work.
     """
     query = query_for(options)
     cells = cell_table(query, options)
@@ -73,41 +67,29 @@ def _sample(query: CellQuery, options: PairOptions, cells: pa.Table) -> dict:
     size = min(SAMPLE_CELLS, len(training))
     starts = np.unique(np.linspace(0, len(training) - size, SAMPLE_BLOCKS).astype(np.int64))
     chosen = np.unique(np.concatenate([training[start : start + size] for start in starts]))
-    table = cells.take(pa.array(chosen))
-    dataset = table.column("dataset").to_numpy()
+    labels = CellTable(cells.take(pa.array(chosen)), len(options.matching.pairings))
     dataset_ids = list(dict.fromkeys(query.obs["dataset_id"].astype(str)))
     measured = query.presence(dataset_ids)
     lengths = gene_lengths_of(query.var) if options.query.normalization == "log_tpm" else None
-    library, n_vars = table.column("library").to_numpy(), len(query.var)
+    n_vars = len(query.var)
     began = time.perf_counter()
-    stream = CellStream(query.matrix, options.query, table.column("soma_joinid").to_numpy(), block_cells=SAMPLE_CELLS)
-    part = count_genes(stream, dataset, library, lengths, n_vars, moments=True)
+    stream = CellStream(query.matrix, options.query, labels.joinids, block_cells=SAMPLE_CELLS)
+    part = count_genes(stream, labels.dataset, labels.library, lengths, n_vars, moments=True)
     seconds = time.perf_counter() - began
-    if options.panel.rule == "file":
-        ids, symbols = query.var["feature_id"].tolist(), query.var["feature_name"].tolist()
-        genes = find_genes(read_gene_list(options.panel.file), ids, symbols, "file")
-    elif options.panel.rule == "all":
-        genes = np.flatnonzero(query.var_selected & measured.any(0))
-    else:
-        counts = np.bincount(dataset, minlength=len(dataset_ids))
-        genes, _ = select_genes([part], counts, measured, query.var_selected, options.panel)
-    vocabulary = np.full(n_vars, -1, dtype=np.int32)
-    vocabulary[genes] = np.arange(len(genes), dtype=np.int32)
-    panels, panel = np.unique(measured[:, genes], axis=0, return_inverse=True)
-    values = read_values(stream, library, lengths, vocabulary)
+    counts = np.bincount(labels.dataset, minlength=len(dataset_ids))
+    genes, _ = choose_genes([part], counts, measured, query.var_selected, options.panel, query.var)
+    panels, panel_of_dataset = panels_of(measured[:, genes])
+    values = read_values(stream, labels.library, lengths, vocabulary_of(genes, n_vars))
     began = time.perf_counter()
-    labels = CellTable(
-        table.append_column("panel", pa.array(panel.reshape(-1)[dataset].astype(np.int32))),
-        len(options.matching.pairings),
-    )
-    file_format = auto_format(len(genes)) if options.file_format == "auto" else options.file_format
+    labels = CellTable(labels.table, len(options.matching.pairings), panel_of_dataset)
+    format_of_files = file_format(options, len(genes))
     sink, n_rows = pa.BufferOutputStream(), 0
-    with shard_writer(sink, PAIR_SCHEMA, f".{file_format}") as writer:
+    with shard_writer(sink, PAIR_SCHEMA, f".{format_of_files}") as writer:
         for batch in ShardRows(labels, values, panels, options, 0).batches(0):
             writer.write_batch(batch)
             n_rows += batch.num_rows
     return {
-        "file_format": file_format,
+        "file_format": format_of_files,
         "genes": len(genes),
         "read_seconds_per_cell": seconds / len(chosen),
         "pair_seconds": (time.perf_counter() - began) / max(n_rows, 1),

@@ -17,14 +17,9 @@ DISPERSION_BINS = 20
 @dataclass
 class PanelPart:
     """
-    Statistics of some cells, by data set.
-
-    Attributes:
-        datasets (`np.ndarray`): Codes of the data sets, int64 of shape `(n_datasets,)`.
-        n_cells (`np.ndarray`): Their cells in this part, int64 of shape `(n_datasets,)`.
-        n_expressed (`np.ndarray`): Cells that express each gene, int32 of shape `(n_datasets, n_vars)`.
-        sums, squares (`np.ndarray`): Of normalised values, float64 of shape `(n_datasets, n_vars)`; of shape
-            `(n_datasets, 0)` for rules that need none.
+    Statistics of some cells, by data set: codes of the data sets and numbers of their cells, `(n_datasets,)`; how many
+    express each gene, sums and sums of squares of normalised values, `(n_datasets, n_vars)` (no columns of sums for
+    rules that need none).
     """
 
     datasets: np.ndarray
@@ -42,23 +37,14 @@ def count_genes(
     n_vars: int,
     moments: bool,
 ) -> PanelPart:
-    """Statistics of the cells of a stream.
-
-    Args:
-        stream (`CellStream`): The cells, all genes.
-        dataset (`np.ndarray`): Data set code of each cell, shape `(n_cells,)`.
-        library_size (`np.ndarray`): Counts over all genes, shape `(n_cells,)`.
-        gene_lengths (`np.ndarray`, *optional*): For `log_tpm`.
-        n_vars (`int`): Genes of the store.
-        moments (`bool`): Also sum normalised values and their squares.
-    """
+    """Statistics of the cells of a stream of all genes; sums of normalised values only with `moments`."""
     datasets, n_cells = np.unique(dataset, return_counts=True)
     expressed = np.zeros((len(datasets), n_vars), dtype=np.int32)
     sums, squares = (np.zeros((len(datasets), n_vars if moments else 0)) for _ in range(2))
     for block in stream if len(datasets) else ():
         check_values(block.values, stream.options, block.joinids)
         inside = slice(block.start, block.start + block.n_cells)
-        values = normalize_block(block, stream.options, library_size[inside], gene_lengths) if moments else None
+        values = normalize_block(block, stream.options, library_size, gene_lengths) if moments else None
         for index, code in enumerate(datasets):
             chosen = dataset[inside] == code
             if not chosen.any():
@@ -71,6 +57,30 @@ def count_genes(
                 sums[index] += np.bincount(genes, weights=part, minlength=n_vars)
                 squares[index] += np.bincount(genes, weights=part**2, minlength=n_vars)
     return PanelPart(datasets, n_cells, expressed, sums, squares)
+
+
+def choose_genes(
+    parts: Iterable[PanelPart],
+    cells_per_dataset: np.ndarray,
+    measured: np.ndarray,
+    selected: np.ndarray,
+    options: PanelOptions,
+    var: pd.DataFrame,
+) -> tuple[np.ndarray, dict[str, int]]:
+    """Applies any rule: arguments and result are those of [`select_genes`]; `parts` are asked for only where needed."""
+    if options.rule in ("common", "variable"):
+        if not cells_per_dataset.sum():
+            raise ValueError("`splits` leave no cell for training, so no gene panel can be chosen; change the rules.")
+        return select_genes(parts, cells_per_dataset, measured, selected, options)
+    if options.rule == "file":
+        genes = find_genes(
+            read_gene_list(options.file), var["feature_id"].tolist(), var["feature_name"].tolist(), "file"
+        )
+    else:
+        genes = np.flatnonzero(selected & measured.any(0))
+    if not len(genes):
+        raise ValueError("`panel` leaves no gene: the data sets measure none of those that `var_filter` keeps.")
+    return genes, {}
 
 
 def select_genes(
@@ -90,7 +100,6 @@ def select_genes(
         cells_per_dataset (`np.ndarray`): Training cells of each data set, shape `(n_datasets,)`.
         measured (`np.ndarray`): Genes each data set measured, bool of shape `(n_datasets, n_vars)`.
         selected (`np.ndarray`): Genes that may be chosen, bool of shape `(n_vars,)`.
-        options (`PanelOptions`): The rule.
 
     Returns:
         Tuple of the chosen genes in ascending order and a `dict` of how many genes each step kept.
@@ -105,21 +114,24 @@ def select_genes(
     open_sets: dict[int, list] = {}
     for part in parts:
         for index, code in enumerate(part.datasets.tolist()):
-            state = open_sets.setdefault(code, [0, 0, 0.0, 0.0])
-            state[0] += int(part.n_cells[index])
-            state[1] = state[1] + part.n_expressed[index].astype(np.int64)
-            state[2] = state[2] + part.sums[index]
-            state[3] = state[3] + part.squares[index]
-            if state[0] == cells_per_dataset[code]:
-                _, expressed, sums, squares = open_sets.pop(code)
-                n = state[0]
-                n_expressed += expressed
-                weight = float(n) if options.dataset_weighting == "cells" else 1.0
-                weight_sum += weight
-                if options.rule == "variable":
-                    score += weight * standardized_dispersion(n, expressed, sums, squares)
-                else:
-                    score += weight * expressed / n
+            own = (
+                int(part.n_cells[index]),
+                part.n_expressed[index].astype(np.int64),
+                part.sums[index],
+                part.squares[index],
+            )
+            state = [seen + new for seen, new in zip(open_sets.pop(code, (0, 0, 0.0, 0.0)), own)]
+            if state[0] < cells_per_dataset[code]:
+                open_sets[code] = state
+                continue
+            n, expressed, sums, squares = state
+            n_expressed += expressed
+            weight = float(n) if options.dataset_weighting == "cells" else 1.0
+            weight_sum += weight
+            if options.rule == "variable":
+                score += weight * standardized_dispersion(n, expressed, sums, squares)
+            else:
+                score += weight * expressed / n
     score /= max(weight_sum, 1.0)
     share_measured = n_measured / max(cells_per_dataset.sum(), 1)
     share_expressed = n_expressed / np.maximum(n_measured, 1)
@@ -134,18 +146,13 @@ def select_genes(
         genes = np.sort(genes[np.argsort(-score[genes], kind="stable")[: options.n_genes]])
     steps["chosen"] = len(genes)
     if not len(genes):
-        told = "; ".join(f"{name}: {count}" for name, count in steps.items())
-        raise ValueError(f"`panel` leaves no gene ({told}); lower `min_measured` or `min_expressed`.")
+        counts = "; ".join(f"{name}: {count}" for name, count in steps.items())
+        raise ValueError(f"`panel` leaves no gene ({counts}); lower `min_measured` or `min_expressed`.")
     return genes, steps
 
 
 def standardized_dispersion(n: int, n_expressed: np.ndarray, sums: np.ndarray, squares: np.ndarray) -> np.ndarray:
-    """Log variance-to-mean ratio of each gene, standardised among genes of similar mean; 0 where not expressed.
-
-    Args:
-        n (`int`): Cells of the data set.
-        n_expressed, sums, squares (`np.ndarray`): Per gene, shape `(n_vars,)`.
-    """
+    """Log variance-to-mean ratio of each gene over `n` cells, standardised among genes of similar mean; else 0."""
     result = np.zeros(len(sums))
     mean = sums / n
     variance = np.maximum(squares / n - mean**2, 0)
@@ -163,11 +170,7 @@ def standardized_dispersion(n: int, n_expressed: np.ndarray, sums: np.ndarray, s
 
 
 def read_gene_list(path: str | Path) -> list[str]:
-    """Genes from a text file: the first column of each line, without empty lines and `#` comments.
-
-    Raises:
-        ValueError: If the file does not exist or names no gene.
-    """
+    """Genes from a text file: the first column of each line, without empty lines and `#` comments."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"`file` {path} does not exist; wanted a text file with a gene id or symbol a line.")
@@ -179,11 +182,7 @@ def read_gene_list(path: str | Path) -> list[str]:
 
 
 def find_genes(names: Sequence[str], gene_ids: Sequence[str], gene_symbols: Sequence[str], option: str) -> np.ndarray:
-    """Positions of genes given by id or symbol, ascending and distinct.
-
-    Raises:
-        ValueError: If a gene is not known, naming the option and close matches.
-    """
+    """Positions of genes given by id or symbol, ascending and distinct; raises `ValueError` for an unknown one."""
     by_name = {symbol: index for index, symbol in reversed(list(enumerate(gene_symbols)))}
     by_name.update({gene: index for index, gene in enumerate(gene_ids)})
     unknown = [name for name in names if name not in by_name]
@@ -195,11 +194,7 @@ def find_genes(names: Sequence[str], gene_ids: Sequence[str], gene_symbols: Sequ
 
 
 def gene_lengths_of(var: pd.DataFrame) -> np.ndarray:
-    """Gene lengths in bases, float64 of shape `(n_vars,)`.
-
-    Raises:
-        ValueError: If the store does not hold a positive length for every gene.
-    """
+    """Gene lengths in bases, `(n_vars,)`; `ValueError` if the store does not hold a positive one for each."""
     if "feature_length" not in var:
         raise ValueError("`normalization` is 'log_tpm'; the store's var has no column feature_length: use 'log1p'.")
     lengths = var["feature_length"].to_numpy(dtype=np.float64)

@@ -42,8 +42,12 @@ class SplitPlan:
     mode: str = "fine-tuned"
 
 
+def _parts(label: str) -> set[str]:
+    return set(str(label).casefold().split("+"))
+
+
 def _members(labels: Iterable[str]) -> set[str]:
-    return {part.casefold() for label in labels for part in str(label).split("+")}
+    return set().union(*map(_parts, labels))
 
 
 def _canonical(labels: Iterable[str]) -> set[str]:
@@ -69,16 +73,20 @@ def find_leaks(plan: SplitPlan) -> list[str]:
         test = _canonical(plan.test_perturbations)
         overlap(_canonical(plan.train_perturbations), test, "a perturbation is in training and in test")
         overlap(_canonical(plan.reference_perturbations), test, "a test perturbation is part of the reference mean")
+    singles = {str(label).casefold() for label in plan.train_perturbations if "+" not in str(label)}
     if plan.held_out == "perturbations":
         test_genes = _members(plan.test_perturbations)
         combined = [label for label in plan.train_perturbations if "+" in str(label)]
         overlap(_members(combined), test_genes, "a test gene is perturbed in a training combination")
-        if any("+" in str(label) for label in plan.test_perturbations):
-            singles = {str(label).casefold() for label in plan.train_perturbations if "+" not in str(label)}
-            tested = _members(label for label in plan.test_perturbations if "+" in str(label))
-            overlap(singles, tested, "a member of a test combination was seen alone but the split calls it unseen")
+        tested = _members(label for label in plan.test_perturbations if "+" in str(label))
+        overlap(singles, tested, "a member of a test combination was seen alone but the split calls it unseen")
     if plan.held_out == "combinations":
-        leaks += _undeclared_members(plan)
+        stated = plan.seen_members
+        more = [label for label in plan.test_perturbations if len(_parts(label) & singles) > (stated or 0)]
+        if stated is None:
+            leaks.append("combinations are scored without saying how many of their members were seen (`seen_members`)")
+        elif more:
+            leaks.append(f"{len(more)} combinations had more members seen alone than the stated {stated} ({more[0]})")
     if plan.held_out in ("batches", "cell_lines"):
         overlap(plan.train_groups, plan.test_groups, f"one of the {plan.held_out} is in training and in test")
     if plan.mode in ("zero-shot", "in-context"):
@@ -86,20 +94,6 @@ def find_leaks(plan: SplitPlan) -> list[str]:
         if read:
             leaks.append(f"mode {plan.mode!r} reads no perturbed cells, but {len(read)} were read ({read[0]}, ...)")
     return leaks
-
-
-def _undeclared_members(plan: SplitPlan) -> list[str]:
-    if plan.seen_members is None:
-        return ["combinations are scored without saying how many of their members were seen (`seen_members`)"]
-    singles = {str(label).casefold() for label in plan.train_perturbations if "+" not in str(label)}
-    wrong = [
-        label
-        for label in plan.test_perturbations
-        if sum(part.casefold() in singles for part in str(label).split("+")) > plan.seen_members
-    ]
-    if not wrong:
-        return []
-    return [f"{len(wrong)} combinations had more members seen alone than the stated {plan.seen_members} ({wrong[0]})"]
 
 
 def refuse_leaks(plan: SplitPlan) -> None:
@@ -141,8 +135,8 @@ def model_leaks(run: Mapping | None, screen: str, cells_digest: str, mode: str) 
     """Reasons why a model folder may not be scored on a screen in a mode; an empty list is clean.
 
     Args:
-        run (`Mapping`, *optional*): Content of the folder's `run.json`; `None`, or without `datasets`: not stated, which
-            is no leak that can be shown.
+        run (`Mapping`, *optional*): Content of the folder's `run.json`; `None`, or without `datasets`: not stated,
+            which is no leak that can be shown.
         screen (`str`): Name of the screen's file.
         cells_digest (`str`): Of the cells' names.
         mode (`str`): `"zero-shot"`, `"in-context"` or `"fine-tuned"`.

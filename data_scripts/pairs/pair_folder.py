@@ -25,7 +25,6 @@ def finish_pair_folder(path: str | Path, genes: pa.Table, panels: np.ndarray, ma
     """Writes the gene and panel tables and, last of all, the manifest that makes the folder a pairs folder.
 
     Args:
-        path (`str` or `Path`): The folder, its shards written.
         genes (`pa.Table`): The vocabulary in id order, in `GENE_SCHEMA`.
         panels (`np.ndarray`): Measured genes, bool of shape `(n_panels, n_genes)`.
         manifest (`Mapping`): `organism`, `normalization`, `target_sum`, `pairings`, `splits` and what else is known.
@@ -46,18 +45,12 @@ class PairFolder:
     """
     Pairs that `gppc build-pairs` wrote, opened without reading them.
 
-    Args:
-        path (`str` or `Path`): The folder.
-
-    Raises:
-        ValueError: If the folder is not a finished pairs folder, was written with another major version of the schema,
-            or lacks a shard.
+    Raises `ValueError` if the folder is not a finished pairs folder, was written with another major version of the
+    schema, or lacks a shard.
 
     Attributes:
-        manifest (`dict`): `schema_version`, `organism`, `normalization`, `target_sum`, `pairings`, `splits`,
-            `report`, `digest`, ...
-        genes (`pa.Table`): The vocabulary in id order (`GENE_SCHEMA`).
-        panels (`np.ndarray`): Measured genes, bool of shape `(n_panels, n_genes)`.
+        manifest (`dict`): `schema_version`, `organism`, `normalization`, `target_sum`, `pairings`, `splits`, `report`,
+            `digest`, ...
     """
 
     def __init__(self, path: str | Path):
@@ -127,10 +120,7 @@ class PairFolder:
         """Rows of a split in `PAIR_SCHEMA`: memory-mapped shards, one after the other, nothing copied.
 
         Shards in parquet are decoded once into the cache of decoded shards (see [`read_decoded`]) and mapped from
-        there, or into memory where they are few.
-
-        Raises:
-            ValueError: If the folder holds no such split.
+        there, or into memory where they are few. Raises `ValueError` if the folder holds no such split.
         """
         if name not in self.splits:
             raise ValueError(f"`split` {name!r} is not in {self.path}{close_matches(str(name), self.splits)}.")
@@ -143,22 +133,14 @@ class PairFolder:
         return pa.concat_tables([read_decoded(self.path / shard["file"], shard["digest"]) for shard in bar])
 
     def dataset(self, name: str):
-        """The same rows as a `datasets.Dataset` over the same memory.
-
-        Raises:
-            ValueError: If the folder holds no such split.
-        """
+        """The same rows as a `datasets.Dataset` over the same memory."""
         import datasets  # slow to import, and only wanted here
         from datasets.table import InMemoryTable
 
         return datasets.Dataset(InMemoryTable(self.split(name)), split=datasets.NamedSplit(name))
 
     def verify(self) -> None:
-        """Reads every shard and compares its digest with the manifest's.
-
-        Raises:
-            ValueError: If a shard's bytes are not those that were written.
-        """
+        """Reads every shard; raises `ValueError` if its digest is not that of the manifest."""
         for shard in (shard for entry in self.manifest["splits"].values() for shard in entry["shards"]):
             if file_digest(self.path / shard["file"]) != shard["digest"]:
                 raise ValueError(f"`{self.path / shard['file']}` is damaged: another digest; build the pairs again.")

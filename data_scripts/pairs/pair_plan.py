@@ -11,16 +11,16 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from data_scripts.files import write_atomically, write_json
+from data_scripts.files import write_arrays, write_json
 from data_scripts.options import from_mapping
 from data_scripts.pairs.gene_selection import gene_lengths_of, read_gene_list
 from data_scripts.pairs.pair_folder import MANIFEST, write_table_atomically
 from data_scripts.pairs.pair_options import PairOptions
 from data_scripts.pairs.pair_shard import CellTable
 from data_scripts.pairs.schema import CONTEXT_COLUMNS, SCHEMA_VERSION, SPLITS
-from data_scripts.pairs.splits import assign_splits, columns_of, default_rules, describe_rules
+from data_scripts.pairs.splits import assign_splits, default_rules, describe_rules
 from data_scripts.store.cell_stream import tile_boundary
-from data_scripts.store.census_query import CellQuery, open_experiment, open_query
+from data_scripts.store.census_query import CellQuery, absolute_uri, open_experiment, open_query
 
 BUILD_VERSION = 2  # raised whenever the same options would give other rows
 # Panels up to this size are written as they are mapped; rows of larger ones are packed to a quarter.
@@ -29,9 +29,24 @@ WORK = "work"
 PLAN = "plan.json"
 
 
-def auto_format(n_genes: int) -> str:
-    """File format of a panel of so many genes where none is asked for."""
+def file_format(options: PairOptions, n_genes: int) -> str:
+    """`arrow` or `parquet`; `auto` depends on the size of the panel."""
+    if options.file_format != "auto":
+        return options.file_format
     return "parquet" if n_genes > MAPPED_GENES else "arrow"
+
+
+def vocabulary_of(genes: np.ndarray, n_vars: int) -> np.ndarray:
+    """Vocabulary id of every gene of the store, -1 where left out; int32 of shape `(n_vars,)`."""
+    ids = np.full(n_vars, -1, dtype=np.int32)
+    ids[genes] = np.arange(len(genes), dtype=np.int32)
+    return ids
+
+
+def panels_of(measured: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Distinct sets of measured genes, `(n_panels, n_genes)`, and each data set's index among them, int32."""
+    panels, index = np.unique(measured, axis=0, return_inverse=True)
+    return panels, index.reshape(-1).astype(np.int32)
 
 
 def digest_of(content) -> str:
@@ -69,11 +84,7 @@ def differences(old: dict, new: dict, where: str = "") -> list[str]:
 
 
 def check_folder(path: Path, identity: dict) -> str:
-    """Says what an output folder holds: `"new"`, `"unfinished"` or `"finished"`.
-
-    Raises:
-        ValueError: If it holds anything else, or pairs of another run.
-    """
+    """What an output folder holds: `"new"`, `"unfinished"` or `"finished"`; anything else is a `ValueError`."""
     for file, state in ((path / MANIFEST, "finished"), (path / WORK / PLAN, "unfinished")):
         if not file.is_file():
             continue
@@ -85,8 +96,8 @@ def check_folder(path: Path, identity: dict) -> str:
             ) from error
         if digest_of(old) == digest_of(identity):
             return state
-        told = "; ".join(differences(old, identity)[:3])
-        raise ValueError(f"`out` {path} holds another run ({told}); choose another folder or delete it.")
+        found = "; ".join(differences(old, identity)[:3])
+        raise ValueError(f"`out` {path} holds another run ({found}); choose another folder or delete it.")
     if path.exists() and (not path.is_dir() or any(entry.name not in (".lock", WORK) for entry in path.iterdir())):
         raise ValueError(f"`out` {path} is not empty and holds no pairs; choose another folder.")
     return "new"
@@ -100,7 +111,8 @@ def needed_columns(options: PairOptions) -> dict[str, str]:
     for name, pairing in options.matching.pairings.items():
         columns |= {column: f"pairings.{name}.keys" for column in pairing.keys if column not in columns}
         columns |= {column: f"pairings.{name}.different" for column in pairing.different if column not in columns}
-    columns |= {name: "splits.rules" for name in columns_of(options.splits) if name != "cell" and name not in columns}
+    for rule in options.splits.rules or ():
+        columns |= {name: "splits.rules" for name in (*rule.where, rule.by) if name not in (None, "cell", *columns)}
     return columns
 
 
@@ -111,20 +123,15 @@ def query_for(options: PairOptions) -> CellQuery:
 
 def context_codes(obs: pd.DataFrame, columns: list[str]) -> np.ndarray:
     """One code for each combination of values, -1 where any is missing, int64 of shape `(n_obs,)`."""
-    codes = np.zeros(len(obs), dtype=np.int64)
-    missing = np.zeros(len(obs), dtype=bool)
-    for column in columns:
-        values, uniques = pd.factorize(obs[column])
-        missing |= values < 0
-        codes = pd.factorize(codes * (len(uniques) + 1) + values)[0]
-    return np.where(missing, -1, codes)
+    if not columns:
+        return np.zeros(len(obs), dtype=np.int64)
+    return obs.groupby(columns, sort=False, observed=True).ngroup().to_numpy(dtype=np.int64)
 
 
 def cell_table(query: CellQuery, options: PairOptions) -> pa.Table:
     """Labels of every selected cell, in ascending `soma_joinid`.
 
-    Raises:
-        ValueError: If no context holds two cells, or library sizes are missing.
+    Raises `ValueError` if no context holds two cells, or library sizes are missing.
     """
     obs = query.obs
     n = len(obs)
@@ -164,10 +171,7 @@ def cell_table(query: CellQuery, options: PairOptions) -> pa.Table:
 
 
 def shard_bounds(joinids: np.ndarray, shard_cells: int) -> np.ndarray:
-    """First cell of every shard and the end, int64 of shape `(n_shards + 1,)`.
-
-    Shards are equally large, but begin with a tile of the store where one begins near.
-    """
+    """First cell of every shard, and the end: even shares that begin with a tile of the store if one begins near."""
     n_cells = len(joinids)
     n_shards = max(1, round(n_cells / shard_cells))
     even = np.arange(n_shards + 1, dtype=np.int64) * n_cells // n_shards
@@ -177,10 +181,7 @@ def shard_bounds(joinids: np.ndarray, shard_cells: int) -> np.ndarray:
 
 class PairPlan:
     """
-    A plan on disk, which every process that works on the build opens for itself.
-
-    Args:
-        out (`str` or `Path`): The output folder, prepared by [`PairPlan.create`].
+    A plan on disk, prepared by [`PairPlan.create`], which every process that works on the build opens for itself.
     """
 
     def __init__(self, out: str | Path):
@@ -189,7 +190,6 @@ class PairPlan:
         self.content = json.loads((self.work / PLAN).read_text())
         self.options = from_mapping(PairOptions, self.content["options"], "options")
         self.n_shards = len(self.content["bounds"]) - 1
-        self._opening = threading.Lock()
         self.reading = threading.Lock()  # held while a shard is read: threads take turns, so memory is bounded
 
     @classmethod
@@ -202,12 +202,11 @@ class PairPlan:
         dataset_ids = list(dict.fromkeys(query.obs["dataset_id"].astype(str)))
         # One record batch: a shard is then a slice of it.
         write_table_atomically(cells.combine_chunks().to_batches(), cells.schema, work / "cells.arrow")
-        write_array(work / "measured.npy", query.presence(dataset_ids))
-        write_array(work / "selected.npy", query.var_selected)
+        write_arrays(query.presence(dataset_ids), work / "measured.npy")
+        write_arrays(query.var_selected, work / "selected.npy")
         written = dataclasses.asdict(options)
-        if options.query.uri is not None and "://" not in options.query.uri:
-            # Workers on other machines may have another working directory.
-            written["query"]["uri"] = str(Path(options.query.uri).resolve())
+        if options.query.uri is not None:
+            written["query"]["uri"] = absolute_uri(options.query.uri)
         if "census_version" in query.source:
             written["query"]["census_version"] = query.source["census_version"]  # the alias may move meanwhile
         split_by = "the given rules"
@@ -220,8 +219,6 @@ class PairPlan:
             "options": written,
             "split_by": split_by,
             "source": query.source,
-            "dataset_ids": dataset_ids,
-            "n_cells": len(query.obs),
             "bounds": shard_bounds(query.obs["soma_joinid"].to_numpy(), options.shard_cells).tolist(),
         }
         write_json(content, work / PLAN)
@@ -240,10 +237,8 @@ class PairPlan:
     @cached_property
     def experiment(self):
         """The organism's experiment, opened for this process."""
-        with self._opening:  # threads share one open store
-            if "_census" not in self.__dict__:
-                self._census, self._experiment, _ = open_experiment(self.options.query)
-        return self._experiment
+        self._census, experiment, _ = open_experiment(self.options.query)
+        return experiment
 
     @cached_property
     def var(self) -> pd.DataFrame:
@@ -267,28 +262,19 @@ class PairPlan:
         return np.load(self.work / "genes.npy")
 
     @cached_property
-    def n_training_cells(self) -> int:
-        """Cells of the training split, counted once for all shards."""
-        return int(np.count_nonzero(self.cells.column("split").to_numpy() == SPLITS.index("train")))
-
-    @property
-    def file_format(self) -> str:
-        """`arrow` or `parquet`; `auto` depends on the size of the panel."""
-        if self.options.file_format != "auto":
-            return self.options.file_format
-        return auto_format(len(self.genes))
+    def training_cells(self) -> np.ndarray:
+        """Cells of the training split in each data set, int64 of shape `(n_datasets,)`."""
+        training = self.cells.column("split").to_numpy() == SPLITS.index("train")
+        return np.bincount(self.cells.column("dataset").to_numpy()[training], minlength=len(self.measured))
 
     @cached_property
     def vocabulary(self) -> np.ndarray:
-        """Vocabulary id of every gene of the store, -1 where left out; int32 of shape `(n_vars,)`."""
-        ids = np.full(self.measured.shape[1], -1, dtype=np.int32)
-        ids[self.genes] = np.arange(len(self.genes), dtype=np.int32)
-        return ids
+        """See [`vocabulary_of`]."""
+        return vocabulary_of(self.genes, self.measured.shape[1])
 
     @cached_property
     def _panels(self) -> tuple[np.ndarray, np.ndarray]:
-        panels, index = np.unique(self.measured[:, self.genes], axis=0, return_inverse=True)
-        return panels, index.reshape(-1).astype(np.int32)
+        return panels_of(self.measured[:, self.genes])
 
     @property
     def panels(self) -> np.ndarray:
@@ -299,15 +285,5 @@ class PairPlan:
         """Labels of the cells of a shard."""
         first, last = self.content["bounds"][index : index + 2]
         table = self.cells.slice(first, last - first)
-        panel = self._panels[1][table.column("dataset").to_numpy()] if (self.work / "genes.npy").is_file() else None
-        zeros = np.zeros(last - first, dtype=np.int32)
-        return CellTable(
-            table.append_column("panel", pa.array(zeros if panel is None else panel)),
-            len(self.options.matching.pairings),
-        )
-
-
-def write_array(path: Path, array: np.ndarray) -> None:
-    """Writes a `.npy` file atomically."""
-    with write_atomically(path) as temporary, open(temporary, "wb") as file:
-        np.save(file, array, allow_pickle=False)
+        has_genes = (self.work / "genes.npy").is_file()
+        return CellTable(table, len(self.options.matching.pairings), self._panels[1] if has_genes else None)

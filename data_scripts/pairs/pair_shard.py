@@ -21,20 +21,16 @@ LEFT_OVER = "too_few_for_a_state"
 
 class CellTable:
     """
-    Labels of the cells of a shard, as numpy and Arrow columns.
-
-    Args:
-        table (`pa.Table`): Rows of the plan's cell table.
-        n_pairings (`int`): Number of pairings.
+    Labels of the cells of a shard, rows of the plan's cell table, as numpy and Arrow columns.
     """
 
-    def __init__(self, table: pa.Table, n_pairings: int):
+    def __init__(self, table: pa.Table, n_pairings: int, panel_of_dataset: np.ndarray | None = None):
         self.table = table.combine_chunks()
-        numbers = {
-            name: self.table.column(name).to_numpy() for name in ("soma_joinid", "split", "panel", "library", "nnz")
-        }
-        self.joinids, self.split, self.panel = numbers["soma_joinid"], numbers["split"], numbers["panel"]
-        self.library, self.n_expressed = numbers["library"], numbers["nnz"]
+        self.joinids, self.split, self.dataset, self.library, self.n_expressed = (
+            self.table.column(name).to_numpy() for name in ("soma_joinid", "split", "dataset", "library", "nnz")
+        )
+        self.panel_of_dataset = panel_of_dataset
+        self.panel = None if panel_of_dataset is None else panel_of_dataset[self.dataset]
         self.groups = [self.table.column(f"group_{index}").to_numpy() for index in range(n_pairings)]
         self.different = [
             self.table.column(f"different_{index}").to_numpy() if f"different_{index}" in table.column_names else None
@@ -54,19 +50,11 @@ class CellTable:
 def average_states(
     cells: CellTable, values: sp.csr_matrix, n: int, log_values: bool, rng: np.random.Generator
 ) -> tuple[CellTable, sp.csr_matrix]:
-    """Averages random groups of `n` cells that agree in split, panel and every context.
+    """Averages random groups of `n` cells that agree in split, panel and every context; the rest is left out.
 
-    Args:
-        cells (`CellTable`): Labels of the cells.
-        values (`sp.csr_matrix`): Normalised values, `(n_cells, n_genes)`.
-        n (`int`): Cells of a state.
-        log_values (`bool`): Values are logarithms of scaled counts, which are averaged before the logarithm; else the
-            values themselves are.
-        rng (`np.random.Generator`): Which cells go together.
-
-    Returns:
-        Tuple of labels (those of the state's first cell, with mean library size and mean number of expressed genes)
-        and values, one row a state. Cells that do not fill a state are left out.
+    Labels are those of the group's first cell, with mean library size and mean number of expressed genes. With
+    `log_values` the values are logarithms of scaled counts, which are averaged before the logarithm; else the values
+    themselves are.
     """
     keys = [cells.split, cells.panel, *cells.groups, *(code for code in cells.different if code is not None)]
     known = np.flatnonzero(np.all([group >= 0 for group in cells.groups], axis=0))
@@ -91,7 +79,7 @@ def average_states(
     for name, column in (("library", cells.library), ("nnz", cells.n_expressed)):
         means = pa.array(column[members].mean(1)).cast(table.schema.field(name).type, safe=False)
         table = table.set_column(table.column_names.index(name), name, means)
-    return CellTable(table, len(cells.groups)), averaged.astype(np.float32)
+    return CellTable(table, len(cells.groups), cells.panel_of_dataset), averaged.astype(np.float32)
 
 
 class ShardRows:
@@ -102,7 +90,6 @@ class ShardRows:
         cells (`CellTable`): Labels of the shard's cells.
         values (`sp.csr_matrix`): Their normalised values at the vocabulary, `(n_cells, n_genes)`.
         panels (`np.ndarray`): Measured genes, bool of shape `(n_panels, n_genes)`.
-        options (`PairOptions`): Matching and perturbation.
         shard (`int`): Number of the shard, part of every seed.
     """
 
@@ -183,8 +170,8 @@ class ShardRows:
             changes = candidate_changes(before, after, self.panels, own, other)
             sums["compared_pairs"] = int(np.count_nonzero(np.diff(changes.indptr) >= min(1, options.min_genes)))
             sums["differing_genes"] = int(changes.nnz)
-        lists = ((np.diff(cells.indptr), cells.indices, cells.data) for cells in (before, after))
-        rows, genes, deltas, kept = draw_imposed(*lists, self.panels, own, other, options, rng, 2 * options.max_genes)
+        attempts = 2 * options.max_genes
+        rows, genes, deltas, kept = draw_imposed(before, after, self.panels, own, other, options, rng, attempts)
         offsets = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=len(source))[kept])])
         if not kept.all():
             source, target, pairing = source[kept], target[kept], pairing[kept]
@@ -226,21 +213,15 @@ def _array(values, kind: pa.DataType) -> pa.Array:
 
 def gene_moments(values: sp.csr_matrix, chosen: np.ndarray) -> dict[str, np.ndarray]:
     """Number of cells that express each gene, sum and sum of squares of its values over the chosen cells."""
-    n_genes = values.shape[1]
-    totals = {"n_expressed": np.zeros(n_genes, np.int64), "sums": np.zeros(n_genes), "squares": np.zeros(n_genes)}
+    totals = {name: np.zeros(values.shape[1]) for name in ("n_expressed", "sums", "squares")}
     for first in range(0, values.shape[0], MOMENT_CELLS):
+        part = values[first : first + MOMENT_CELLS].astype(np.float64)
         weights = chosen[first : first + MOMENT_CELLS].astype(np.float64)
-        if not weights.any():
-            continue
-        begin, end = values.indptr[[first, first + len(weights)]]
-        data = values.data[begin:end].astype(np.float64)
-        places = (values.indices[begin:end], values.indptr[first : first + len(weights) + 1] - begin)
-        part = sp.csr_matrix((data, *places), shape=(len(weights), n_genes), copy=False)
         totals["sums"] += weights @ part
-        np.multiply(data, data, out=data)
+        part.data **= 2
         totals["squares"] += weights @ part
-        data[:] = 1
-        totals["n_expressed"] += (weights @ part).astype(np.int64)
+        part.data[:] = 1
+        totals["n_expressed"] += weights @ part
     return totals
 
 

@@ -18,12 +18,7 @@ PROJECTION = 128  # dimensions in which `nearest` and `farthest` compare cells o
 @dataclass
 class Pairs:
     """
-    Matched cells of one waiting room.
-
-    Attributes:
-        source, target (`np.ndarray`): Positions of the cells, int64 of shape `(n_pairs,)`.
-        pairing (`np.ndarray`): Index of the pairing that both share, int64 of shape `(n_pairs,)`.
-        unpaired (`dict[str, int]`): Reason -> cells that found no partner at all.
+    Positions of matched cells, index of the pairing that both share, and reason -> cells that found no partner at all.
     """
 
     source: np.ndarray
@@ -36,19 +31,12 @@ class _Context:
     """Cells of one pairing sorted by context, so that a group is a range."""
 
     def __init__(self, groups: np.ndarray, different: np.ndarray | None):
-        n = len(groups)
         # Cells that may not be partners of each other form a block: those equal in `different`, else a cell alone.
-        block = np.arange(n) if different is None else different
-        self.order = np.lexsort((np.arange(n), block, groups))
-        sorted_groups, sorted_blocks = groups[self.order], block[self.order]
-        new_group = np.concatenate([[True], sorted_groups[1:] != sorted_groups[:-1]]) if n else np.zeros(0, bool)
-        new_block = new_group | np.concatenate([[True], sorted_blocks[1:] != sorted_blocks[:-1]]) if n else new_group
-        group_start, group_size = _ranges(new_group)
-        block_start, block_size = _ranges(new_block)
-        rank = np.empty(n, dtype=np.int64)
-        rank[self.order] = np.arange(n)
-        self.start, self.size = group_start[rank], group_size[rank]
-        self.block_start, self.block_size = block_start[rank], block_size[rank]
+        block = np.arange(len(groups)) if different is None else different
+        blocks = groups * (block.max(initial=0) + 2) + block + 1  # a code of its own for each block of each group
+        self.order = np.argsort(blocks, kind="stable")
+        self.start, self.size = _ranges(groups, self.order)
+        self.block_start, self.block_size = _ranges(blocks, self.order)
         self.others = np.where(groups >= 0, self.size - self.block_size, 0)
 
     def draw(self, cells: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -65,11 +53,10 @@ class _Context:
         return np.sort(self.order[kept])
 
 
-def _ranges(new: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Start and length of the run that each sorted position belongs to."""
-    starts = np.flatnonzero(new)
-    lengths = np.diff(np.append(starts, len(new)))
-    return np.repeat(starts, lengths), np.repeat(lengths, lengths)
+def _ranges(codes: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Start and length of the run of equal codes, in an order that sorts them, that each cell belongs to."""
+    start, end = (np.searchsorted(codes[order], codes, side) for side in ("left", "right"))
+    return start, end - start
 
 
 def match_partners(
@@ -81,23 +68,17 @@ def match_partners(
     rng: np.random.Generator,
     values: sp.csr_matrix | None = None,
 ) -> Pairs:
-    """Finds `pairs_per_cell` partners for every cell.
+    """Finds `pairs_per_cell` partners for every cell, ordered by draw and source.
 
     Each draw of a cell is given to a pairing, by weight; where that pairing has no partner for the cell the next one
     is tried, so that a cell is lost only when no context has room for it.
 
     Args:
-        groups (`list[np.ndarray]`): For every pairing the context of each cell, int of shape `(n_cells,)`; negative
-            where the context is not known.
+        groups (`list[np.ndarray]`): For every pairing the context of each cell, negative where it is not known.
         different (`list[np.ndarray | None]`): For every pairing a code that must differ between partners, or `None`.
         panel (`np.ndarray`): Panel of each cell, int of shape `(n_cells,)`.
         shared_genes (`np.ndarray`): Number of genes measured in both, int of shape `(n_panels, n_panels)`.
-        options (`MatchingOptions`): Policy and numbers.
-        rng (`np.random.Generator`): The only source of randomness.
         values (`sp.csr_matrix`, *optional*): Normalised values `(n_cells, n_genes)`; for `nearest` and `farthest`.
-
-    Returns:
-        [`Pairs`], ordered by draw and source.
     """
     n_cells, n_draws = len(panel), options.pairs_per_cell
     contexts = [_Context(group, code) for group, code in zip(groups, different)]
@@ -106,9 +87,7 @@ def match_partners(
     # Systematic draws: over a cell's partners each pairing gets its share to within one.
     position = (np.arange(n_draws)[:, None] + rng.random(n_cells)[None, :]) / n_draws
     first = np.minimum(np.searchsorted(bounds, position, side="right"), len(bounds) - 1)
-    points = None
-    if options.policy != "random":
-        points = _points(values)
+    points = None if options.policy == "random" else _points(values)
     compatible = shared_genes >= options.min_shared_genes
     found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     has_partner = np.zeros(n_cells, dtype=bool)

@@ -20,7 +20,7 @@ PAIR_SCHEMA = pa.schema(
         # Which set of genes was measured: row of the panel table.
         pa.field("source_panel", pa.int32()),
         pa.field("target_panel", pa.int32()),
-        # Genes whose change is revealed, with the change of log value from source to target.
+        # Genes whose change is imposed, with the change of log value from source to target.
         pa.field("perturbation_gene_ids", pa.list_(pa.int32())),
         pa.field("perturbation_values", pa.list_(pa.float32())),
         # Name of the context the two cells share, e.g. `same_type` or `same_dataset`.

@@ -1,8 +1,9 @@
 """Files of rows: written atomically, read memory-mapped; what is packed is unpacked once, into a cache."""
 
+import contextlib
 import fcntl
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,17 +17,10 @@ DECODED_ROWS = 1_024  # decoded at once
 
 
 def write_table_atomically(batches: Iterable[pa.RecordBatch], schema: pa.Schema, path: str | Path) -> dict:
-    """Writes record batches to one `.arrow` (IPC stream) or `.parquet` (zstd) file, atomically.
+    """Writes record batches in `schema` to one `.arrow` (IPC stream) or `.parquet` (zstd) file, atomically.
 
-    The bytes depend on the batches only, so equal rows in equal batches give an equal digest.
-
-    Args:
-        batches (`Iterable[pa.RecordBatch]`): Rows in `schema`.
-        schema (`pa.Schema`): Schema of the file.
-        path (`str` or `Path`): Where to; the ending chooses the format.
-
-    Returns:
-        `dict` with `n_rows`, `n_bytes` and `digest` of the file.
+    The bytes depend on the batches only, so equal rows in equal batches give an equal digest. Returns a `dict` with
+    `n_rows`, `n_bytes` and `digest` of the file.
     """
     path = Path(path)
     n_rows = 0
@@ -64,16 +58,18 @@ def file_digest(path: str | Path) -> str:
 
 
 def read_table(path: str | Path) -> pa.Table:
-    """Opens a shard: `.arrow` memory-mapped without a copy, `.parquet` decoded.
-
-    Raises:
-        ValueError: If the file cannot be read as what its ending says.
-    """
-    path = Path(path)
-    try:
-        if path.suffix == ".parquet":
+    """Opens a shard: `.arrow` memory-mapped without a copy, `.parquet` decoded; `ValueError` if damaged."""
+    with _naming(path):
+        if Path(path).suffix == ".parquet":
             return pq.read_table(path)
         return pa.ipc.open_stream(pa.memory_map(str(path), "r")).read_all()
+
+
+@contextlib.contextmanager
+def _naming(path: str | Path) -> Iterator[None]:
+    """Raises `ValueError` that names the file for what goes wrong while it is read."""
+    try:
+        yield
     except (pa.ArrowInvalid, OSError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"`{path}` is damaged ({reason}); delete it and run `gppc build-pairs` again.") from error
@@ -87,14 +83,8 @@ def decoded_folder() -> Path:
 def read_decoded(path: str | Path, digest: str) -> pa.Table:
     """Opens a parquet shard memory-mapped: decoded, a few rows at a time, into a file named by its digest.
 
-    Whoever comes first decodes, in any number of processes; a file appears whole or not at all.
-
-    Args:
-        path (`str` or `Path`): The shard; others than `.parquet` are opened as they are.
-        digest (`str`): Digest of the file.
-
-    Raises:
-        ValueError: If the shard is damaged.
+    Whoever comes first decodes, in any number of processes; a file appears whole or not at all. Files other than
+    `.parquet` are opened as they are.
     """
     path = Path(path)
     if path.suffix != ".parquet":
@@ -105,12 +95,7 @@ def read_decoded(path: str | Path, digest: str) -> pa.Table:
         with open(decoded.with_suffix(".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not decoded.is_file():
-                try:
+                with _naming(path):
                     shard = pq.ParquetFile(path)
                     write_table_atomically(shard.iter_batches(DECODED_ROWS), shard.schema_arrow, decoded)
-                except pa.ArrowInvalid as error:
-                    reason = " ".join(str(error).split())
-                    raise ValueError(
-                        f"`{path}` is damaged ({reason}); delete it and run `gppc build-pairs` again."
-                    ) from error
     return read_table(decoded)

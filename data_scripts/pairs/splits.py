@@ -15,22 +15,12 @@ HELD_OUT = 0.1  # of the cells, at least, for test and as many again for validat
 
 
 def stable_uniform(seed: int, column: str, values: Sequence) -> np.ndarray:
-    """Number in [0, 1) for each value, from the blake2b hash of `seed|column|value`.
-
-    Returns:
-        `np.ndarray` of float64, shape `(len(values),)`.
-    """
+    """Number in [0, 1) for each value, from the blake2b hash of `seed|column|value`."""
     prefix = f"{seed}|{column}|"
     draws = [
         int.from_bytes(hashlib.blake2b(f"{prefix}{value}".encode(), digest_size=8).digest(), "big") for value in values
     ]
     return (np.array(draws, dtype=np.uint64) >> np.uint64(11)).astype(np.float64) / 2.0**53
-
-
-def columns_of(options: SplitOptions) -> list[str]:
-    """Columns of obs that the rules read; `cell` stands for the cell's own identifier."""
-    names = [name for rule in options.rules or () for name in [*rule.where, rule.by] if name is not None]
-    return list(dict.fromkeys(names))
 
 
 def default_rules(obs: pd.DataFrame, seed: int) -> list[SplitRule]:
@@ -39,10 +29,6 @@ def default_rules(obs: pd.DataFrame, seed: int) -> list[SplitRule]:
     Donors are taken in the order of their hash until they hold a tenth of the cells for test, then until they hold
     another tenth for validation. They suffice if at least half of the cells are left for training: four donors of
     equal size do, three do not.
-
-    Args:
-        obs (`pd.DataFrame`): Cells, with `donor_id`.
-        seed (`int`): Part of the hash.
     """
     donors, sizes = np.unique(obs["donor_id"].astype(str), return_counts=True)
     order = np.argsort(stable_uniform(seed, "donor_id", donors.tolist()))
@@ -68,15 +54,10 @@ def describe_rules(rules: Sequence[SplitRule]) -> str:
 
 
 def assign_splits(obs: pd.DataFrame, options: SplitOptions) -> np.ndarray:
-    """Split of every cell.
+    """Split of every cell, int8 of shape `(n_obs,)`: index into `SPLITS`.
 
-    Args:
-        obs (`pd.DataFrame`): Cells, with the columns the rules name; `cell` is `observation_joinid` within its data
-            set where obs has it (it survives new releases of a store), else `soma_joinid`.
-        options (`SplitOptions`): The rules; without any those of [`default_rules`].
-
-    Returns:
-        `np.ndarray` of int8, shape `(n_obs,)`: index into `SPLITS`.
+    `cell` in a rule is `observation_joinid` within its data set where obs has it (it survives new releases of a
+    store), else `soma_joinid`. Without rules those of [`default_rules`] hold.
 
     Raises:
         ValueError: If a rule names a column or value that obs does not hold.
@@ -110,17 +91,7 @@ def assign_splits(obs: pd.DataFrame, options: SplitOptions) -> np.ndarray:
 
 
 def check_held_out(values: np.ndarray, split: np.ndarray, given: np.ndarray, column: str) -> None:
-    """Refuses splits in which a held-out value turns up elsewhere.
-
-    Args:
-        values (`np.ndarray`): Value of the column for each cell, shape `(n_obs,)`.
-        split (`np.ndarray`): Split of each cell, shape `(n_obs,)`.
-        given (`np.ndarray`): Cells that were held out because of their value, bool of shape `(n_obs,)`.
-        column (`str`): Name of the column.
-
-    Raises:
-        ValueError: If such a value is also found in another split.
-    """
+    """Raises `ValueError` if a value of the column that held some cells out (`given`) turns up in another split."""
     home = SPLITS[split[given][0]]
     shared = pd.unique(values[np.isin(values, pd.unique(values[given])) & (split != split[given][0])])
     if len(shared):
@@ -132,14 +103,7 @@ def check_held_out(values: np.ndarray, split: np.ndarray, given: np.ndarray, col
 
 
 def guard_splits(tables: Mapping[str, pa.Table]) -> None:
-    """Refuses pair tables whose splits share a cell.
-
-    Args:
-        tables (`Mapping[str, pa.Table]`): Split name -> rows in `PAIR_SCHEMA`.
-
-    Raises:
-        ValueError: Naming the cell and the two splits.
-    """
+    """Raises `ValueError` if pair tables of splits (name -> rows in `PAIR_SCHEMA`) share a cell, naming it."""
     seen: dict[str, np.ndarray] = {}
     for name, table in tables.items():
         sides = [table.column(f"{side}_soma_joinid").to_numpy() for side in ("source", "target")]

@@ -1,4 +1,4 @@
-"""The layout of a Census-like SOMA store: columns, types, TileDB settings, and the calls that create and fill it.
+"""The layout of a Census-like SOMA store: columns, types, tiles of X, and the calls that create and fill it.
 
 Follows schema 2.4.0 as published by the Census builder (chanzuckerberg/cellxgene-census).
 """
@@ -78,80 +78,38 @@ COUNTED_TERMS = (
 X_TILE = 2048
 
 
-def _zstd(level: int) -> dict:
-    return {"_type": "ZstdFilter", "level": level}
-
-
-def _x_settings(values: list) -> dict:
-    return {
-        "tiledb": {
-            "create": {
-                "capacity": 2**16,
-                "dims": {
-                    "soma_dim_0": {"tile": X_TILE, "filters": [_zstd(9)]},
-                    "soma_dim_1": {"tile": X_TILE, "filters": ["ByteShuffleFilter", _zstd(9)]},
-                },
-                "attrs": {"soma_data": {"filters": values}},
-                "cell_order": "row-major",
-                "tile_order": "row-major",
-                "allows_duplicates": True,
-            }
-        }
-    }
-
-
+# As Census has them: what a reader of cells decodes is a tile of 2,048 cells and as many genes.
 X_SETTINGS = {
-    "raw": _x_settings(["ByteShuffleFilter", _zstd(9)]),
-    "normalized": _x_settings([_zstd(13)]),
-    "log_values": _x_settings(["ByteShuffleFilter", _zstd(9)]),
-}
-
-
-def _frame_settings(schema: pa.Schema) -> dict:
-    attributes = {}
-    for column in schema:
-        if column.name == "soma_joinid":
-            continue
-        if pa.types.is_dictionary(column.type):
-            filters = [_zstd(9)]
-        elif pa.types.is_large_string(column.type) or pa.types.is_boolean(column.type):
-            filters = [_zstd(19)]
-        else:
-            filters = ["ByteShuffleFilter", _zstd(9)]
-        attributes[column.name] = {"filters": filters}
-    return {
-        "tiledb": {
-            "create": {
-                "capacity": 2**16,
-                "dims": {"soma_joinid": {"filters": ["DoubleDeltaFilter", _zstd(19)]}},
-                "attrs": attributes,
-                "offsets_filters": ["DoubleDeltaFilter", _zstd(19)],
-                "allows_duplicates": True,
-            }
+    "tiledb": {
+        "create": {
+            "capacity": 2**16,
+            "dims": {
+                "soma_dim_0": {"tile": X_TILE, "filters": [{"_type": "ZstdFilter", "level": 9}]},
+                "soma_dim_1": {"tile": X_TILE, "filters": ["ByteShuffleFilter", {"_type": "ZstdFilter", "level": 9}]},
+            },
+            "attrs": {"soma_data": {"filters": ["ByteShuffleFilter", {"_type": "ZstdFilter", "level": 9}]}},
+            "cell_order": "row-major",
+            "tile_order": "row-major",
+            "allows_duplicates": True,
         }
     }
+}
 
 
 def frame_to_arrow(
     frame: pd.DataFrame, types: Mapping[str, pa.DataType], dictionaries: Sequence[str] = ()
 ) -> pa.Table:
     """Arrow form of a frame with the given column types; `dictionaries` get the narrowest index type."""
-    arrays, fields = [], []
+    arrays = {}
     for name, value_type in types.items():
         if name in dictionaries:
-            column = (
-                frame[name] if isinstance(frame[name].dtype, pd.CategoricalDtype) else frame[name].astype("category")
-            )
-            column = column.cat.remove_unused_categories()
-            codes = column.cat.codes.to_numpy()
-            array = pa.DictionaryArray.from_arrays(
-                pa.array(codes), pa.array(column.cat.categories.astype(str).tolist(), type=value_type)
-            )
+            column = frame[name].astype("category").cat.remove_unused_categories()
+            values = pa.array(column.cat.categories.astype(str).tolist(), type=value_type)
+            array = pa.DictionaryArray.from_arrays(pa.array(column.cat.codes.to_numpy()), values)
         else:
             array = pa.array(frame[name].to_numpy(), type=value_type)
-        arrays.append(array)
-        fields.append(pa.field(name, array.type))
-    return pa.Table.from_arrays(arrays, schema=pa.schema(fields))
+        arrays[name] = array
+    return pa.table(arrays)
 
 
 def create_store(path: str | Path, organism: str) -> None:
@@ -181,7 +139,6 @@ def write_frame(collection_uri: str, name: str, table: pa.Table) -> None:
             schema=table.schema,
             index_column_names=["soma_joinid"],
             domain=[(int(ids.min()), int(ids.max()))],
-            platform_config=_frame_settings(table.schema),
         )
     with tiledbsoma.open(f"{collection_uri}/{name}", "w") as frame:
         frame.write(table)
@@ -191,37 +148,26 @@ def create_x_layers(path: str | Path, organism: str, layers: Sequence[str], shap
     """Creates empty float32 layers of X, `(n_obs, n_vars)`."""
     with tiledbsoma.open(f"{measurement_uri(path, organism)}/X", "w") as collection:
         for name in layers:
-            collection.add_new_sparse_ndarray(
-                name, type=pa.float32(), shape=shape, platform_config=X_SETTINGS[name]
-            ).close()
+            collection.add_new_sparse_ndarray(name, type=pa.float32(), shape=shape, platform_config=X_SETTINGS).close()
 
 
 def write_x(
-    path: str | Path, organism: str, layer: str, block: sparse.csr_matrix, first: int, order=None
-) -> np.ndarray:
-    """Adds rows to a layer of X, starting at row `first`.
+    path: str | Path, organism: str, layers: Mapping[str, np.ndarray], block: sparse.csr_matrix, first: int
+) -> None:
+    """Adds a block's rows, in columns of the store, to layers of X (name -> values), starting at row `first`.
 
     Values are handed over in the order of the array's tiles, which TileDB writes five times as fast as any other.
-
-    Args:
-        block (`csr_matrix`): Rows in columns of the store.
-        order (`np.ndarray`, *optional*): What an earlier call returned for another layer of the same block.
-
-    Returns:
-        `np.ndarray` of int64, shape `(nnz,)`: the order.
     """
     rows = np.repeat(np.arange(first, first + block.shape[0], dtype=np.int64), np.diff(block.indptr))
     columns = block.indices.astype(np.int64)
-    if order is None:
-        tile = rows // X_TILE * (2**31 // X_TILE) + columns // X_TILE
-        inside = rows % X_TILE * X_TILE + columns % X_TILE
-        order = np.argsort(tile * X_TILE**2 + inside)
-    with tiledbsoma.open(f"{measurement_uri(path, organism)}/X/{layer}", "w") as array:
-        array.write(
-            pa.table({"soma_dim_0": rows[order], "soma_dim_1": columns[order], "soma_data": block.data[order]}),
-            platform_config=tiledbsoma.options.TileDBWriteOptions(sort_coords=False),
-        )
-    return order
+    tile = rows // X_TILE * (2**31 // X_TILE) + columns // X_TILE
+    order = np.argsort(tile * X_TILE**2 + rows % X_TILE * X_TILE + columns % X_TILE)
+    for layer, values in layers.items():
+        with tiledbsoma.open(f"{measurement_uri(path, organism)}/X/{layer}", "w") as array:
+            array.write(
+                pa.table({"soma_dim_0": rows[order], "soma_dim_1": columns[order], "soma_data": values[order]}),
+                platform_config=tiledbsoma.options.TileDBWriteOptions(sort_coords=False),
+            )
 
 
 def write_presence(path: str | Path, organism: str, measured: Sequence[np.ndarray], n_vars: int) -> None:
@@ -247,13 +193,7 @@ def write_var(path: str | Path, organism: str, var: pd.DataFrame) -> None:
 
 
 def write_info(path: str | Path, organism: str, obs: pd.DataFrame, datasets: pd.DataFrame) -> None:
-    """Writes census_info: summary, datasets, summary_cell_counts and organisms.
-
-    Args:
-        obs (`pd.DataFrame`): All of obs.
-        datasets (`pd.DataFrame`): `dataset_id`, `dataset_title`, `dataset_h5ad_path` and `dataset_total_cell_count`
-            in the order of their `soma_joinid`.
-    """
+    """Writes census_info: summary, data sets, numbers of cells (`obs` holds all of them) and organisms."""
     uri = f"{path}/census_info"
     label, taxon, _ = ORGANISMS[organism]
     today = datetime.datetime.now(tz=datetime.UTC).date().isoformat()

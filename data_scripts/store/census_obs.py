@@ -17,22 +17,10 @@ LABELS = {"donor_id": "donor", **{name: name for name in (*TERM_COLUMNS, *DEFAUL
 def census_obs(
     obs: pd.DataFrame, options: CensusReadOptions, dataset_id: str, where: str
 ) -> tuple[pd.DataFrame, dict[str, str | None]]:
-    """The descriptive columns of Census for the cells of one file; statistics are added while X is written.
+    """The descriptive columns of Census for the cells of one file, and the column that each label comes from.
 
     Labels without an ontology term get `local:LABEL`, so that terms still tell labels apart; missing labels are
-    `unknown`.
-
-    Args:
-        obs (`pd.DataFrame`): obs of the file.
-        options ([`CensusReadOptions`]): Names columns that do not have one of their usual names.
-        dataset_id (`str`): Data set of all these cells.
-        where (`str`): The file, for messages.
-
-    Returns:
-        The columns, and for each label the column of the file that it comes from.
-
-    Raises:
-        ValueError: For a named column that does not exist, with close matches.
+    `unknown`. Raises `ValueError` for a named column that does not exist, with close matches.
     """
     named = dataclasses.asdict(options)
     sources = {

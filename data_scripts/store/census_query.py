@@ -2,13 +2,12 @@
 
 import ast
 import hashlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import scipy.sparse as sp
+import pyarrow as pa
 import tiledbsoma
 
 from data_scripts.store.freed_memory import keep_freed_memory
@@ -29,7 +28,7 @@ class CellQuery:
 
     Attributes:
         options (`QueryOptions`): The query.
-        experiment (`tiledbsoma.Experiment`): The organism's experiment, open for reading.
+        census, experiment: The store and the organism's experiment in it, open for reading.
         obs (`pd.DataFrame`): Selected cells in ascending `soma_joinid`, with the columns asked for.
         var (`pd.DataFrame`): Every gene of the store in ascending `soma_joinid`, which are 0 to n_vars - 1.
         var_selected (`np.ndarray`): Genes that `var_filter` keeps, bool of shape `(n_vars,)`.
@@ -37,6 +36,7 @@ class CellQuery:
     """
 
     options: QueryOptions
+    census: tiledbsoma.Collection
     experiment: tiledbsoma.Experiment
     obs: pd.DataFrame
     var: pd.DataFrame
@@ -50,14 +50,16 @@ class CellQuery:
 
     def presence(self, dataset_ids: list[str]) -> np.ndarray:
         """Which genes each data set measured, bool of shape `(len(dataset_ids), n_vars)`."""
-        return self._presence[[self._dataset_rows[name] for name in dataset_ids]].toarray()
+        columns = ["soma_joinid", "dataset_id"]
+        datasets = self.census["census_info"]["datasets"].read(column_names=columns).concat().to_pandas()
+        row_of = dict(zip(datasets["dataset_id"].astype(str), datasets["soma_joinid"].astype(int)))
+        matrix = self.experiment.ms[MEASUREMENT][PRESENCE]
+        entries = matrix.read().coos(matrix.shape).concat().to_scipy().tocsr()
+        return entries[[row_of[name] for name in dataset_ids], : len(self.var)].toarray().astype(bool)
 
 
 def open_experiment(options: QueryOptions) -> tuple[tiledbsoma.Collection, tiledbsoma.Experiment, dict]:
-    """Opens the store of a query.
-
-    Returns:
-        Tuple of the Census collection, the organism's experiment and a `dict` that says where they are.
+    """Opens a query's store: the Census, the organism's experiment and a `dict` that says where they are.
 
     Raises:
         ValueError: If the store does not exist, is not in Census layout or lacks the organism or layer.
@@ -76,41 +78,46 @@ def open_experiment(options: QueryOptions) -> tuple[tiledbsoma.Collection, tiled
                 f"`census_version` {version!r} cannot be looked up ({' '.join(str(error).split())}); give `uri`, the "
                 "address of a store, or try again with a network."
             ) from error
-        source = {"census_version": resolved}
+        source = {"census_version": resolved, "digest": resolved}
         census = cellxgene_census.open_soma(census_version=resolved, tiledb_config=TILEDB_CONFIG)
     else:
-        uri = str(options.uri)
-        if "://" not in uri and not Path(uri).is_dir():
-            raise ValueError(f"`uri` {uri} does not exist; `gppc make-census` writes a store from AnnData files.")
-        source = {"uri": uri}
+        source = {"uri": options.uri, "digest": store_digest(options.uri)}
+        if "://" not in options.uri and not Path(options.uri).is_dir():
+            raise ValueError(
+                f"`uri` {options.uri} does not exist; `gppc make-census` writes a store from AnnData files."
+            )
         try:
-            census = cellxgene_census.open_soma(uri=uri, tiledb_config=TILEDB_CONFIG)
+            census = cellxgene_census.open_soma(uri=absolute_uri(options.uri), tiledb_config=TILEDB_CONFIG)
+            found = sorted(census.keys())
         except (tiledbsoma.SOMAError, OSError, TypeError, KeyError) as error:
-            raise ValueError(f"`uri` {uri} is not a store in Census layout ({_one_line(error)}).") from error
-    name = options.uri or source.get("census_version")
-    if "census_data" not in census or "census_info" not in census:
-        found = ", ".join(sorted(census.keys())) or "nothing"
-        raise ValueError(
-            f"`uri` {name} is not a store in Census layout: it holds {found}, wanted census_data, census_info."
-        )
-    organisms = list(census["census_data"].keys())
-    if options.organism not in organisms:
-        raise ValueError(
-            f"`organism` is {options.organism!r}, not in the store{close_matches(options.organism, organisms)}"
-        )
-    experiment = census["census_data"][options.organism]
-    layers = list(experiment.ms[MEASUREMENT].X.keys())
+            raise ValueError(f"`uri` {options.uri} is not a store in Census layout ({_one_line(error)}).") from error
+        if not {"census_data", "census_info"} <= set(found):
+            raise ValueError(
+                f"`uri` {options.uri} is not a store in Census layout: it holds {', '.join(found) or 'nothing'}, wanted "
+                "census_data, census_info."
+            )
+    experiments = census["census_data"]
+    if options.organism not in experiments:
+        hint = close_matches(options.organism, experiments.keys())
+        raise ValueError(f"`organism` is {options.organism!r}, not in the store{hint}")
+    experiment = experiments[options.organism]
+    layers = experiment.ms[MEASUREMENT].X
     if options.layer not in layers:
-        raise ValueError(f"`layer` is {options.layer!r}, not in the store{close_matches(options.layer, layers)}")
-    source["digest"] = store_digest(options.uri) if options.uri is not None else source["census_version"]
+        raise ValueError(
+            f"`layer` is {options.layer!r}, not in the store{close_matches(options.layer, layers.keys())}"
+        )
     return census, experiment, source
+
+
+def absolute_uri(uri: str) -> str:
+    """A store's address that holds when the process changes its working directory: SOMA opens parts when asked for."""
+    return uri if "://" in uri else str(Path(uri).absolute())
 
 
 def open_query(options: QueryOptions, columns: dict[str, str], optional_columns: list[str] = ()) -> CellQuery:
     """Opens the store and reads the labels of the selected cells.
 
     Args:
-        options (`QueryOptions`): The query.
         columns (`dict[str, str]`): Columns of obs to read besides `soma_joinid` -> the option that asks for them.
         optional_columns (`list[str]`, *optional*): Columns to read where obs has them.
 
@@ -137,26 +144,13 @@ def open_query(options: QueryOptions, columns: dict[str, str], optional_columns:
         selected = np.isin(var["soma_joinid"].to_numpy(), kept["soma_joinid"].to_numpy())
         if not selected.any():
             raise ValueError(f"`var_filter` {options.var_filter!r} matches none of the store's {len(var)} genes.")
-    query = CellQuery(options, experiment, obs, var, selected, source)
-    query._census = census  # keeps the parent open
     if PRESENCE not in experiment.ms[MEASUREMENT]:
         raise ValueError(f"the store lacks ms['{MEASUREMENT}']['{PRESENCE}'], which says what was measured.")
-    matrix = experiment.ms[MEASUREMENT][PRESENCE]
-    datasets = census["census_info"]["datasets"].read(column_names=["soma_joinid", "dataset_id"]).concat().to_pandas()
-    query._dataset_rows = dict(zip(datasets["dataset_id"].astype(str), datasets["soma_joinid"].astype(int)))
-    entries = matrix.read().tables().concat()
-    rows, cols = (entries.column(name).to_numpy() for name in ("soma_dim_0", "soma_dim_1"))
-    present = entries.column("soma_data").to_numpy().astype(bool)
-    query._presence = sp.csr_matrix((present, (rows, cols)), shape=matrix.shape)[:, : len(var)]
-    return query
+    return CellQuery(options, census, experiment, obs, var, selected, source)
 
 
 def check_filter(text: str | None, frame: tiledbsoma.DataFrame, name: str) -> None:
-    """Checks a SOMA value filter against the columns and known values of a data frame, before it is run.
-
-    Raises:
-        ValueError: If it cannot be parsed, or names a column or value that does not exist, with close matches.
-    """
+    """Checks a SOMA value filter against the columns and known values of a data frame, before it is run."""
     if text is None:
         return
     try:
@@ -174,26 +168,18 @@ def check_filter(text: str | None, frame: tiledbsoma.DataFrame, name: str) -> No
     for node in ast.walk(tree):
         if not isinstance(node, ast.Compare) or not isinstance(node.ops[0], (ast.Eq, ast.In)):
             continue
-        sides = [node.left, *node.comparators]
-        column = next((side.id for side in sides if isinstance(side, ast.Name)), None)
-        values = [leaf.value for side in sides for leaf in ast.walk(side) if isinstance(leaf, ast.Constant)]
-        if column is None:
+        leaves = list(ast.walk(node))
+        column = next((leaf.id for leaf in leaves if isinstance(leaf, ast.Name) and leaf.id in columns), None)
+        # Only of dictionary columns the values are known without reading the column.
+        if column is None or not pa.types.is_dictionary(frame.schema.field(column).type):
             continue
-        known = _known_values(frame, column)
-        for value in values:
-            if known is not None and value not in known:
+        known = frame.get_enumeration_values([column])[column].to_pylist()
+        for value in (leaf.value for leaf in leaves if isinstance(leaf, ast.Constant)):
+            if value not in known:
                 raise ValueError(
                     f"`{name}` {text!r} asks for {column} {value!r}, which the store does not hold"
                     f"{close_matches(str(value), known)}"
                 )
-
-
-def _known_values(frame: tiledbsoma.DataFrame, column: str) -> list | None:
-    """The values of a dictionary column, `None` for other columns."""
-    field = frame.schema.field(column)
-    if not hasattr(field.type, "value_type") or not hasattr(field.type, "index_type"):
-        return None
-    return frame.get_enumeration_values([column])[column].to_pylist()
 
 
 def _read(frame: tiledbsoma.DataFrame, value_filter: str | None, columns: list[str] | None, name: str) -> pd.DataFrame:
@@ -214,15 +200,9 @@ def store_digest(uri: str) -> str:
     TileDB never changes a written fragment and gives each a unique name, so names and sizes of the files of a local
     store say what it holds; of a remote store the address is all that is cheap to know.
     """
-    digest = hashlib.blake2b(digest_size=16)
-    if "://" in str(uri):
-        digest.update(str(uri).encode())
-        return digest.hexdigest()
-    root = str(Path(uri))
-    entries = []
-    for folder, _, files in os.walk(root):
-        inside = folder[len(root) :]
-        entries += [(f"{inside}/{file}", os.stat(f"{folder}/{file}").st_size) for file in files]
-    for name, size in sorted(entries):
-        digest.update(f"{name}|{size}\n".encode())
-    return digest.hexdigest()
+    content = uri
+    if "://" not in uri:
+        files = [path for path in Path(uri).rglob("*") if path.is_file()]
+        entries = sorted((f"/{path.relative_to(uri)}", path.stat().st_size) for path in files)
+        content = "".join(f"{name}|{size}\n" for name, size in entries)
+    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()

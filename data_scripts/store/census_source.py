@@ -64,11 +64,9 @@ def sources_from_file(
     """The data sets of one file.
 
     Args:
-        path (`str` or `Path`): The file.
-        options ([`CensusReadOptions`], *optional*): What is where.
-        dataset_column (`str`, *optional*): Column of obs that names the data set of each cell; the file is split by it,
-            and each part counts as having measured every gene of the file. Without it the file is one data set, named
-            by `dataset_id` or `dataset` of obs if that holds one value, else by the file.
+        dataset_column (`str`, *optional*): Column of obs that names the data set of each cell; the file is split by
+            it, and each part counts as having measured every gene of the file. Without it the file is one data set,
+            named by `dataset_id` or `dataset` of obs if that holds one value, else by the file.
 
     Raises:
         ValueError: If the file is absent or unreadable, or the column does not exist.

@@ -15,7 +15,6 @@ from tqdm import tqdm
 from data_scripts.cells.anndata_file import LibrarySizes
 from data_scripts.cells.column_names import numbers, texts
 from data_scripts.cells.gene_mapping import (
-    UNMAPPED,
     FileGenes,
     check_species,
     known_genes,
@@ -40,9 +39,7 @@ class CensusReport:
     What went into a store.
 
     Args:
-        store (`Path`): The store.
-        n_obs (`int`): Cells.
-        n_vars (`int`): Genes, the union over data sets.
+        n_obs, n_vars (`int`): Cells, and genes: the union over data sets.
         datasets (`pd.DataFrame`): One row a data set: cells, genes, how many were mapped or not, and which column fed
             cell type, donor and library size, and what a person should know (`notes`).
         genes (`pd.DataFrame`): One row a gene of a data set: `dataset_id` and the columns of
@@ -112,34 +109,28 @@ def write_census(
 ) -> CensusReport:
     """Writes cells into a local store in Census layout.
 
-    Counts become `X["raw"]` and, over the library size, `X["normalized"]`; estimated counts only the latter; log values
-    `X["log_values"]`, float32 bit for bit. The sources' `value_kind` says what they are.
+    Counts become `X["raw"]` and, over the library size, `X["normalized"]`; estimated counts only the latter; log
+    values `X["log_values"]`, float32 bit for bit. The sources' `value_kind` says what they are.
 
     Everything is checked before the store is begun; it grows under a temporary name beside `store` and gets its name
     at the end. Cells keep the order given (`soma_joinid` counts through the data sets), genes are the union over data
     sets in order of first appearance, and the presence matrix tells which data set measured which gene.
 
     Args:
-        store (`str` or `Path`): Folder of the store.
         sources (`Iterable[CensusSource]`): The data sets; at most one lazy source is in memory at a time.
         organism (`str`, *optional*, defaults to `"homo_sapiens"`): Species, as Census names it.
         gene_table (`str`, `Path` or a list of them, *optional*): Symbols and Ensembl ids; see [`read_gene_table`].
         unmapped (`str`, *optional*, defaults to `"keep"`): `keep`, `drop` or `error`; see [`map_genes`].
         keep_obs (`Sequence[str]`, *optional*): Columns of obs to carry along besides those of Census.
         overwrite (`bool`, *optional*, defaults to `False`): Replace a store of that name.
-        progress (`bool`, *optional*, defaults to `False`): Show progress bars.
-
-    Returns:
-        [`CensusReport`].
 
     Raises:
-        ValueError: Before anything is written: unknown species, cells that cannot be read (see [`open_cells`]), sources
-            of several kinds of values, an existing store.
+        ValueError: Before anything is written: unknown species, cells that cannot be read (see [`open_cells`]),
+            sources of several kinds of values, an existing store.
     """
     store = Path(store)
+    place = store.absolute()  # whatever the working directory becomes meanwhile
     check_species(organism)
-    if unmapped not in UNMAPPED:
-        raise ValueError(f"`unmapped` is {unmapped!r}; wanted one of {', '.join(UNMAPPED)}.")
     if store.exists() and not overwrite:
         raise ValueError(f"`store` {store} exists already; choose another name or ask to overwrite it.")
     if store.exists() and not (store / "census_info").is_dir():
@@ -158,14 +149,14 @@ def write_census(
     if len(kinds) > 1:
         raise ValueError(f"`value_kind` of the sources is {' and '.join(kinds)}; a store holds one kind of values.")
     var = _join_genes(checked, tables, unmapped)
-    partial, old = (store.with_name(f".{store.name}.{what}-{os.getpid()}") for what in ("partial", "old"))
-    store.parent.mkdir(parents=True, exist_ok=True)
+    partial, old = (place.with_name(f".{store.name}.{what}-{os.getpid()}") for what in ("partial", "old"))
+    place.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         report = _write_store(partial, checked, var, organism, keep_obs, progress)
-        if store.exists():
-            os.replace(store, old)
-        os.replace(partial, store)
+        if place.exists():
+            os.replace(place, old)
+        os.replace(partial, place)
         shutil.rmtree(old, ignore_errors=True)
     except BaseException:  # also an interruption must not leave half a store behind
         shutil.rmtree(partial, ignore_errors=True)
@@ -232,7 +223,11 @@ def _write_store(
                     block = _stored(block, part.joinids)
                     gene_nnz += np.bincount(block.indices, minlength=len(var))
                     statistics.append(_row_statistics(block))
-                    _write_block(path, organism, layers, block, part.library.sizes[start:], first + start)
+                    sizes = np.repeat(part.library.sizes[start : start + block.shape[0]], np.diff(block.indptr))
+                    fractions = (block.data.astype(np.float64) / sizes).astype(np.float32)
+                    values = {name: fractions if name == "normalized" else block.data for name in layers}
+                    if block.nnz:
+                        census_layout.write_x(path, organism, values, block, first + start)
                     bar.update(block.shape[0])
             first += len(part.obs)
     obs = pd.concat([obs, pd.concat(statistics, ignore_index=True)], axis=1)
@@ -260,19 +255,6 @@ def _stored(block: sparse.csr_matrix, joinids: np.ndarray) -> sparse.csr_matrix:
     block.eliminate_zeros()
     indices = joinids[kept][block.indices]
     return sparse.csr_matrix((block.data, indices, block.indptr), shape=(block.shape[0], int(joinids.max()) + 1))
-
-
-def _write_block(
-    path: Path, organism: str, layers: Sequence[str], block: sparse.csr_matrix, library: np.ndarray, first: int
-) -> None:
-    if not block.nnz:
-        return
-    order = None
-    for layer in layers:
-        if layer == "normalized":
-            sizes = np.repeat(library[: block.shape[0]], np.diff(block.indptr))
-            block.data = (block.data.astype(np.float64) / sizes).astype(np.float32)
-        order = census_layout.write_x(path, organism, layer, block, first, order)
 
 
 def _row_statistics(block: sparse.csr_matrix) -> pd.DataFrame:

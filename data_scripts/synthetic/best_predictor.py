@@ -20,9 +20,8 @@ class PairQuestion:
 
     Attributes:
         columns (`np.ndarray`): Network gene of each column, shape `(G,)`.
-        source_values (`np.ndarray`): Log values of the source cells, zero where unmeasured, shape `(n, G)`.
-        source_measured (`np.ndarray` of bool): Shape `(n, G)`.
-        revealed (`np.ndarray`): Log value of each revealed gene in the target cell, NaN elsewhere, shape `(n, G)`.
+        source_values, source_measured (`np.ndarray`): Log values of the source cells, zero where unmeasured, `(n, G)`.
+        revealed (`np.ndarray`): Log value of each imposed gene in the target cell, NaN elsewhere, shape `(n, G)`.
         same_type (`np.ndarray` of bool): Pairing `same_type` (else `same_dataset`), shape `(n,)`.
         datasets (`np.ndarray` of bool): Data sets each pair can come from, shape `(n, K)`.
     """
@@ -45,8 +44,7 @@ def check_question(
 ) -> PairQuestion:
     """Aligns pairs with the network and finds the data sets that measure what was measured.
 
-    Raises:
-        ValueError: For unknown genes or pairings, or a set of measured genes that no data set has.
+    Raises `ValueError` for unknown genes or pairings, or a set of measured genes that no data set has.
     """
     columns = np.arange(network.config.n_genes) if gene_ids is None else network.gene_index(gene_ids)
     values = np.asarray(source_values, dtype=np.float64)
@@ -80,30 +78,29 @@ def optimum(
     gene_ids: Sequence[str] | None = None,
     same_donor_share: float | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    r"""The exact best predictor E[B | A, b_S, pairing] of the linear form.
+    """The exact best predictor E[B | A, b_S, pairing] of the linear form.
 
     Given data set, types of both cells and whether they share a donor, the two cells are jointly Gaussian; the labels
     are finitely many, so the posterior mean is a finite mixture, computed exactly in the R-dimensional state:
     precision `P^-1 + sum_j l_j l_j' / d_j` over the observed genes, evidence in closed form for every label. Donor
-    effects are integrated over their population, so the optimum is that for donors nobody has seen. It knows the
+    effects are integrated over their population, so the optimum is that for donors nobody has seen. It is given the
     fixed effects of types and data sets, which training data can teach. Types are uniform in every donor.
 
     Args:
-        network ([`GeneNetwork`]): Linear form.
         source_values (`np.ndarray`): Log values of the source cells, shape `(n, G)`.
         source_measured (`np.ndarray` of bool, *optional*): Shape `(n, G)`; defaults to all. Tells the data set: those
             are considered whose measured genes are these.
-        revealed (`np.ndarray`, *optional*): Target's log value `b_S = a_S + delta_S` of each revealed gene, NaN
-            elsewhere, shape `(n, G)`; defaults to none revealed.
-        pairing (`str` or `Sequence[str]`): `same_type` (same data set and type, any donor) or `same_dataset` (same data
-            set and donor, any type), for all pairs or for each.
+        revealed (`np.ndarray`, *optional*): Target's log value of each imposed gene, NaN elsewhere, shape `(n, G)`;
+            defaults to none imposed.
+        pairing (`str` or `Sequence[str]`): `same_type` (same data set and type, any donor) or `same_dataset` (same
+            data set and donor, any type), for all pairs or for each.
         gene_ids (`Sequence[str]`, *optional*): Gene of each column; defaults to all in network order.
         same_donor_share (`float`, *optional*): Share of `same_type` pairs whose cells also share their donor; defaults
             to one over the donors of a data set.
 
     Returns:
-        Mean and variance of every gene of the target cell given what is revealed, each `(n, G)`; revealed genes have
-        their revealed value and variance 0.
+        Mean and variance of every gene of the target cell, each `(n, G)`; imposed genes have their value and variance
+        0.
 
     Raises:
         ValueError: In the count form, or for arguments that disagree.
@@ -193,12 +190,8 @@ def _posterior(
 
 class ExpectedLogValue:
     """
-    Expected normalised log value of a count given its mean: a table, interpolated linearly in the log mean.
-
-    Args:
-        network ([`GeneNetwork`]): Count form; gives dispersion, dropout and the spread of libraries.
-        libraries (`np.ndarray`, *optional*): Library sizes to tabulate; defaults to 24 even quantiles of their
-            distribution.
+    Expected normalised log value of a count given its mean: a table for some library sizes, by default 24 even
+    quantiles of their distribution, interpolated linearly in the log mean.
     """
 
     low, step, size = -14.0, 0.05, 440  # log means from 8e-7 to 3,000

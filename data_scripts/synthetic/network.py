@@ -71,7 +71,6 @@ class GeneNetwork:
     measured: np.ndarray
     interventions: dict = dataclasses.field(default_factory=dict)
 
-    # ---------------------------------------------------------------- names
     @property
     def gene_ids(self) -> list[str]:
         """Ids shaped like Ensembl's, in a range that Ensembl does not use."""
@@ -87,11 +86,7 @@ class GeneNetwork:
         return symbols.tolist()
 
     def gene_index(self, names) -> np.ndarray:
-        """Column of each gene, given by id or symbol.
-
-        Raises:
-            ValueError: For a gene the network does not have, with close matches.
-        """
+        """Column of each gene, given by id or symbol; raises `ValueError` for one that the network does not have."""
         lookup = {symbol: index for index, symbol in enumerate(self.gene_symbols)}
         lookup.update({gene: index for index, gene in enumerate(self.gene_ids)})
         for name in names:
@@ -99,7 +94,6 @@ class GeneNetwork:
                 raise ValueError(f"gene `{name}` is not in the network{close_matches(str(name), lookup)}")
         return np.array([lookup[name] for name in names], dtype=np.int64)
 
-    # ---------------------------------------------------------------- regulation
     def activities(self, innovations: np.ndarray) -> np.ndarray:
         """Regulator activities `(n, R)` of innovations `(n, R)`; interventions cut the incoming edges."""
         activity = np.array(innovations, dtype=np.float64)
@@ -135,18 +129,13 @@ class GeneNetwork:
         return eta
 
     def loadings(self) -> np.ndarray:
-        """Linear form: change of each log value per unit of innovation, `(G, R)`, interventions applied.
-
-        Raises:
-            ValueError: In the count form, which has none.
-        """
+        """Linear form: change of each log value per unit of innovation, `(G, R)`, interventions applied."""
         if self.config.form != "linear":
             raise ValueError("`loadings` exist in the linear form only; this network's form is 'count'.")
         n = len(self.regulators)
         zero = self.eta(np.zeros((1, n)))
         return (self.eta(np.eye(n)) - zero).T.astype(np.float64)
 
-    # ---------------------------------------------------------------- latent states
     def sample_labels(
         self, rng: np.random.Generator, n: int, dataset: int | None = None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -170,17 +159,13 @@ class GeneNetwork:
             donors = self.donor_effects[donor]
         return self.dataset_effects[dataset] + self.type_effects[cell_type] + donors + draw
 
-    # ---------------------------------------------------------------- interventions
     def intervene(self, changes: Mapping[str, str | float | tuple[str, float]]) -> "GeneNetwork":
         """The network under the do-operator: the genes take new values, everything downstream follows.
 
         Args:
-            changes (`Mapping`): Gene (id or symbol) -> `"ko"`, a log level (`float`), `("level", x)`, or
-                `("factor", f)` (the gene's own rate times `f`, on top of what its regulators say). Levels are log
-                values: of the linear form directly, of the count form log(1 + molecules per 10,000).
-
-        Returns:
-            [`GeneNetwork`]: Sample from it, or ask its means; the original is unchanged.
+            changes (`Mapping`): Gene (id or symbol) -> `"ko"`, a log level (`float`), `("level", x)`, or `("factor",
+                f)` (the gene's own rate times `f`, on top of what its regulators say). Levels are log values: of the
+                linear form directly, of the count form log(1 + molecules per 10,000).
 
         Raises:
             ValueError: For unknown genes (close matches) or changes.
@@ -192,23 +177,18 @@ class GeneNetwork:
         return dataclasses.replace(self, interventions=interventions)
 
     def _parse_change(self, name: str, change) -> tuple[str, float]:
-        if change == "ko":
-            change = ("level", 0.0)
-        elif isinstance(change, (int, float)):
-            change = ("level", float(change))
+        if change == "ko" or isinstance(change, (int, float)):
+            change = ("level", 0.0 if change == "ko" else change)
         if not isinstance(change, tuple) or len(change) != 2 or change[0] not in ("level", "factor"):
             raise ValueError(f"`changes[{name}]` is {change!r}; wanted 'ko', a level, ('level', x) or ('factor', f).")
         kind, amount = change
-        if kind == "factor":
-            if amount < 0:
-                raise ValueError(f"`changes[{name}]` is {change!r}; a factor is not negative.")
-            if amount > 0:
-                return "shift", float(np.log(amount))
-            kind, amount = "level", 0.0
+        if amount < 0 and (kind == "factor" or self.config.form == "count"):
+            what = "factor" if kind == "factor" else "log count level"
+            raise ValueError(f"`changes[{name}]` is {change!r}; a {what} is not negative.")
+        if kind == "factor" and amount > 0:
+            return "shift", float(np.log(amount))
         if self.config.form == "linear":
             return "level", float(amount)
-        if amount < 0:
-            raise ValueError(f"`changes[{name}]` is {change!r}; a log count level is not negative.")
         if amount == 0:
             return "level", SILENT
         return "level", float(np.log(np.expm1(amount) / TARGET_SUM * self.reference_total()))
@@ -220,7 +200,6 @@ class GeneNetwork:
         network = dataclasses.replace(self, interventions={})
         return float(np.exp(network.eta(self.sample_innovations(rng, dataset, cell_type, donor))).sum(axis=1).mean())
 
-    # ---------------------------------------------------------------- files
     def save(self, path: str | Path) -> None:
         """Writes the network as one safetensors file: arrays, and the config as JSON in the header."""
         arrays = {
@@ -244,11 +223,7 @@ def matrix_root(covariance: np.ndarray) -> np.ndarray:
 
 
 def load_network(path: str | Path) -> GeneNetwork:
-    """Reads what [`GeneNetwork.save`] wrote.
-
-    Raises:
-        ValueError: If the file is missing or holds something else.
-    """
+    """Reads what [`GeneNetwork.save`] wrote; raises `ValueError` if the file is missing or holds something else."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"`path` {path} does not exist; `gppc make-synthetic` writes it beside the store it makes.")
@@ -330,7 +305,7 @@ def make_network(config: SyntheticConfig) -> GeneNetwork:
         base = rng.normal(3.0, 0.7, n_genes)
         noise = config.noise_scale * rng.uniform(0.7, 1.3, n_genes)
     else:
-        # Regulators are measured well enough to be revealed: their base rates lie above the average.
+        # Regulators are measured well enough to be imposed: their base rates lie above the average.
         base = config.rate_spread * rng.standard_normal(n_genes)
         base[regulators] = 0.5 + 0.5 * np.abs(base[regulators])
         base[targets] -= weights[targets] @ features.mean(axis=0)

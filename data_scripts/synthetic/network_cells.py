@@ -13,19 +13,11 @@ CHUNK = 1_000
 
 
 def sample_counts(rng: np.random.Generator, log_means: np.ndarray, dispersion: float, dropout: float) -> sp.csr_matrix:
-    """Negative binomial counts with dropout, as a sparse matrix.
+    """Negative binomial counts with dropout, float32, given the log of their means before dropout `(n, G)`.
 
-    Most entries are zero, so a uniform number decides first which are not, and only those go up their distribution
-    function; large means are drawn as gamma-Poisson.
-
-    Args:
-        rng (`np.random.Generator`): Source of randomness.
-        log_means (`np.ndarray`): Log of the mean before dropout, shape `(n, G)`.
-        dispersion (`float`): Variance = mean + dispersion x mean^2.
-        dropout (`float`): Share of the counts that are set to zero.
-
-    Returns:
-        `scipy.sparse.csr_matrix` of float32, shape `(n, G)`.
+    The variance is mean + dispersion x mean^2; `dropout` is the share of the counts that are set to zero. Most entries
+    are zero, so a uniform number decides first which are not, and only those go up their distribution function; large
+    means are drawn as gamma-Poisson.
     """
     means = np.exp(np.asarray(log_means, dtype=np.float32))
     log_zero = -np.log1p(dispersion * means) / dispersion if dispersion > 0 else -means
@@ -69,16 +61,11 @@ def sample_chunk(
     labels: tuple[np.ndarray, np.ndarray, np.ndarray],
     measured: np.ndarray,
 ) -> sp.csr_matrix:
-    """Log values (linear) or counts (count) of cells with these labels.
+    """Log values (linear) or counts (count) of the measured genes of cells with these labels, float32 CSR.
 
     Args:
-        network ([`GeneNetwork`]): Interventions included.
-        rng (`np.random.Generator`): Source of randomness.
         labels (`tuple` of `np.ndarray`): Data set, cell type and donor, each `(n,)`.
-        measured (`np.ndarray` of bool): Genes measured in these cells, shape `(G,)`.
-
-    Returns:
-        `scipy.sparse.csr_matrix` of float32, shape `(n, measured.sum())`.
+        measured (`np.ndarray` of bool): Shape `(G,)`.
     """
     eta = network.eta(network.sample_innovations(rng, *labels), np.flatnonzero(measured))
     if network.config.form == "linear":

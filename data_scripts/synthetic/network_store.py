@@ -34,20 +34,10 @@ def write_synthetic(
 ) -> tuple[CensusReport, GeneNetwork]:
     """Makes a network, draws its cells and writes them as a local store; memory does not grow with the cells.
 
-    The linear form writes float32 log values to `X["log_values"]`, the count form integer counts to `X["raw"]`.
-    The cells wait in temporary files beside the store while it is written.
-
-    Args:
-        store (`str` or `Path`): Folder of the store; the network is saved as `STORE.network.safetensors`.
-        config ([`SyntheticConfig`], *optional*): Defaults to the linear form.
-        overwrite (`bool`, *optional*, defaults to `False`): Replace a store of that name.
-        progress (`bool`, *optional*, defaults to `False`): Show progress bars.
-
-    Returns:
-        The report of the store and the network.
-
-    Raises:
-        ValueError: If the store exists already.
+    The linear form writes float32 log values to `X["log_values"]`, the count form integer counts to `X["raw"]`. The
+    cells wait in temporary files beside the store while it is written. The network, which is returned with the store's
+    report, is saved as `STORE.network.safetensors`. Raises `ValueError` if the store exists already and `overwrite` is
+    not given.
     """
     store = Path(store)
     if store.exists() and not overwrite:

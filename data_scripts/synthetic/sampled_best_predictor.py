@@ -30,31 +30,26 @@ def monte_carlo_optimum(
     seed: int = 0,
     progress: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-    r"""Estimates the best predictor of the count form, in three steps for each pair.
+    """Estimates the best predictor of the count form, in three steps for each pair.
 
-    1. States of the source cell given all its counts: importance sampling, the proposal adapted to the cell.
-    2. States of the target cell given those: same type and perhaps donor, or same donor and any type.
-    3. Weights from the negative binomial likelihood of the revealed genes; expected log values, averaged.
+    1. States of the source cell given all its counts: importance sampling, the proposal adapted to the cell. 2. States
+    of the target cell given those: same type and perhaps donor, or same donor and any type. 3. Weights from the
+    negative binomial likelihood of the imposed genes; expected log values, averaged.
 
     The ceiling is an estimate from below. No predictor scores better in expectation than the true optimum, so finite
-    samples and the approximations (normalising by the drawn rather than the nominal library, revealed values treated
-    as continuous, the target's library integrated out) can only lower its r2. Monte-Carlo noise adds
-    `mean(standard_error ** 2)` to its MSE, which may be subtracted.
+    samples and the approximations (normalising by the drawn rather than the nominal library, imposed values treated as
+    continuous, the target's library integrated out) can only lower its r2. Monte-Carlo noise adds `mean(standard_error
+    ** 2)` to its MSE, which may be subtracted.
 
     Args:
-        network ([`GeneNetwork`]): Count form.
         source_values (`np.ndarray`): log(1 + 10,000 x count / library) of the source cells, shape `(n, G)`.
         source_library (`np.ndarray`): Their counts over all genes, shape `(n,)`.
-        source_measured (`np.ndarray` of bool): Shape `(n, G)`. Tells the data set, as in [`optimum`].
-        revealed (`np.ndarray`, *optional*): Log value of each revealed gene in the target cell, NaN elsewhere.
-        pairing (`str` or `Sequence[str]`): As in [`optimum`].
-        gene_ids (*optional*): As in [`optimum`].
+        source_measured, revealed, pairing, gene_ids: As in [`optimum`].
         n_samples (`int`, *optional*, defaults to 512): States of each cell and replicate.
-        seed (`int`, *optional*, defaults to 0): Seed.
-        progress (`bool`, *optional*, defaults to `False`): Show a progress bar.
 
     Returns:
-        Estimate of E[B | A, b_S, pairing] and its Monte-Carlo standard error from independent replicates, each `(n, G)`.
+        Estimate of E[B | A, b_S, pairing] and its Monte-Carlo standard error from independent replicates, each `(n,
+        G)`.
 
     Raises:
         ValueError: In the linear form, or for arguments that disagree.
@@ -104,7 +99,7 @@ class _Sampler:
         """Predictions `(len(rows), G)`."""
         states = self._source_states(rng, rows, dataset)
         grid = self.expectation.libraries
-        # The revealed genes single out few of the target's states, so many more are proposed than are kept.
+        # The imposed genes single out few of the target's states, so many more are proposed than are kept.
         repeats = _TARGET_REPEATS if (~np.isnan(self.question.revealed[rows])).any() else 1
         targets, indices, log_weights = [], [], []
         for _ in range(repeats):
@@ -213,7 +208,7 @@ class _Sampler:
         return network.dataset_effects[dataset] + types + donor + own
 
     def _revealed_likelihood(self, rows: np.ndarray, log_means: np.ndarray, library: np.ndarray) -> np.ndarray:
-        """Log likelihood `(n, S)` of the revealed genes given log means `(n, S, G)` and libraries `(n, S)`."""
+        """Log likelihood `(n, S)` of the imposed genes given log means `(n, S, G)` and libraries `(n, S)`."""
         revealed = self.question.revealed[rows]
         known = ~np.isnan(revealed)
         total = np.zeros(library.shape)

@@ -5,17 +5,20 @@ import json
 import os
 import shutil
 
+import anndata
 import numpy as np
 import pyarrow as pa
 import pytest
 import scipy.sparse as sp
 from pair_store import DATASETS, GENES, dense_counts, make_cells, make_store
 
+from data_scripts.batches.stream_pairs import PairStream, StreamOptions
 from data_scripts.options import from_mapping
 from data_scripts.pairs.census_pairs import CensusPairs, build_pairs, plan_pairs
 from data_scripts.pairs.dry_run import estimate
 from data_scripts.pairs.pair_folder import PairFolder
 from data_scripts.pairs.pair_options import PairOptions
+from data_scripts.pairs.pair_plan import query_for
 from data_scripts.pairs.pair_shard import CellTable, average_states
 from data_scripts.store.local_census import CensusSource, write_census
 
@@ -196,9 +199,9 @@ def test_averaged_states(store, tmp_path):
 
 def test_a_state_is_the_mean_of_its_cells():
     values = sp.csr_matrix(np.log1p([[2.0, 0, 8], [4, 0, 0], [100, 1, 1], [3, 9, 0], [5, 9, 0]]).astype(np.float32))
-    columns = {"soma_joinid": [10, 11, 12, 13, 14], "split": [0] * 5, "panel": [0] * 5, "group_0": [0, 0, 7, 1, 1]}
+    columns = {"soma_joinid": [10, 11, 12, 13, 14], "split": [0] * 5, "dataset": [0] * 5, "group_0": [0, 0, 7, 1, 1]}
     columns |= {"library": [1.0, 3, 5, 7, 9], "nnz": [2, 1, 3, 2, 2]}
-    cells = CellTable(pa.table(columns), 1)
+    cells = CellTable(pa.table(columns), 1, np.array([0]))
     states, averaged = average_states(cells, values, 2, True, np.random.default_rng(0))
     np.testing.assert_allclose(averaged.toarray(), np.log1p([[3, 0, 4], [4, 9, 0]]), rtol=1e-6)
     assert states.joinids.tolist() == [10, 13] and states.library.tolist() == [2, 8]
@@ -334,3 +337,23 @@ def test_mouse(tmp_path):
     folder = build_pairs(options, tmp_path / "out", progress=False)
     assert folder.manifest["organism"] == "mus_musculus" and folder.gene_ids[0].startswith("ENSMUSG")
     assert folder.split("train").num_rows == 210
+
+
+def test_a_relative_store_outlives_a_change_of_the_working_directory(tmp_path, monkeypatch):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    def moving() -> anndata.AnnData:
+        """Cells of a function that leaves the directory."""
+        monkeypatch.chdir(elsewhere)
+        return make_cells("A")
+
+    write_census("store", [CensusSource(moving, "A")])
+    assert (tmp_path / "store").is_dir() and not list(elsewhere.iterdir())
+    monkeypatch.chdir(tmp_path)
+    plan = plan_pairs(from_mapping(PairOptions, {"query": {"uri": "store"}}), tmp_path / "plan", progress=False)
+    query = query_for(plan.options)
+    monkeypatch.chdir(elsewhere)
+    assert query.presence(["A"]).all() and query.matrix.shape == plan.matrix.shape
+    assert list(PairStream(plan.out, StreamOptions()))

@@ -10,7 +10,6 @@ from data_scripts.pairs.pair_options import PerturbationOptions
 from data_scripts.pairs.perturbation_sampling import (
     candidate_changes,
     draw_imposed,
-    find_in_rows,
     sample_from_changes,
 )
 
@@ -49,12 +48,6 @@ def pairs_of_panels(rng: np.random.Generator, n_genes: int) -> tuple[np.ndarray,
     return panels, panel, source, target
 
 
-def lists_of(cells: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Lengths, ids and values of the expressed genes."""
-    rows = sp.csr_matrix(cells)
-    return np.diff(rows.indptr), rows.indices, rows.data
-
-
 @settings(max_examples=60)
 @given(st.integers(0, 10**6), st.integers(1, 12))
 def test_candidates_are_measured_in_both_and_differ(seed, n_genes):
@@ -64,27 +57,15 @@ def test_candidates_are_measured_in_both_and_differ(seed, n_genes):
     assert (found.data != 0).all()
 
 
-@settings(max_examples=60)
-@given(st.integers(0, 10**6), st.integers(1, 40), st.floats(0, 1))
-def test_genes_are_found_in_rows(seed, n_genes, share):
-    rng = np.random.default_rng(seed)
-    dense = rng.random((7, n_genes)) < share
-    rows = sp.csr_matrix(dense)
-    lists = (np.diff(rows.indptr), rows.indices, rows.data)
-    where, genes = (array.ravel() for array in np.indices(dense.shape))
-    found = find_in_rows(rows.indptr[:-1].astype(np.int64), lists, where, genes)
-    np.testing.assert_array_equal(found >= 0, dense.ravel())
-    np.testing.assert_array_equal(rows.indices[found[found >= 0]], genes[found >= 0])
-    assert (np.diff(found[found >= 0]) == 1).all()
-
-
 @settings(max_examples=80)
 @given(st.integers(0, 10**6), st.sampled_from(OPTIONS), st.integers(1, 12))
 def test_imposed_genes_are_candidates(seed, options, n_genes):
     rng = np.random.default_rng(seed)
     panels, panel, source, target = pairs_of_panels(rng, n_genes)
     candidates = candidate_changes(sp.csr_matrix(source), sp.csr_matrix(target), panels, *panel).toarray()
-    rows, genes, changes, kept = draw_imposed(lists_of(source), lists_of(target), panels, *panel, options, rng, 6)
+    rows, genes, changes, kept = draw_imposed(
+        sp.csr_matrix(source), sp.csr_matrix(target), panels, *panel, options, rng, 6
+    )
     np.testing.assert_array_equal(kept, (candidates != 0).any(1) | (options.min_genes == 0))
     assert kept[rows].all()
     np.testing.assert_array_equal(changes, candidates[rows, genes])
@@ -103,7 +84,7 @@ def test_imposed_genes_are_uniform(n_genes):
     source, target = np.zeros((2, n_genes), dtype=np.float32)
     source[::4], target[2::4], source[1::2] = 2, 3, 1
     target[1::2] = 1
-    cells = (lists_of(np.tile(row, (n, 1))) for row in (source, target))
+    cells = (sp.csr_matrix(np.tile(row, (n, 1))) for row in (source, target))
     zeros, ones = np.zeros(n, dtype=np.int64), np.ones((1, n_genes), dtype=bool)
     _, genes, _, _ = draw_imposed(*cells, ones, zeros, zeros, OPTIONS[1], rng, 6)
     shares = np.bincount(genes, minlength=n_genes) / n
@@ -122,7 +103,7 @@ def test_uniform_odds():
 def test_numbers(bounds):
     """Of 60 differing genes, so that no row has too few."""
     n, options = 3_000, PerturbationOptions(min_genes=bounds[0], max_genes=bounds[1])
-    cells = (lists_of(np.full((n, 60), value, dtype=np.float32)) for value in (1, 2))
+    cells = (sp.csr_matrix(np.full((n, 60), value, dtype=np.float32)) for value in (1, 2))
     zeros, ones = np.zeros(n, dtype=np.int64), np.ones((1, 60), dtype=bool)
     rows, *_ = draw_imposed(*cells, ones, zeros, zeros, options, np.random.default_rng(0), 20)
     counts = np.bincount(np.bincount(rows, minlength=n), minlength=bounds[1] + 1)

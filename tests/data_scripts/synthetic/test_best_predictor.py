@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
+from known_responses import make_screen, true_means
 from scipy.special import gammaln
 
 from data_scripts.synthetic.best_predictor import PAIRINGS, ExpectedLogValue, optimum
-from data_scripts.synthetic.interventions import make_screen, true_means
 from data_scripts.synthetic.network import SyntheticConfig, make_network, matrix_root
 from data_scripts.synthetic.network_cells import sample_counts
 from data_scripts.synthetic.sampled_best_predictor import monte_carlo_optimum

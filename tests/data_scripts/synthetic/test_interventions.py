@@ -5,9 +5,9 @@ import functools
 import numpy as np
 import pytest
 from known_network import confounded_pairs
+from known_responses import make_screen, true_means
 
 from data_scripts.cells.screens import Screen, ScreenOptions, read_screen
-from data_scripts.synthetic.interventions import make_screen, true_means
 from data_scripts.synthetic.network import GeneNetwork, make_network
 from data_scripts.synthetic.network_config import SyntheticConfig
 from modeling_gppc.evaluation.metrics import pearson_delta

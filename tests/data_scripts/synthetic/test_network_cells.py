@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 from known_network import make_anndata
+from known_responses import make_screen
 from scipy.stats import nbinom, poisson
 
 from data_scripts.synthetic import network_cells
-from data_scripts.synthetic.interventions import make_screen
 from data_scripts.synthetic.network import SyntheticConfig, make_network
 from data_scripts.synthetic.network_cells import dataset_sizes, iterate_cells, sample_counts
 

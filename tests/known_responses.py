@@ -1,4 +1,4 @@
-"""Interventions on a known network: cells of a screen, and the responses that are true."""
+"""Interventions on a known network, for tests: cells of a screen, and the responses that are true."""
 
 from collections.abc import Mapping
 
