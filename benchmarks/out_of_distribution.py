@@ -91,7 +91,7 @@ def imposed_pairs(
         revealed_mask=np.ones(ids.shape, bool),
         pairing=np.full(len(target), "same_type"),
         target_id=np.repeat(np.arange(len(stimulated)), SOURCES_PER_TARGET),
-        **dict.fromkeys(("source_panel", "target_panel", "source_id", "rows"), number),
+        **dict.fromkeys(("source_panel", "target_panel", "source_id", "library_size"), number),
         **dict.fromkeys(("cell_type", "target_cell_type", "dataset", "donor"), text),
     )
 

@@ -1,7 +1,5 @@
 """A GPPC model as a predictor of pairs: dense pairs in, means and variances out."""
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 
@@ -15,16 +13,12 @@ class ModelPredictor:
     Args:
         model ([`GppcForPerturbationPrediction`]): The model; put into evaluation mode.
         batch_size (`int`, *optional*, defaults to 256): Pairs a call.
-        with_variance (`bool`, *optional*, defaults to `True`): Whether to return variances as well.
     """
 
-    def __init__(self, model, batch_size: int = 256, with_variance: bool = True):
+    def __init__(self, model, batch_size: int = 256):
         self.model = model.eval()
         self.batch_size = batch_size
-        self.with_variance = with_variance
         self.device = next(model.parameters()).device
-        self.pairings: Sequence[str] = list(model.config.pairings)
-        self.default = self.pairings.index(model.config.default_pairing)
 
     @torch.inference_mode()
     def __call__(self, pairs: PairArrays) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
@@ -33,7 +27,7 @@ class ModelPredictor:
         for batch in pairs.batches(self.batch_size):
             output = self.model(**self.inputs(batch))
             means.append(output.logits.float().cpu().numpy())
-            if self.with_variance and output.logvar is not None:
+            if output.logvar is not None:
                 variances.append(output.logvar.float().exp().cpu().numpy())
         if not variances:
             return np.concatenate(means)
@@ -46,7 +40,8 @@ class ModelPredictor:
         width = max(int(expressed.sum(axis=1).max(initial=0)), 1)
         order = np.argsort(~expressed, axis=1, kind="stable")[:, :width]
         attention = np.take_along_axis(expressed, order, axis=1)
-        position = {name: index for index, name in enumerate(self.pairings)}
+        pairings = list(self.model.config.pairings)
+        names = [name if name in pairings else self.model.config.default_pairing for name in pairs.pairing]
         arrays = {
             "input_ids": np.where(attention, order, 0),
             "expression_values": np.where(attention, np.take_along_axis(pairs.source, order, axis=1), 0),
@@ -56,6 +51,6 @@ class ModelPredictor:
             "perturbation_ids": pairs.revealed_ids.astype(np.int64),
             "perturbation_values": pairs.revealed_changes.astype(np.float32),
             "perturbation_mask": pairs.revealed_mask.astype(np.int64),
-            "pairing_ids": np.array([position.get(name, self.default) for name in pairs.pairing], dtype=np.int64),
+            "pairing_ids": np.array([pairings.index(name) for name in names], dtype=np.int64),
         }
         return {name: torch.as_tensor(array, device=self.device) for name, array in arrays.items()}
