@@ -1,4 +1,4 @@
-"""What benchmarks share: models as if fitted, random cells, child processes, tiny stores."""
+"""What benchmarks share: models as if fitted, random cells, child processes, tiny stores and screens."""
 
 import argparse
 import json
@@ -13,7 +13,9 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import anndata
 import numpy as np
+import pandas as pd
 import torch
 
 from data_scripts.files import write_text
@@ -118,6 +120,22 @@ def smoke_store(folder: Path | str, **sizes) -> Path:
     store = Path(folder) / "store"
     write_synthetic(store, SyntheticConfig(form="count", **sizes), progress=False)
     return store
+
+
+def smoke_screen(path: Path) -> None:
+    """A small screen of counts: three programs, six knock-downs."""
+    generator = np.random.default_rng(0)
+    loadings = generator.normal(size=(60, 3)) * 0.4
+    labels = np.repeat(["control", *(f"G{i}" for i in range(6))], [500, *[120] * 6])
+    state = generator.normal(size=(len(labels), 3))
+    for gene in range(6):
+        state[labels == f"G{gene}"] -= 2 * loadings[gene] / np.linalg.norm(loadings[gene])
+    counts = generator.poisson(np.exp(0.5 + state @ loadings.T)).astype(np.float32)
+    adata = anndata.AnnData(
+        counts, obs=pd.DataFrame({"perturbation": labels}, index=[f"c{i}" for i in range(len(labels))])
+    )
+    adata.var_names = [f"G{i}" for i in range(60)]
+    adata.write_h5ad(path)
 
 
 def pair_options(store: Path | str, **options) -> PairOptions:

@@ -54,19 +54,10 @@ def check_scoring(folder: PairFolder, options: EvaluationOptions) -> None:
 def score_model(
     model, folder: PairFolder, options: EvaluationOptions, out: Path, seed: int, network: GeneNetwork | None
 ) -> str:
-    """
-    Scores a model and makes its first prediction: writes `results.json` and `figures` beside it.
-
-    Args:
-        model ([`GppcForPerturbationPrediction`]): The trained model.
-        folder, options, seed, network: See [`evaluate_run`].
-        out (`Path`): The model's folder.
+    """Scores a model and makes its first prediction: writes `results.json` and `figures` into `out`, its folder.
 
     Returns:
-        The scores and the first prediction for people.
-
-    Raises:
-        ValueError: As [`check_scoring`].
+        The scores and the first prediction for people. Arguments and errors are those of [`evaluate_run`].
     """
     results = evaluate_run(model, folder, options, seed, network)
     write_results(results, out / "results.json")

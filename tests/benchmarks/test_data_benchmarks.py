@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["bench_census_pairs", "bench_matching", "bench_collator"])
+@pytest.mark.parametrize("name", ["bench_census_pairs", "bench_collator"])
 def test_smoke(name):
     if name == "bench_census_pairs":
         pytest.importorskip("tiledbsoma_ml")  # the peer, of the extra `benchmarks`
