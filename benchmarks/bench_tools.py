@@ -13,9 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import anndata
 import numpy as np
-import pandas as pd
 import torch
 
 from data_scripts.files import write_text
@@ -27,9 +25,9 @@ EXPRESSED_SHARE = 0.08
 N_IMPOSED = 5
 
 
-def fitted_like_model(config: GppcConfig, seed: int = 0) -> GppcForPerturbationPrediction:
+def fitted_like_model(config: GppcConfig) -> GppcForPerturbationPrediction:
     """A model whose linear response is a proper distribution and whose network contributes something."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     model = GppcForPerturbationPrediction(config)
     response, factors, genes = model.model.linear_response, config.num_factors, config.vocab_size
     states = response.states
@@ -47,10 +45,10 @@ def fitted_like_model(config: GppcConfig, seed: int = 0) -> GppcForPerturbationP
     return model
 
 
-def random_state(genes: int, cells: int, seed: int = 0, share: float = EXPRESSED_SHARE) -> dict[str, torch.Tensor]:
+def random_state(genes: int, cells: int) -> dict[str, torch.Tensor]:
     """Cells that express a share of the genes; all measured the same panel."""
-    rng = np.random.default_rng(seed)
-    tokens = max(2, round(share * genes))
+    rng = np.random.default_rng(0)
+    tokens = max(2, round(EXPRESSED_SHARE * genes))
     ids = np.argsort(rng.random((cells, genes)), axis=1)[:, :tokens]
     return {
         "input_ids": torch.from_numpy(np.sort(ids, axis=1)),
@@ -61,10 +59,10 @@ def random_state(genes: int, cells: int, seed: int = 0, share: float = EXPRESSED
     }
 
 
-def random_pairs(genes: int, cells: int, seed: int = 0, share: float = EXPRESSED_SHARE) -> dict[str, torch.Tensor]:
+def random_pairs(genes: int, cells: int) -> dict[str, torch.Tensor]:
     """A training batch: states, imposed changes and labels at every gene."""
-    batch = random_state(genes, cells, seed, share)
-    generator = torch.Generator().manual_seed(seed)
+    batch = random_state(genes, cells)
+    generator = torch.Generator().manual_seed(0)
     shape = (cells, N_IMPOSED)
     labels = torch.rand(cells, genes, generator=generator) * 3
     return {
@@ -75,7 +73,9 @@ def random_pairs(genes: int, cells: int, seed: int = 0, share: float = EXPRESSED
         "perturbation_values": torch.randn(shape, generator=generator),
         "perturbation_mask": torch.ones(shape, dtype=torch.long),
         "pairing_ids": torch.zeros(cells, dtype=torch.long),
-        "labels": torch.where(torch.rand(labels.shape, generator=generator) < share, labels, torch.zeros(())),
+        "labels": torch.where(
+            torch.rand(labels.shape, generator=generator) < EXPRESSED_SHARE, labels, torch.zeros(())
+        ),
     }
 
 
@@ -123,7 +123,10 @@ def smoke_store(folder: Path | str, **sizes) -> Path:
 
 
 def smoke_screen(path: Path) -> None:
-    """A small screen of counts: three programs, six knock-downs."""
+    """Writes a small screen of counts: three programs, six knock-downs."""
+    import anndata
+    import pandas as pd
+
     generator = np.random.default_rng(0)
     loadings = generator.normal(size=(60, 3)) * 0.4
     labels = np.repeat(["control", *(f"G{i}" for i in range(6))], [500, *[120] * 6])

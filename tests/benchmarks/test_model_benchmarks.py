@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FIGURES = {
-    "bench_screen_prediction": ("ratio_one_by_one", "ratio_in_batches", "largest_difference", "peak_rss_gb"),
+    "bench_screen_prediction": ("ratio_one_by_one", "largest_difference", "peak_rss_gb"),
     "bench_model_training": ("exponent", "options", "runs", "sizes", "matmul_per_second"),
     "out_of_distribution": ("summary", "cases"),
 }
