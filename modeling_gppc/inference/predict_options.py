@@ -1,7 +1,6 @@
 """Options of `gppc predict`."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from data_scripts.command_line import POSITIONAL
 from data_scripts.options import Count, check_numbers
@@ -40,5 +39,3 @@ class PredictOptions:
 
     def __post_init__(self):
         check_numbers(self)
-        if Path(self.out).exists() and not self.overwrite:
-            raise ValueError(f"`out` {self.out!r} exists; choose another name or add --overwrite.")
