@@ -1,7 +1,7 @@
 """Training steps: speed, memory and growth with genes; on a GPU also what options cost; the named sizes.
 
-    python benchmarks/bench_model_training.py --out training.json               # the CPU, a few minutes, two threads
-    python benchmarks/bench_model_training.py --gpu --out gpu.json              # size `base` in bf16, about ten minutes
+    python benchmarks/bench_model_training.py                                   # the CPU, a few minutes, two threads
+    python benchmarks/bench_model_training.py --gpu                             # size `base` in bf16, about ten minutes
     python benchmarks/bench_model_training.py --sizes --measure tiny small      # the table of docs/model.md
     python benchmarks/bench_model_training.py --smoke
 
@@ -23,7 +23,6 @@ from bench_tools import (
     parser_of,
     random_pairs,
     show,
-    write_result,
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -128,12 +127,11 @@ def count(size: str, genes: int, batch: int) -> dict:
     }
 
 
-def table_of_sizes(sizes: list[str], measured: list[str], genes: int, batch: int, **settings) -> dict:
+def table_of_sizes(sizes: list[str], measured: list[str], genes: int, batch: int, **settings) -> None:
     """Prints a row a named size."""
-    rows = {}
     print("| size | parameters | of them per gene | GFLOP a pair | pairs/s on this CPU |\n|---|---|---|---|---|")
     for size in sizes:
-        row = rows[size] = count(size, genes, batch)
+        row = count(size, genes, batch)
         if size in measured:
             row |= in_child(measure, size=size, genes=genes, batch=batch, **settings)
         print(
@@ -141,10 +139,9 @@ def table_of_sizes(sizes: list[str], measured: list[str], genes: int, batch: int
             f"{show(row['flop_per_pair'] / 1e9)} | {show(row.get('cells_per_second', math.nan))} |",
             flush=True,
         )
-    return rows
 
 
-def steps(gpu: bool, smoke: bool, **settings) -> dict:
+def steps(gpu: bool, smoke: bool, **settings) -> None:
     """Prints speed and memory, growth with genes and, on a GPU, what options cost."""
     base = {"device": "cpu", "genes": 2_000, "batch": 16}
     many, genes, options, length = [{"genes": 20_000}], (1_000, 2_000, 5_000, 10_000, 20_000), (), 2_048
@@ -157,12 +154,10 @@ def steps(gpu: bool, smoke: bool, **settings) -> dict:
         many, genes, options, length = [], (50, 100), OPTIONS[:1], 64
     rate = in_child(matmul_rate, device=base["device"], length=length, **settings)["rate"]
     print(f"{show(rate / 1e12)} TFLOP/s of matrix products")
-    runs = []
 
     def run(**changes) -> dict:
         case = base | changes
         found = in_child(measure, **case, **settings)
-        runs.append(case | found)
         memory = found.get("peak_gpu_gb") or found["peak_rss_gb"]
         text = found.get("error") or (
             f"{show(found['cells_per_second'])} cells/s, {show(found['flop_per_second'] / 1e12)} TFLOP/s "
@@ -175,13 +170,9 @@ def steps(gpu: bool, smoke: bool, **settings) -> dict:
     for changes in many:
         run(**changes)
     growth = [run(genes=number, batch=base["batch"] if gpu else 4 * base["batch"]) for number in genes]
-    result = {"matmul_per_second": rate, "runs": runs, "options": {}}
-    result["exponent"] = exponent(genes, [1 / found["cells_per_second"] for found in growth])
-    print(f"time a cell ~ genes^{result['exponent']:.2f}")
+    print(f"time a cell ~ genes^{exponent(genes, [1 / found['cells_per_second'] for found in growth]):.2f}")
     for name in options:
-        result["options"][name] = without / run(**{name: True})["seconds"]
-        print(f"{name}: {result['options'][name]:.2f} x the steps a second without")
-    return result
+        print(f"{name}: {without / run(**{name: True})['seconds']:.2f} x the steps a second without")
 
 
 def main() -> None:
@@ -191,22 +182,20 @@ def main() -> None:
     parser.add_argument("--measure", nargs="*", default=[], choices=list(SIZES), help="sizes that are run on this CPU")
     parser.add_argument("--seconds", type=float, default=4.0, help="least measured time of each")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", help="JSON file")
     arguments = parser.parse_args()
     if arguments.gpu and not torch.cuda.is_available():
         parser.error("there is no GPU")
     settings = {"threads": arguments.threads, "least": arguments.seconds}
     if arguments.smoke:
         settings = {"threads": 1, "least": 0.05}
-    result = {"machine": machine()}
+    print(machine())
     if arguments.sizes or arguments.smoke:
         names, measured, size = list(SIZES), arguments.measure, {"genes": 20_000, "batch": 128}
         if arguments.smoke:
             names, measured, size = ["tiny", "small"], ["tiny"], {"genes": 60, "batch": 4}
-        result["sizes"] = table_of_sizes(names, measured, **size, **settings)
+        table_of_sizes(names, measured, **size, **settings)
     if not arguments.sizes:
-        result |= steps(arguments.gpu, arguments.smoke, **settings)
-    write_result(result, arguments.out)
+        steps(arguments.gpu, arguments.smoke, **settings)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A genome-wide screen of one cell: encoded once and decoded in chunks, against encoding it for every perturbation.
 
-    python benchmarks/bench_screen_prediction.py --out screen.json     # 20,000 perturbations x 2,000 genes
-    python benchmarks/bench_screen_prediction.py --smoke               # tiny, seconds
+    python benchmarks/bench_screen_prediction.py            # 20,000 perturbations x 2,000 genes
+    python benchmarks/bench_screen_prediction.py --smoke    # tiny, seconds
 
 Same model, same run, the same asked of both ways. "One by one" encodes and decodes once a perturbation, as a loop over a
 pipeline does.
@@ -11,7 +11,7 @@ import argparse
 import time
 
 import torch
-from bench_tools import fitted_like_model, machine, parser_of, peak_rss_gb, random_state, show, write_result
+from bench_tools import fitted_like_model, machine, parser_of, peak_rss_gb, random_state, show
 
 from gppc.run_options import parse_options
 from modeling_gppc import GppcConfig
@@ -20,9 +20,9 @@ BESIDE = 4  # perturbations of a chunk that are also run one by one
 
 
 @torch.inference_mode()
-def compare(arguments: argparse.Namespace) -> dict:
+def compare(arguments: argparse.Namespace) -> None:
     """Runs the whole screen, and after every chunk some of its perturbations one by one, so that both ways meet the same
-    machine; returns their figures."""
+    machine; prints their figures."""
     genes = arguments.genes
     if arguments.size == "default":
         config = GppcConfig(vocab_size=genes, **parse_options("default", []).model)
@@ -56,16 +56,14 @@ def compare(arguments: argparse.Namespace) -> dict:
             one = timed("one_by_one", slice(row, row + 1))
             for name in ("logits", "linear_response", "logvar"):
                 largest = max(largest, float((one[name][0] - output[name][row - first]).abs().max()))
-    rates = {way: counts[way] / seconds[way] for way in seconds}
-    return {
-        "machine": machine(),
-        **{name: getattr(arguments, name) for name in ("size", "genes", "queries", "chunk", "perturbations")},
-        **{f"{way}_per_second": rate for way, rate in rates.items()},
-        "ratio_one_by_one": rates["encoded_once"] / rates["one_by_one"],
-        "largest_difference": largest,
-        "peak_rss_gb": peak_rss_gb(),
-        "peak_rss_gb_before_screen": before,
-    }
+    once, each = (counts[way] / seconds[way] for way in seconds)
+    print(machine())
+    print(f"encoded once, in chunks: {show(once)} perturbations/s")
+    print(f"encoded each time, one by one: {show(each)} perturbations/s, encoded once is {show(once / each)} x")
+    print(
+        f"largest difference from one by one {largest:.1e}; peak memory {peak_rss_gb():.2f} GB ({before:.2f} GB after one "
+        "chunk)"
+    )
 
 
 def main() -> None:
@@ -76,21 +74,12 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=2_000, help="genes that are predicted")
     parser.add_argument("--chunk", type=int, default=1024, help="perturbations decoded at once")
     parser.add_argument("--threads", type=int, default=2, help="1 where other work shares the machine")
-    parser.add_argument("--out", help="JSON file")
     arguments = parser.parse_args()
     if arguments.smoke:
         arguments.threads, arguments.chunk, arguments.size = 1, 64, "tiny"
         arguments.genes, arguments.perturbations, arguments.queries = 300, 300, 50
     torch.set_num_threads(arguments.threads)
-    result = compare(arguments)
-    print(f"encoded once, in chunks: {show(result['encoded_once_per_second'])} perturbations/s")
-    rate, ratio = show(result["one_by_one_per_second"]), show(result["ratio_one_by_one"])
-    print(f"encoded each time, one by one: {rate} perturbations/s, encoded once is {ratio} x")
-    print(
-        f"largest difference from one by one {result['largest_difference']:.1e}; peak memory "
-        f"{result['peak_rss_gb']:.2f} GB ({result['peak_rss_gb_before_screen']:.2f} GB after one chunk)"
-    )
-    write_result(result, arguments.out)
+    compare(arguments)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,11 @@
 """What benchmarks share: models as if fitted, random cells, child processes, tiny stores and screens."""
 
 import argparse
-import json
 import math
 import multiprocessing
 import os
 import platform
 import resource
-import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -16,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data_scripts.files import write_text
 from data_scripts.options import from_mapping
 from data_scripts.pairs.pair_options import PairOptions
 from modeling_gppc import GppcConfig, GppcForPerturbationPrediction
@@ -101,15 +97,9 @@ def exponent(sizes: list[float], seconds: list[float]) -> float:
     return float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
 
 
-def machine() -> dict:
+def machine() -> str:
     """What the figures were measured on."""
-    return {"cpu": platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()[0], "torch": torch.__version__}
-
-
-def write_result(result: dict, out: str | None) -> None:
-    """Writes a benchmark's figures as JSON where a file is given, complete or not at all."""
-    if out is not None:
-        write_text(json.dumps(result, indent=1, default=str) + "\n", out)
+    return f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}"
 
 
 def smoke_store(folder: Path | str, **sizes) -> Path:
@@ -145,23 +135,6 @@ def pair_options(store: Path | str, **options) -> PairOptions:
     """Options of pairs of a store's cells, as in YAML, without held-out splits."""
     query = {"uri": str(store), **options.pop("query", {})}
     return from_mapping(PairOptions, {"query": query, "splits": {"rules": []}, **options})
-
-
-def run_training(out: Path | str, config: str, flags: dict[str, object], processes: int = 1) -> list[dict]:
-    """Runs `train.py` on one thread a process, with little evaluation; returns its log.
-
-    Raises:
-        RuntimeError: With the end of what it said, if it failed.
-    """
-    flags = {"output_dir": out, "evaluation.max_pairs": 16, "evaluation.floors": "[mean]", **flags}
-    words = ["--config", config, *(str(word) for name, value in flags.items() for word in (f"--{name}", value))]
-    world = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, *(world if processes > 1 else []), "train.py", *words]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"`train.py` failed: {done.stderr[-2000:]}")
-    return json.loads((Path(out) / "model" / "training_log.json").read_text())
 
 
 def parser_of(doc: str) -> argparse.ArgumentParser:
