@@ -7,15 +7,8 @@ from scipy.special import ndtr
 
 
 def row_pearson(first: np.ndarray, second: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Pearson correlation of each row over the entries where `mask` is true.
-
-    Args:
-        first, second (`np.ndarray`): Shape `(n, V)`.
-        mask (`np.ndarray` of bool): Shape `(n, V)`.
-
-    Returns:
-        `np.ndarray` of shape `(n,)`; NaN where fewer than two entries count or either side does not vary.
-    """
+    """Pearson correlation of each row of `(n, V)` over the entries where `mask` is true, shape `(n,)`; NaN where fewer
+    than two entries count or either side does not vary."""
     count = mask.sum(axis=1)
     safe = np.maximum(count, 1)
     # Sums in double precision: a constant row must come out as exactly without variance.

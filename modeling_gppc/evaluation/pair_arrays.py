@@ -44,12 +44,7 @@ class PairArrays:
 
     @classmethod
     def from_table(cls, table: pa.Table, panels: np.ndarray, n_genes: int) -> "PairArrays":
-        """Reads rows in `PAIR_SCHEMA`; no work in Python per row.
-
-        Args:
-            table (`pa.Table`): The rows; mind that the result takes 8 bytes a gene and row.
-            panels (`np.ndarray` of bool): Measured-gene sets, shape `(P, V)`.
-            n_genes (`int`): V.
+        """Reads rows in `PAIR_SCHEMA`; the result takes 8 bytes a gene and row.
 
         Raises:
             ValueError: If `panels` does not have one column a gene.

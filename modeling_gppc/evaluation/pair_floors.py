@@ -89,15 +89,7 @@ FLOORS = {
 def fit_floors(
     train: PairArrays, validation: PairArrays, names: Iterable[str] | None = None, progress: bool = True
 ) -> dict[str, Floor]:
-    """Fits floors.
-
-    Args:
-        train, validation (`PairArrays`): Training and validation pairs; the only ones read.
-        names (`Iterable[str]`, *optional*): Which floors; defaults to all.
-        progress (`bool`, *optional*, defaults to `True`): Whether to show a bar.
-
-    Returns:
-        `dict` of name -> fitted floor.
+    """Fits the named floors, by default all, on training pairs and chooses their settings on validation pairs.
 
     Raises:
         ValueError: For an unknown floor or no training pairs.

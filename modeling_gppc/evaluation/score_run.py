@@ -10,7 +10,7 @@ from data_scripts.pairs.pair_folder import PairFolder
 from data_scripts.pairs.schema import SPLITS
 from data_scripts.synthetic.network import GeneNetwork
 from modeling_gppc.evaluation.first_prediction import first_prediction, perturbed_rows
-from modeling_gppc.evaluation.model_predictor import ModelPredictor
+from modeling_gppc.evaluation.model_predictor import model_predictor
 from modeling_gppc.evaluation.pair_arrays import PairArrays, sample_rows, text_column
 from modeling_gppc.evaluation.pair_floors import fit_floors
 from modeling_gppc.evaluation.pair_scores import (
@@ -76,13 +76,11 @@ def evaluate_run(
     network: GeneNetwork | None = None,
     progress: bool = True,
 ) -> dict:
-    """
-    Scores a model on the test pairs of a folder.
+    """Scores a model on the test pairs of a folder, beside floors that are fitted on `train` and chosen on `validation`.
 
     Args:
-        model ([`GppcForPerturbationPrediction`]): The trained model.
-        folder ([`PairFolder`]): Floors are fitted on `train`, their settings chosen on `validation`.
-        options ([`EvaluationOptions`]): Sizes, floors, splits.
+        model ([`GppcForPerturbationPrediction`]), folder ([`PairFolder`]), options ([`EvaluationOptions`]): The trained
+            model, its pairs, and what is scored.
         seed (`int`, *optional*, defaults to 0): Of the bootstrap and of the choice of rows.
         network ([`GeneNetwork`], *optional*): The truth behind synthetic cells; adds the method `optimum`, for the
             count form on a sample of each split, named `<split>/ceiling`.
@@ -105,7 +103,7 @@ def evaluate_run(
         fitted_on = [_pairs_like(folder, split, pairs, options.max_floor_pairs, seed) for split in SPLITS[:2]]
         floors = fit_floors(*fitted_on, options.floors, progress)
         form = None if network is None else network.config.form
-        methods: dict[str, Predictor] = {MODEL_METHOD: ModelPredictor(model)}
+        methods: dict[str, Predictor] = {MODEL_METHOD: model_predictor(model)}
         with_optimum = methods.copy()
         if form is not None:
             with_optimum[OPTIMUM] = best_predictor(network, folder.gene_ids, options.optimum_samples, progress)
