@@ -17,9 +17,13 @@ from pathlib import Path
 import cellxgene_census
 import numpy as np
 import tiledbsoma
-from bench_tools import exponent, in_child, pair_options, parser_of, smoke_store
+from bench_tools import exponent, in_child, parser_of
 
+from data_scripts.options import from_mapping
 from data_scripts.pairs.census_pairs import build_pairs
+from data_scripts.pairs.pair_options import PairOptions
+from data_scripts.synthetic.network import SyntheticConfig
+from data_scripts.synthetic.network_store import write_synthetic
 
 ORGANISM = "homo_sapiens"
 # As fast as buffers of 1 GB, which are the default, in a third of the memory.
@@ -50,7 +54,8 @@ def drain(store: str, n_cells: int, **_) -> dict:
 
 def ours(store: str, n_cells: int, **options) -> dict:
     """`build_pairs` at a given panel: read, checked, normalised, matched, sampled, written."""
-    options = pair_options(store, query={"obs_filter": f"soma_joinid < {n_cells}"}, **options)
+    query = {"uri": store, "obs_filter": f"soma_joinid < {n_cells}"}
+    options = from_mapping(PairOptions, {"query": query, "splits": {"rules": []}, **options})
     with tempfile.TemporaryDirectory(dir=Path(store).parent) as folder:
         read = clock()
         pairs = build_pairs(options, Path(folder) / "out", progress=False)
@@ -151,7 +156,9 @@ def main() -> None:
     if arguments.smoke:
         arguments.cells, arguments.genes, arguments.rounds, arguments.shard_cells = 600, 50, 1, 300
         with tempfile.TemporaryDirectory() as folder:
-            run_all(str(smoke_store(folder, n_cells=600, n_genes=120)), arguments)
+            store = Path(folder) / "store"
+            write_synthetic(store, SyntheticConfig(form="count", n_cells=600, n_genes=120), progress=False)
+            run_all(str(store), arguments)
     elif arguments.store is not None:
         run_all(str(arguments.store), arguments)
     else:

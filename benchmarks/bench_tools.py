@@ -1,4 +1,4 @@
-"""What benchmarks share: models as if fitted, random cells, child processes, tiny stores and screens."""
+"""What benchmarks share: models as if fitted, random cells, child processes, a small screen."""
 
 import argparse
 import math
@@ -13,8 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data_scripts.options import from_mapping
-from data_scripts.pairs.pair_options import PairOptions
 from modeling_gppc import GppcConfig, GppcForPerturbationPrediction
 
 EXPRESSED_SHARE = 0.08
@@ -102,16 +100,6 @@ def machine() -> str:
     return f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}"
 
 
-def smoke_store(folder: Path | str, **sizes) -> Path:
-    """A store of a few synthetic cells."""
-    from data_scripts.synthetic.network import SyntheticConfig
-    from data_scripts.synthetic.network_store import write_synthetic
-
-    store = Path(folder) / "store"
-    write_synthetic(store, SyntheticConfig(form="count", **sizes), progress=False)
-    return store
-
-
 def smoke_screen(path: Path) -> None:
     """Writes a small screen of counts: three programs, six knock-downs."""
     import anndata
@@ -129,12 +117,6 @@ def smoke_screen(path: Path) -> None:
     )
     adata.var_names = [f"G{i}" for i in range(60)]
     adata.write_h5ad(path)
-
-
-def pair_options(store: Path | str, **options) -> PairOptions:
-    """Options of pairs of a store's cells, as in YAML, without held-out splits."""
-    query = {"uri": str(store), **options.pop("query", {})}
-    return from_mapping(PairOptions, {"query": query, "splits": {"rules": []}, **options})
 
 
 def parser_of(doc: str) -> argparse.ArgumentParser:

@@ -27,7 +27,7 @@ def test_linear_path_of_the_model_is_the_numpy_reference():
         response.states.coupling[0].copy_(torch.as_tensor(floor.coupling.matrix))
     mean, variance = model_predictor(model, batch_size=16)(test)
     expected, expected_variance = floor.predict_moments(test)
-    scored = test.scored  # revealed genes hold the imposed level in the model
+    scored = test.scored  # imposed genes hold the imposed level in the model
     assert np.abs(mean - expected)[scored].max() < 1e-5
     assert np.abs(variance - expected_variance)[scored].max() < 1e-5
     blind, _ = model_predictor(model, batch_size=16)(test.without_revealed())

@@ -218,7 +218,7 @@ def test_context_mean_falls_back_on_wider_groups():
 
 
 def test_labelled_floor_weighs_types_by_what_is_revealed():
-    """With no usable label of the source, revealed genes tell the type of the target."""
+    """With no usable label of the source, imposed genes tell the type of the target."""
     train, test = make_pairs(n=1_000), make_pairs(n=500, seed=4)
     for pairs in (train, test):
         pairs.cell_type = np.full(len(pairs), "any")
