@@ -118,11 +118,7 @@ class RunOptions:
                     )
 
     def model_config(self, vocab_size: int, pairings: list[str]) -> GppcConfig:
-        """The model's configuration.
-
-        Raises:
-            ValueError: Naming the option whose value does not fit.
-        """
+        """The model's configuration; `ValueError` naming the option whose value does not fit."""
         settings = dict(self.model)
         settings.setdefault("default_pairing", "same_type" if "same_type" in pairings else pairings[0])
         size = settings.pop("size", None)

@@ -48,7 +48,7 @@ def load_model(
         )
     if extractor.vocab_size != model.config.vocab_size:
         raise ValueError(
-            f"`model` {str(name)!r} knows {model.config.vocab_size} genes but its feature extractor names "
+            f"`model` {str(name)!r} has {model.config.vocab_size} genes but its feature extractor names "
             f"{extractor.vocab_size}; the folder mixes two models."
         )
     return model.eval().to(device), extractor

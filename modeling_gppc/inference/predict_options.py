@@ -20,7 +20,7 @@ class PredictOptions:
         out (`str`): File to write (.h5ad).
         overwrite (`bool`, *optional*, defaults to `False`): Replace a file of that name.
         pairing (`str`, *optional*): Context that the cell before and the cell after share; else the model's.
-        genes (`list[str]`, *optional*): Predict these genes only; else all that the model knows.
+        genes (`list[str]`, *optional*): Predict these genes only; else all of the model.
         batch_size (`int`, *optional*, defaults to 256): Rows that the model sees at once.
         device (`str`, *optional*): cpu, cuda, ...; else the first accelerator, or the CPU.
         quiet (`bool`, *optional*, defaults to `False`): No progress bar, no summary.

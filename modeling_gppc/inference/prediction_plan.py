@@ -81,7 +81,7 @@ def prepare_prediction(
         model, adata, perturbations, batch_size: As in [`predict_anndata`]; cells may also be a file.
         pairing (`str`, *optional*): Context that the cell before and the cell after share, one of the model's
             `config.pairings`; defaults to `config.default_pairing`.
-        genes (`Sequence[str]`, *optional*): Genes to predict; defaults to all that the model knows.
+        genes (`Sequence[str]`, *optional*): Genes to predict; defaults to all of the model.
         device (`str`, *optional*): See [`load_model`]; only for a model given by name.
         **reading: Where counts, gene names and counts over all genes are; see [`ReadOptions`].
 
