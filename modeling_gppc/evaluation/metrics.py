@@ -1,9 +1,10 @@
-"""Metrics, one formula each."""
+"""Metrics, one formula each, in plain numpy."""
 
 import math
 
 import numpy as np
-from scipy.special import ndtr
+
+_erf = np.vectorize(math.erf, otypes=[float])
 
 
 def row_pearson(first: np.ndarray, second: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -30,7 +31,9 @@ def gaussian_crps(mean: np.ndarray, variance: np.ndarray, observed: np.ndarray) 
     """
     deviation = np.sqrt(np.maximum(variance, 1e-12))
     w = (observed - mean) / deviation
-    cumulative = ndtr(w.astype(np.float64))
+    # Phi(w) by interpolation in a table of erf; error below 1e-8.
+    grid = np.linspace(-6.0, 6.0, 24_001)
+    cumulative = np.interp(w, grid, 0.5 * (1 + _erf(grid / math.sqrt(2))), left=0.0, right=1.0)
     density = np.exp(-0.5 * w**2) / math.sqrt(2 * math.pi)
     return deviation * (w * (2 * cumulative - 1) + 2 * density - 1 / math.sqrt(math.pi))
 
