@@ -1,8 +1,8 @@
 """Training steps: speed, memory and growth with genes; on a GPU also what options cost; the named sizes.
 
-    python benchmarks/bench_model_training.py                                   # the CPU, a few minutes, two threads
-    python benchmarks/bench_model_training.py --gpu                             # size `base` in bf16, about ten minutes
-    python benchmarks/bench_model_training.py --sizes --measure tiny small      # the table of docs/model.md
+    python benchmarks/bench_model_training.py                                # the CPU, a few minutes, two threads
+    python benchmarks/bench_model_training.py --gpu                          # size `base` in bf16, about ten minutes
+    python benchmarks/bench_model_training.py --sizes --measure tiny small   # the table of docs/model.md
     python benchmarks/bench_model_training.py --smoke
 
 A step is forward, backward, clipping and AdamW on pairs that lie in memory; each measurement has a process of its own.

@@ -3,8 +3,8 @@
     python benchmarks/bench_screen_prediction.py            # 20,000 perturbations x 2,000 genes
     python benchmarks/bench_screen_prediction.py --smoke    # tiny, seconds
 
-Same model, same run, the same asked of both ways. "One by one" encodes and decodes once a perturbation, as a loop over a
-pipeline does.
+Same model, same run, the same asked of both ways. "One by one" encodes and decodes once a perturbation, as a loop over
+a pipeline does.
 """
 
 import argparse
@@ -21,8 +21,8 @@ BESIDE = 4  # perturbations of a chunk that are also run one by one
 
 @torch.inference_mode()
 def compare(arguments: argparse.Namespace) -> None:
-    """Runs the whole screen, and after every chunk some of its perturbations one by one, so that both ways meet the same
-    machine; prints their figures."""
+    """Runs the whole screen, and after every chunk some of its perturbations one by one, so that both ways meet the
+    same machine; prints their figures."""
     genes = arguments.genes
     if arguments.size == "default":
         config = GppcConfig(vocab_size=genes, **parse_options("default", []).model)
@@ -61,8 +61,8 @@ def compare(arguments: argparse.Namespace) -> None:
     print(f"encoded once, in chunks: {show(once)} perturbations/s")
     print(f"encoded each time, one by one: {show(each)} perturbations/s, encoded once is {show(once / each)} x")
     print(
-        f"largest difference from one by one {largest:.1e}; peak memory {peak_rss_gb():.2f} GB ({before:.2f} GB after one "
-        "chunk)"
+        f"largest difference from one by one {largest:.1e}; peak memory {peak_rss_gb():.2f} GB ({before:.2f} GB after "
+        "one chunk)"
     )
 
 

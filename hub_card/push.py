@@ -20,10 +20,10 @@ def push_model(folder: str | Path, repo_id: str, **options) -> PushReport:
     Args:
         folder (`str` or `Path`): What training wrote.
         repo_id (`str`): `name` or `namespace/name`.
-        **options: `private` (`bool`, `True` by default): visibility of a new repository; `revision` (`str`, `"main"` by
-            default): branch, created when absent; `tag` (`str`) for the result; `message` (`str`): title of the commit;
-            `create` (`bool`, `True` by default): create the repository when it is absent; `token` (`str`), by default that
-            of `hf auth login` or `HF_TOKEN`; `endpoint` (`str`), by default `HF_ENDPOINT`; `retries`
+        **options: `private` (`bool`, `True` by default): visibility of a new repository; `revision` (`str`, `"main"`
+            by default): branch, created when absent; `tag` (`str`) for the result; `message` (`str`): title of the
+            commit; `create` (`bool`, `True` by default): create the repository when it is absent; `token` (`str`), by
+            default that of `hf auth login` or `HF_TOKEN`; `endpoint` (`str`), by default `HF_ENDPOINT`; `retries`
             ([`~hub_upload.Retries`]).
 
     Returns:

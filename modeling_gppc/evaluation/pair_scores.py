@@ -28,8 +28,8 @@ def score_predictions(predict: Predictor, pairs: PairArrays, batch_size: int = 1
     """Runs a predictor over all pairs, batch by batch, and scores it over measured genes that are not imposed.
 
     Returns:
-        What is kept of the predictions, each of shape `(n,)`: `squared_error` summed over the scored genes, `n_scored`,
-        their number, `pearson_delta`, the correlation of predicted with true change (NaN where it is not defined), and
+        What is kept of the predictions, each of shape `(n,)`: `squared_error` summed over the scored genes,
+        `n_scored`, their number, `pearson_delta`, the correlation of predicted with true change (NaN where it is not defined), and
         where there are variances `covered`, the scored genes inside the 90 % interval, and `crps`, summed.
 
     Raises:
@@ -88,8 +88,8 @@ def score_split(
         `methods`: name -> `mse`, `r2` (against `mean`) and `pearson_delta`, each with `_ci95`, `uses_labels`,
         `difference_from_best_floor` and `difference_from_best_label_free_floor` (`floor`, `mse`, `ci95`: negative is
         better), `gain_from_revealed` (`mse`, `ci95`: how far the error falls when the genes are imposed), and, where
-        the method predicts a variance, `coverage90` and `crps` with `_ci95`, and `crps_difference` from the conditional
-        Gaussian (`crps`, `ci95`: negative is better).
+        the method predicts a variance, `coverage90` and `crps` with `_ci95`, and `crps_difference` from the
+        conditional Gaussian (`crps`, `ci95`: negative is better).
 
     Raises:
         ValueError: If there are no pairs.

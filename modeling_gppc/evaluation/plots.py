@@ -48,7 +48,7 @@ def plot_scores(results: dict, path: str | Path) -> Path:
 
 
 def plot_learning_curve(history: Sequence[dict], path: str | Path) -> Path:
-    """Training loss and validation error against the step, from the trainer's log: `step` with `loss` or `eval_mse`."""
+    """Training loss and validation error against the step, from the trainer's log (`step`, `loss`, `eval_mse`)."""
     figure = Figure(figsize=(5, 3.2), layout="constrained")
     axis = figure.subplots()
     lines = (("loss", "training loss", CEILING_COLOUR), ("eval_mse", "validation MSE", MODEL_COLOUR))

@@ -76,11 +76,11 @@ def evaluate_run(
     network: GeneNetwork | None = None,
     progress: bool = True,
 ) -> dict:
-    """Scores a model on the test pairs of a folder, beside floors that are fitted on `train` and chosen on `validation`.
+    """Scores a model on the test pairs of a folder, beside floors fitted on `train` and chosen on `validation`.
 
     Args:
-        model ([`GppcForPerturbationPrediction`]), folder ([`PairFolder`]), options ([`EvaluationOptions`]): The trained
-            model, its pairs, and what is scored.
+        model ([`GppcForPerturbationPrediction`]), folder ([`PairFolder`]), options ([`EvaluationOptions`]): The
+            trained model, its pairs, and what is scored.
         seed (`int`, *optional*, defaults to 0): Of the bootstrap and of the choice of rows.
         network ([`GeneNetwork`], *optional*): The truth behind synthetic cells; adds the method `optimum`, for the
             count form on a sample of each split, named `<split>/ceiling`.

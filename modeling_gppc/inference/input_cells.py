@@ -25,11 +25,11 @@ class InputCells:
     Cells as a model reads them.
 
     Args:
-        obs (`pd.DataFrame`), counts (`csr_matrix`): Of the cells; the columns are those of known genes, `(n, n_known)`.
+        obs (`pd.DataFrame`), counts (`csr_matrix`): Of the cells; columns are those of known genes, `(n, n_known)`.
         value_kind (`str`): What the counts are; see [`ReadOptions`].
         gene_index (`np.ndarray`): Vocabulary id of each of these columns, shape `(n_known,)`.
-        library_size (`np.ndarray`, *optional*): Counts over all genes, shape `(n,)`; absent for log values and where the
-            extractor sums rates.
+        library_size (`np.ndarray`, *optional*): Counts over all genes, shape `(n,)`; absent for log values and where
+            the extractor sums rates.
         library_source (`str`): Column of obs it comes from, `"sum"`, or `"none"` for log values.
         unknown (`pd.DataFrame`): Genes of the input that the model does not know: `gene`, `close_match`.
         warnings (`list[str]`): What a person should know, a line each.
@@ -57,8 +57,8 @@ class InputCells:
 def input_cells(
     source: str | Path | anndata.AnnData, extractor: GppcFeatureExtractor, options: ReadOptions | None = None
 ) -> InputCells:
-    """Checks cells with raw counts (log values if the model's normalisation is `"none"`) and picks out what a model can
-    use of them; `ValueError` for cells that cannot be read (see [`open_cells`]), or no known gene."""
+    """Checks cells with raw counts (log values if the model's normalisation is `"none"`) and picks out what a model
+    can use of them; `ValueError` for cells that cannot be read (see [`open_cells`]), or no known gene."""
     options = options or ReadOptions()
     if extractor.normalization == "none":
         options = dataclasses.replace(options, value_kind="log")
