@@ -110,8 +110,8 @@ class ReportToOptuna(TrainerCallback):
 
 
 def run_trial(trial: optuna.Trial, sweep: SweepOptions, folder: PairFolder) -> float:
-    """Trains with a trial's options, keeping nothing; returns the validation error of the best evaluation. A trial that
-    is ended early, or whose sizes do not fit each other, raises `optuna.TrialPruned`."""
+    """Trains with a trial's options, keeping nothing; returns the validation error of the best evaluation. A trial
+    that is ended early, or whose sizes do not fit each other, raises `optuna.TrialPruned`."""
     try:
         options = sweep.run_options(trial.params)
         model = options.make_model(folder)
