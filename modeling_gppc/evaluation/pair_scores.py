@@ -30,7 +30,7 @@ def score_predictions(predict: Predictor, pairs: PairArrays, batch_size: int = 1
     Returns:
         What is kept of the predictions, each of shape `(n,)`: `squared_error` summed over the scored genes,
         `n_scored`, their number, `pearson_delta`, the correlation of predicted with true change (NaN where it is not
-        defined), and where there are variances `covered`, the scored genes inside the 90 % interval, and `crps`, summed.
+        defined), and where there are variances `covered`, scored genes inside the 90 % interval, and `crps`, summed.
 
     Raises:
         ValueError: If predictions have another shape than `(n, V)` or are not finite where they are scored.
