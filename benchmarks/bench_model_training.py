@@ -1,13 +1,13 @@
-"""Training steps: speed, memory, growth with genes and what options cost; on a GPU the same; the named sizes.
+"""Training steps: speed, memory and growth with genes; on a GPU also what options cost; the named sizes.
 
-    python benchmarks/bench_model_training.py --out training.json               # the CPU, a few minutes, two threads
-    python benchmarks/bench_model_training.py --gpu --out gpu.json              # size `base` in bf16, about ten minutes
-    python benchmarks/bench_model_training.py --sizes --measure tiny small      # the table of docs/model.md
+    python benchmarks/bench_model_training.py                                # the CPU, a few minutes, two threads
+    python benchmarks/bench_model_training.py --gpu                          # size `base` in bf16, about ten minutes
+    python benchmarks/bench_model_training.py --sizes --measure tiny small   # the table of docs/model.md
     python benchmarks/bench_model_training.py --smoke
 
 A step is forward, backward, clipping and AdamW on pairs that lie in memory; each measurement has a process of its own.
 Operations are those of matrix products, counted by torch, and compared with the rate of one large matrix product on the
-same device. An option is run beside the same step without it.
+same device.
 """
 
 import math
@@ -16,7 +16,6 @@ from collections.abc import Callable
 
 import torch
 from bench_tools import (
-    EXPRESSED_SHARE,
     exponent,
     fitted_like_model,
     in_child,
@@ -24,7 +23,6 @@ from bench_tools import (
     parser_of,
     random_pairs,
     show,
-    write_result,
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -41,24 +39,22 @@ WIDTH = {
     "decoder_layers": 2,
     "hidden_dropout_prob": 0.1,
 }
-# Twice the tokens is what padding to the longest cell costs where it is twice the mean.
-CPU_OPTIONS = ({"share": 2 * EXPRESSED_SHARE}, {"bf16": True}, {"checkpointing": True})
-GPU_OPTIONS = ({"checkpointing": True}, {"compiled": True})
+OPTIONS = ("checkpointing", "compiled")
 
 
-def timed(call: Callable[[], object], least: float) -> tuple[float, float]:
-    """Median wall and mean CPU seconds of a call, after three that are not counted, over at least `least` seconds."""
+def timed(call: Callable[[], object], least: float) -> float:
+    """Median seconds of a call, after three that are not counted, over at least `least` seconds."""
     wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
     for _ in range(3):
         call()
     wait()
-    times, cpu = [], time.process_time()
+    times = []
     while len(times) < 3 or sum(times) < least:
         start = time.perf_counter()
         call()
         wait()
         times.append(time.perf_counter() - start)
-    return sorted(times)[len(times) // 2], (time.process_time() - cpu) / len(times)
+    return sorted(times)[len(times) // 2]
 
 
 def make_step(
@@ -66,7 +62,6 @@ def make_step(
     batch: int,
     size: str | None = None,
     device: str = "cpu",
-    share: float = EXPRESSED_SHARE,
     bf16: bool = False,
     checkpointing: bool = False,
     compiled: bool = False,
@@ -78,7 +73,7 @@ def make_step(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.01, betas=(0.9, 0.98), fused=True)
-    pairs = {name: tensor.to(device) for name, tensor in random_pairs(genes, batch, share=share).items()}
+    pairs = {name: tensor.to(device) for name, tensor in random_pairs(genes, batch).items()}
     run = torch.compile(model) if compiled else model
 
     def step() -> None:
@@ -99,12 +94,11 @@ def measure(threads: int, least: float, **case) -> dict:
         # A compiled step hides its operations: an eager one of the same settings has as many.
         with FlopCounterMode(display=False) as counter:
             make_step(**case | {"compiled": False})()
-        seconds, cpu = timed(make_step(**case), least)
+        seconds = timed(make_step(**case), least)
     except torch.OutOfMemoryError:
         return {"error": "does not fit"}
     return {
         "seconds": seconds,
-        "cpu_seconds": cpu,
         "cells_per_second": case["batch"] / seconds,
         "flop_per_second": counter.get_total_flops() / seconds,
         "peak_gpu_gb": torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_initialized() else 0.0,
@@ -116,7 +110,7 @@ def matmul_rate(threads: int, least: float, device: str, length: int) -> dict:
     torch.set_num_threads(threads)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     left, right = (torch.randn(length, length, device=device, dtype=dtype) for _ in range(2))
-    return {"rate": 2 * length**3 / timed(lambda: left @ right, least)[0]}
+    return {"rate": 2 * length**3 / timed(lambda: left @ right, least)}
 
 
 def count(size: str, genes: int, batch: int) -> dict:
@@ -124,7 +118,7 @@ def count(size: str, genes: int, batch: int) -> dict:
     # Tensors without storage: `large` is counted on any machine.
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, FlopCounterMode(display=False) as counter:
         model = GppcForPerturbationPrediction(GppcConfig.from_size(size, vocab_size=genes)).train()
-        pairs = {name: fake.from_tensor(tensor) for name, tensor in random_pairs(genes, batch, share=0.0).items()}
+        pairs = {name: fake.from_tensor(tensor) for name, tensor in random_pairs(genes, batch).items()}
         model(**pairs).loss.backward()
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -133,12 +127,11 @@ def count(size: str, genes: int, batch: int) -> dict:
     }
 
 
-def table_of_sizes(sizes: list[str], measured: list[str], genes: int, batch: int, **settings) -> dict:
+def table_of_sizes(sizes: list[str], measured: list[str], genes: int, batch: int, **settings) -> None:
     """Prints a row a named size."""
-    rows = {}
     print("| size | parameters | of them per gene | GFLOP a pair | pairs/s on this CPU |\n|---|---|---|---|---|")
     for size in sizes:
-        row = rows[size] = count(size, genes, batch)
+        row = count(size, genes, batch)
         if size in measured:
             row |= in_child(measure, size=size, genes=genes, batch=batch, **settings)
         print(
@@ -146,29 +139,25 @@ def table_of_sizes(sizes: list[str], measured: list[str], genes: int, batch: int
             f"{show(row['flop_per_pair'] / 1e9)} | {show(row.get('cells_per_second', math.nan))} |",
             flush=True,
         )
-    return rows
 
 
-def steps(gpu: bool, smoke: bool, **settings) -> dict:
-    """Prints speed and memory, growth with genes and what options cost."""
+def steps(gpu: bool, smoke: bool, **settings) -> None:
+    """Prints speed and memory, growth with genes and, on a GPU, what options cost."""
     base = {"device": "cpu", "genes": 2_000, "batch": 16}
-    many, genes, options, length = [{"genes": 20_000}], (1_000, 2_000, 5_000, 10_000, 20_000), CPU_OPTIONS, 2_048
-    wide = {"batch": 128}
+    many, genes, options, length = [{"genes": 20_000}], (1_000, 2_000, 5_000, 10_000, 20_000), (), 2_048
     if gpu:
         base = {"device": "cuda", "genes": 20_000, "batch": 256, "size": "base", "bf16": True}
         many, genes = [{"batch": batch} for batch in (64, 128, 512, 1_024)], (2_000, 5_000, 10_000, 20_000)
-        options, length, wide = GPU_OPTIONS, 16_384, {}
+        options, length = OPTIONS, 16_384
     if smoke:
         base |= {"genes": 64, "batch": 4}
-        many, genes, options, length, wide = [], (50, 100), CPU_OPTIONS[:1], 64, {}
+        many, genes, options, length = [], (50, 100), OPTIONS[:1], 64
     rate = in_child(matmul_rate, device=base["device"], length=length, **settings)["rate"]
     print(f"{show(rate / 1e12)} TFLOP/s of matrix products")
-    runs = []
 
     def run(**changes) -> dict:
         case = base | changes
         found = in_child(measure, **case, **settings)
-        runs.append(case | found)
         memory = found.get("peak_gpu_gb") or found["peak_rss_gb"]
         text = found.get("error") or (
             f"{show(found['cells_per_second'])} cells/s, {show(found['flop_per_second'] / 1e12)} TFLOP/s "
@@ -177,19 +166,13 @@ def steps(gpu: bool, smoke: bool, **settings) -> dict:
         print(f"{', '.join(f'{key} {value}' for key, value in case.items())}: {text}", flush=True)
         return found
 
-    for changes in [{}, *many]:
+    without = run()["seconds"]
+    for changes in many:
         run(**changes)
     growth = [run(genes=number, batch=base["batch"] if gpu else 4 * base["batch"]) for number in genes]
-    result = {"matmul_per_second": rate, "runs": runs, "options": {}}
-    result["exponent"] = exponent(genes, [1 / found["cells_per_second"] for found in growth])
-    print(f"time a cell ~ genes^{result['exponent']:.2f}")
-    clock = "seconds" if gpu else "cpu_seconds"
-    for option in options:
-        without, found = (run(**wide, **changes) for changes in ({}, option))
-        (name,) = option
-        result["options"][name] = without[clock] / found[clock]
-        print(f"{name}: {result['options'][name]:.2f} x the steps a second{'' if gpu else ' of CPU'} without")
-    return result
+    print(f"time a cell ~ genes^{exponent(genes, [1 / found['cells_per_second'] for found in growth]):.2f}")
+    for name in options:
+        print(f"{name}: {without / run(**{name: True})['seconds']:.2f} x the steps a second without")
 
 
 def main() -> None:
@@ -199,22 +182,20 @@ def main() -> None:
     parser.add_argument("--measure", nargs="*", default=[], choices=list(SIZES), help="sizes that are run on this CPU")
     parser.add_argument("--seconds", type=float, default=4.0, help="least measured time of each")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", help="JSON file")
     arguments = parser.parse_args()
     if arguments.gpu and not torch.cuda.is_available():
         parser.error("there is no GPU")
     settings = {"threads": arguments.threads, "least": arguments.seconds}
     if arguments.smoke:
         settings = {"threads": 1, "least": 0.05}
-    result = {"machine": machine()}
+    print(machine())
     if arguments.sizes or arguments.smoke:
         names, measured, size = list(SIZES), arguments.measure, {"genes": 20_000, "batch": 128}
         if arguments.smoke:
             names, measured, size = ["tiny", "small"], ["tiny"], {"genes": 60, "batch": 4}
-        result["sizes"] = table_of_sizes(names, measured, **size, **settings)
+        table_of_sizes(names, measured, **size, **settings)
     if not arguments.sizes:
-        result |= steps(arguments.gpu, arguments.smoke, **settings)
-    write_result(result, arguments.out)
+        steps(arguments.gpu, arguments.smoke, **settings)
 
 
 if __name__ == "__main__":

@@ -1,30 +1,29 @@
 """A genome-wide screen of one cell: encoded once and decoded in chunks, against encoding it for every perturbation.
 
-    python benchmarks/bench_screen_prediction.py --out screen.json     # 20,000 perturbations x 2,000 genes
-    python benchmarks/bench_screen_prediction.py --means               # expected values alone, no variances
-    python benchmarks/bench_screen_prediction.py --smoke               # tiny, seconds
+    python benchmarks/bench_screen_prediction.py            # 20,000 perturbations x 2,000 genes
+    python benchmarks/bench_screen_prediction.py --smoke    # tiny, seconds
 
-Same model, same run, the same asked of all ways. "One by one" encodes and decodes once a perturbation, as a loop over a
-pipeline does; "in batches" encodes the cell again in every row of a batch.
+Same model, same run, the same asked of both ways. "One by one" encodes and decodes once a perturbation, as a loop over
+a pipeline does.
 """
 
 import argparse
 import time
 
 import torch
-from bench_tools import fitted_like_model, machine, parser_of, peak_rss_gb, random_state, show, write_result
+from bench_tools import fitted_like_model, machine, parser_of, peak_rss_gb, random_state, show
 
 from gppc.run_options import parse_options
 from modeling_gppc import GppcConfig
 
-BESIDE, BATCH = 4, 64  # perturbations of a chunk that are also run one by one; rows of a batch that encodes every row
+BESIDE = 4  # perturbations of a chunk that are also run one by one
 
 
 @torch.inference_mode()
-def compare(arguments: argparse.Namespace) -> dict:
-    """Runs the whole screen, and after every chunk some of its perturbations in the other ways, so that all ways meet
-    the same machine; returns their figures."""
-    genes, means = arguments.genes, arguments.means
+def compare(arguments: argparse.Namespace) -> None:
+    """Runs the whole screen, and after every chunk some of its perturbations one by one, so that both ways meet the
+    same machine; prints their figures."""
+    genes = arguments.genes
     if arguments.size == "default":
         config = GppcConfig(vocab_size=genes, **parse_options("default", []).model)
     else:
@@ -34,15 +33,13 @@ def compare(arguments: argparse.Namespace) -> dict:
     ids = torch.randperm(genes, generator=generator)[: arguments.perturbations, None]
     changes = torch.randn(ids.shape, generator=generator)
     queries = torch.randperm(genes, generator=generator)[: arguments.queries]
-    seconds = dict.fromkeys(("encoded_once", "one_by_one", "in_batches"), 0.0)
+    seconds = dict.fromkeys(("encoded_once", "one_by_one"), 0.0)
     counts = dict.fromkeys(seconds, 0)
 
     def timed(way: str, rows: slice, encoded=None):
         start = time.perf_counter()
-        if encoded is None:
-            index = [0] * len(ids[rows])
-            encoded = model.encode(**{n: t if n == "measured_mask" else t[index] for n, t in state.items()})
-        output = model.decode(encoded, ids[rows], changes[rows], query_ids=queries, with_variance=not means)
+        encoded = model.encode(**state) if encoded is None else encoded
+        output = model.decode(encoded, ids[rows], changes[rows], query_ids=queries)
         seconds[way] += time.perf_counter() - start
         counts[way] += len(ids[rows])
         return output
@@ -57,20 +54,16 @@ def compare(arguments: argparse.Namespace) -> dict:
         output = timed("encoded_once", slice(first, first + arguments.chunk), encoded)
         for row in range(first, min(first + BESIDE, len(ids))):
             one = timed("one_by_one", slice(row, row + 1))
-            for name in ("logits", "linear_response", *(() if means else ("logvar",))):
+            for name in ("logits", "linear_response", "logvar"):
                 largest = max(largest, float((one[name][0] - output[name][row - first]).abs().max()))
-        if first % (8 * arguments.chunk) == 0:
-            timed("in_batches", slice(first, first + BATCH))
-    rates = {way: counts[way] / seconds[way] for way in seconds}
-    return {
-        "machine": machine(),
-        **{name: getattr(arguments, name) for name in ("size", "means", "genes", "queries", "chunk", "perturbations")},
-        **{f"{way}_per_second": rate for way, rate in rates.items()},
-        **{f"ratio_{way}": rates["encoded_once"] / rates[way] for way in ("one_by_one", "in_batches")},
-        "largest_difference": largest,
-        "peak_rss_gb": peak_rss_gb(),
-        "peak_rss_gb_before_screen": before,
-    }
+    once, each = (counts[way] / seconds[way] for way in seconds)
+    print(machine())
+    print(f"encoded once, in chunks: {show(once)} perturbations/s")
+    print(f"encoded each time, one by one: {show(each)} perturbations/s, encoded once is {show(once / each)} x")
+    print(
+        f"largest difference from one by one {largest:.1e}; peak memory {peak_rss_gb():.2f} GB ({before:.2f} GB after "
+        "one chunk)"
+    )
 
 
 def main() -> None:
@@ -80,24 +73,13 @@ def main() -> None:
     parser.add_argument("--perturbations", type=int, default=20_000, help="single-gene perturbations")
     parser.add_argument("--queries", type=int, default=2_000, help="genes that are predicted")
     parser.add_argument("--chunk", type=int, default=1024, help="perturbations decoded at once")
-    parser.add_argument("--means", action="store_true", help="expected values alone, in all ways")
     parser.add_argument("--threads", type=int, default=2, help="1 where other work shares the machine")
-    parser.add_argument("--out", help="JSON file")
     arguments = parser.parse_args()
     if arguments.smoke:
         arguments.threads, arguments.chunk, arguments.size = 1, 64, "tiny"
         arguments.genes, arguments.perturbations, arguments.queries = 300, 300, 50
     torch.set_num_threads(arguments.threads)
-    result = compare(arguments)
-    print(f"encoded once, in chunks: {show(result['encoded_once_per_second'])} perturbations/s")
-    for way in ("one_by_one", "in_batches"):
-        rate, ratio = show(result[f"{way}_per_second"]), show(result[f"ratio_{way}"])
-        print(f"encoded each time, {way.replace('_', ' ')}: {rate} perturbations/s, encoded once is {ratio} x")
-    print(
-        f"largest difference from one by one {result['largest_difference']:.1e}; peak memory "
-        f"{result['peak_rss_gb']:.2f} GB ({result['peak_rss_gb_before_screen']:.2f} GB after one chunk)"
-    )
-    write_result(result, arguments.out)
+    compare(arguments)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,11 @@
-"""What benchmarks share: models as if fitted, random cells, child processes, tiny stores."""
+"""What benchmarks share: models as if fitted, random cells, child processes, a small screen."""
 
 import argparse
-import json
 import math
 import multiprocessing
 import os
 import platform
 import resource
-import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -16,18 +13,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data_scripts.files import write_text
-from data_scripts.options import from_mapping
-from data_scripts.pairs.pair_options import PairOptions
 from modeling_gppc import GppcConfig, GppcForPerturbationPrediction
 
 EXPRESSED_SHARE = 0.08
 N_IMPOSED = 5
 
 
-def fitted_like_model(config: GppcConfig, seed: int = 0) -> GppcForPerturbationPrediction:
+def fitted_like_model(config: GppcConfig) -> GppcForPerturbationPrediction:
     """A model whose linear response is a proper distribution and whose network contributes something."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     model = GppcForPerturbationPrediction(config)
     response, factors, genes = model.model.linear_response, config.num_factors, config.vocab_size
     states = response.states
@@ -45,10 +39,10 @@ def fitted_like_model(config: GppcConfig, seed: int = 0) -> GppcForPerturbationP
     return model
 
 
-def random_state(genes: int, cells: int, seed: int = 0, share: float = EXPRESSED_SHARE) -> dict[str, torch.Tensor]:
+def random_state(genes: int, cells: int) -> dict[str, torch.Tensor]:
     """Cells that express a share of the genes; all measured the same panel."""
-    rng = np.random.default_rng(seed)
-    tokens = max(2, round(share * genes))
+    rng = np.random.default_rng(0)
+    tokens = max(2, round(EXPRESSED_SHARE * genes))
     ids = np.argsort(rng.random((cells, genes)), axis=1)[:, :tokens]
     return {
         "input_ids": torch.from_numpy(np.sort(ids, axis=1)),
@@ -59,10 +53,10 @@ def random_state(genes: int, cells: int, seed: int = 0, share: float = EXPRESSED
     }
 
 
-def random_pairs(genes: int, cells: int, seed: int = 0, share: float = EXPRESSED_SHARE) -> dict[str, torch.Tensor]:
+def random_pairs(genes: int, cells: int) -> dict[str, torch.Tensor]:
     """A training batch: states, imposed changes and labels at every gene."""
-    batch = random_state(genes, cells, seed, share)
-    generator = torch.Generator().manual_seed(seed)
+    batch = random_state(genes, cells)
+    generator = torch.Generator().manual_seed(0)
     shape = (cells, N_IMPOSED)
     labels = torch.rand(cells, genes, generator=generator) * 3
     return {
@@ -73,7 +67,9 @@ def random_pairs(genes: int, cells: int, seed: int = 0, share: float = EXPRESSED
         "perturbation_values": torch.randn(shape, generator=generator),
         "perturbation_mask": torch.ones(shape, dtype=torch.long),
         "pairing_ids": torch.zeros(cells, dtype=torch.long),
-        "labels": torch.where(torch.rand(labels.shape, generator=generator) < share, labels, torch.zeros(())),
+        "labels": torch.where(
+            torch.rand(labels.shape, generator=generator) < EXPRESSED_SHARE, labels, torch.zeros(())
+        ),
     }
 
 
@@ -99,48 +95,28 @@ def exponent(sizes: list[float], seconds: list[float]) -> float:
     return float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
 
 
-def machine() -> dict:
+def machine() -> str:
     """What the figures were measured on."""
-    return {"cpu": platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg()[0], "torch": torch.__version__}
+    return f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}"
 
 
-def write_result(result: dict, out: str | None) -> None:
-    """Writes a benchmark's figures as JSON where a file is given, complete or not at all."""
-    if out is not None:
-        write_text(json.dumps(result, indent=1, default=str) + "\n", out)
+def smoke_screen(path: Path) -> None:
+    """Writes a small screen of counts: three programs, six knock-downs."""
+    import anndata
+    import pandas as pd
 
-
-def smoke_store(folder: Path | str, **sizes) -> Path:
-    """A store of a few synthetic cells."""
-    from data_scripts.synthetic.network import SyntheticConfig
-    from data_scripts.synthetic.network_store import write_synthetic
-
-    store = Path(folder) / "store"
-    write_synthetic(store, SyntheticConfig(form="count", **sizes), progress=False)
-    return store
-
-
-def pair_options(store: Path | str, **options) -> PairOptions:
-    """Options of pairs of a store's cells, as in YAML, without held-out splits."""
-    query = {"uri": str(store), **options.pop("query", {})}
-    return from_mapping(PairOptions, {"query": query, "splits": {"rules": []}, **options})
-
-
-def run_training(out: Path | str, config: str, flags: dict[str, object], processes: int = 1) -> list[dict]:
-    """Runs `train.py` on one thread a process, with little evaluation; returns its log.
-
-    Raises:
-        RuntimeError: With the end of what it said, if it failed.
-    """
-    flags = {"output_dir": out, "evaluation.max_pairs": 16, "evaluation.floors": "[mean]", **flags}
-    words = ["--config", config, *(str(word) for name, value in flags.items() for word in (f"--{name}", value))]
-    world = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, *(world if processes > 1 else []), "train.py", *words]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"`train.py` failed: {done.stderr[-2000:]}")
-    return json.loads((Path(out) / "model" / "training_log.json").read_text())
+    generator = np.random.default_rng(0)
+    loadings = generator.normal(size=(60, 3)) * 0.4
+    labels = np.repeat(["control", *(f"G{i}" for i in range(6))], [500, *[120] * 6])
+    state = generator.normal(size=(len(labels), 3))
+    for gene in range(6):
+        state[labels == f"G{gene}"] -= 2 * loadings[gene] / np.linalg.norm(loadings[gene])
+    counts = generator.poisson(np.exp(0.5 + state @ loadings.T)).astype(np.float32)
+    adata = anndata.AnnData(
+        counts, obs=pd.DataFrame({"perturbation": labels}, index=[f"c{i}" for i in range(len(labels))])
+    )
+    adata.var_names = [f"G{i}" for i in range(60)]
+    adata.write_h5ad(path)
 
 
 def parser_of(doc: str) -> argparse.ArgumentParser:

@@ -12,10 +12,13 @@ shards.
 """
 
 import argparse
+import json
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
-
-from bench_tools import run_training
+from pathlib import Path
 
 from gppc.run_options import parse_options
 
@@ -39,9 +42,21 @@ def flags_of(arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def run(config: str, flags: dict[str, object], processes: int) -> dict:
-    """One run of `train.py` in so many processes; medians of its log."""
+    """One run of `train.py` on one thread a process, with little evaluation; medians of its log.
+
+    Raises:
+        RuntimeError: With the end of what it said, if it failed.
+    """
     with tempfile.TemporaryDirectory() as out:
-        log = run_training(out, config, flags, processes)
+        flags = {"output_dir": out, "evaluation.max_pairs": 16, "evaluation.floors": "[mean]", **flags}
+        words = ["--config", config, *(str(word) for name, value in flags.items() for word in (f"--{name}", value))]
+        world = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        command = [sys.executable, *(world if processes > 1 else []), "train.py", *words]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"`train.py` failed: {done.stderr[-2000:]}")
+        log = json.loads((Path(out) / "model" / "training_log.json").read_text())
     entries = [entry for entry in log if "cells_per_second" in entry][2:]
     return {key: statistics.median(entry[key] for entry in entries) for key in KEYS}
 

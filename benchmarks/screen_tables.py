@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from bench_screens import smoke_screen
+from bench_tools import smoke_screen
 
 from data_scripts.cells.screen_options import ScreenOptions
 from data_scripts.cells.screens import Screen, read_screen

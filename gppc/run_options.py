@@ -104,8 +104,8 @@ class RunOptions:
             )
         if self.data.stream and not self.training.redraw_perturbations:
             raise ValueError(
-                "`training.redraw_perturbations` is false with `data.stream`, which draws partners and revealed genes "
-                "anew in every epoch; leave `data.stream` out to reveal the same ones always."
+                "`training.redraw_perturbations` is false with `data.stream`, which draws partners and imposed genes "
+                "anew in every epoch; leave `data.stream` out to impose the same ones always."
             )
         # Which data sets there are is known with the cells; which pairings, already here.
         if self.data.pairs is None and self.data.screen is None:
@@ -118,11 +118,7 @@ class RunOptions:
                     )
 
     def model_config(self, vocab_size: int, pairings: list[str]) -> GppcConfig:
-        """The model's configuration.
-
-        Raises:
-            ValueError: Naming the option whose value does not fit.
-        """
+        """The model's configuration; `ValueError` naming the option whose value does not fit."""
         settings = dict(self.model)
         settings.setdefault("default_pairing", "same_type" if "same_type" in pairings else pairings[0])
         size = settings.pop("size", None)

@@ -27,12 +27,8 @@ OPTIONS = (ScoreOptions,)
 
 
 def run(options: ScoreOptions) -> None:
-    """Scores the model and writes its results, figures and card anew.
-
-    Raises:
-        ValueError: For a folder without a finished run, a run on a screen, or an option that does not fit.
-    """
-    # Imported late: these take seconds, and a mistyped flag should be told at once.
+    """Scores the model and writes its results, figures and card anew."""
+    # Imported late: these take seconds, and a mistyped flag should be answered at once.
     from data_scripts.options import from_mapping, merge
     from data_scripts.pairs.pair_folder import PairFolder
     from gppc.run_options import RunOptions

@@ -13,6 +13,7 @@ from data_scripts.files import write_text
 from data_scripts.options import Count, Seed, check_numbers, from_mapping, merge, nested, read_yaml
 from data_scripts.pairs.pair_folder import PairFolder
 from gppc.run_options import RunOptions
+from modeling_gppc.evaluation.report import markdown_table
 from modeling_gppc.training.arguments import find_config
 from modeling_gppc.training.run_folder import first_difference
 
@@ -61,11 +62,7 @@ class SweepOptions:
                 self.run_options({name: value})
 
     def run_options(self, values: dict[str, Any]) -> RunOptions:
-        """Options of the run with some values of the space.
-
-        Raises:
-            ValueError: For an unknown option, or a value that does not fit.
-        """
+        """Options of the run with some values of the space; `ValueError` for one that does not fit."""
         path = find_config(self.config)
         mapping = merge({"output_dir": f"runs/{path.stem}", **read_yaml(path)}, self.options)
         for name, value in values.items():
@@ -78,11 +75,7 @@ class SweepOptions:
 
 
 def distribution(name: str, values: list | dict):
-    """An option's choices or range in Optuna's terms.
-
-    Raises:
-        ValueError: For values that are neither.
-    """
+    """An option's choices or range in Optuna's terms; `ValueError` for values that are neither."""
     try:
         if isinstance(values, list):
             return optuna.distributions.CategoricalDistribution(values)
@@ -97,11 +90,7 @@ def distribution(name: str, values: list | dict):
 
 
 def read_sweep(name: str, changes: dict[str, Any]) -> SweepOptions:
-    """Options of a sweep: a YAML file by path, or a shipped one by name, with changes of flags.
-
-    Raises:
-        ValueError: For a file that does not exist, or an unknown option or value.
-    """
+    """Options of a sweep: a YAML file by path, or a shipped one by name, with changes of flags."""
     path = Path(name) if Path(name).is_file() else find_config(f"sweeps/{name}")
     return from_mapping(SweepOptions, merge(read_yaml(path), changes))
 
@@ -121,11 +110,8 @@ class ReportToOptuna(TrainerCallback):
 
 
 def run_trial(trial: optuna.Trial, sweep: SweepOptions, folder: PairFolder) -> float:
-    """Trains with a trial's options, keeping nothing; returns the validation error of the best evaluation.
-
-    Raises:
-        optuna.TrialPruned: If the trial is ended early, or its sizes do not fit each other.
-    """
+    """Trains with a trial's options, keeping nothing; returns the validation error of the best evaluation. A trial
+    that is ended early, or whose sizes do not fit each other, raises `optuna.TrialPruned`."""
     try:
         options = sweep.run_options(trial.params)
         model = options.make_model(folder)
@@ -148,9 +134,6 @@ def run_sweep(sweep: SweepOptions, resume: bool) -> Path:
     Args:
         sweep ([`SweepOptions`]): What is searched.
         resume (`bool`): Whether to go on with the sweep that the folder holds; more trials may be asked for.
-
-    Returns:
-        The sweep's folder.
 
     Raises:
         ValueError: If the folder holds another sweep, or this one and `resume` is not set, and what a run raises.
@@ -185,14 +168,15 @@ def write_report(study: optuna.Study, names: list[str], out: Path) -> None:
     """Writes a table of the trials, best first, those ended early in brackets, and the options of the best one."""
     trials = [trial for trial in study.get_trials(states=ENDED) if trial.value is not None]
     trials.sort(key=lambda trial: (trial.state != COMPLETE, trial.value))
-    rows = [["trial", "validation MSE", "of the linear response", "s", *names], ["---"] * (4 + len(names))]
+    rows = []
     for trial in trials:
         error = f"{trial.value:.5f}" if trial.state == COMPLETE else f"({trial.value:.5f})"
         values = [trial.params.get(name, "as configured") for name in names]
         values = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in values]
         linear, seconds = trial.user_attrs["linear_mse"], trial.duration.total_seconds()
         rows.append([str(trial.number), error, f"{linear:.5f}", f"{seconds:.0f}", *values])
-    write_text("".join(f"| {' | '.join(row)} |\n" for row in rows), out / "sweep.md")
+    header = ["trial", "validation MSE", "of the linear response", "s", *names]
+    write_text(markdown_table(header, rows) + "\n", out / "sweep.md")
     best: dict[str, Any] = {}
     for name, value in trials[0].params.items() if trials else ():
         best = merge(best, nested(name, value))

@@ -30,18 +30,10 @@ def portable_json(content):
 
 
 def stage_dataset(folder: str | Path, staging: str | Path, license: str = "other") -> dict[str, Path | bytes]:
-    """Collects the files of a data-set repository.
+    """Collects the files of a data-set repository, card included: path in the repository -> file or content.
 
-    Parquet shards are taken from the pairs folder as they are, Arrow shards are written as Parquet to `staging`. What
-    the repository then holds is a pairs folder again.
-
-    Args:
-        folder (`str` or `Path`): What `gppc build-pairs` wrote.
-        staging (`str` or `Path`): Folder for converted shards; must outlive the upload.
-        license (`str`, *optional*, defaults to `"other"`): Licence identifier of the Hub.
-
-    Returns:
-        `dict` of path in the repository -> file or content, card included.
+    Parquet shards are taken from the pairs folder as they are, Arrow shards are written as Parquet to `staging`, which
+    must outlive the upload. What the repository then holds is a pairs folder again. `license` is the Hub's identifier.
 
     Raises:
         ValueError: If it is not a pairs folder, holds no pairs or is damaged.

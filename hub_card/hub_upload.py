@@ -13,7 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import git_hash
 
 from hub_card.model_card import PLACEHOLDER
-from hub_card.upload_scan import is_allowed, scan_files
+from hub_card.upload_scan import is_allowed, read_start, scan_files
 
 logger = logging.getLogger(__name__)
 # The client's own base class of connection errors, whichever HTTP library this version of the client uses.
@@ -31,10 +31,6 @@ class Retries:
 
     attempts: int = 6
     sleep: Callable[[float], None] = time.sleep
-
-    def __post_init__(self):
-        if self.attempts < 1:
-            raise ValueError(f"`attempts` is {self.attempts}; wanted at least 1.")
 
 
 @dataclass(frozen=True)
@@ -80,17 +76,9 @@ class Push:
         repo_id (`str`): `name` or `namespace/name`.
         kind (`str`): `model`, `dataset` or `space`.
         patterns (`tuple[str, ...]`): The allow-list; remote files that match it and are no longer local are removed.
-        marker (`str`): File by which a repository is known to be of this sort; one that holds other content is
-            refused.
+        marker (`str`): File by which a repository is known to be of this sort; others that hold content are refused.
         left_out (`list[str]`, *optional*): Names of the files that stay, for the report.
-        private (`bool`, *optional*, defaults to `True`): Visibility of a new repository.
-        revision (`str`, *optional*, defaults to `"main"`): Branch; created when absent.
-        tag (`str`, *optional*): Tag for the result.
-        create (`bool`, *optional*, defaults to `True`): Create the repository when it is absent.
-        message (`str`, *optional*): Title of the commit.
-        token (`str`, *optional*): Access token; defaults to the one of `hf auth login` or `HF_TOKEN`.
-        endpoint (`str`, *optional*): The Hub; defaults to `HF_ENDPOINT`.
-        retries ([`Retries`], *optional*): Patience.
+        private, revision, tag, create, message, token, endpoint, retries: See [`~push.push_model`].
     """
 
     files: Mapping[str, Path | bytes]
@@ -119,9 +107,8 @@ class Push:
         strangers = [name for name in self.files if not is_allowed(name, self.patterns)]
         if strangers:
             raise ValueError(f"`{strangers[0]}` is not a file of a {self.kind} repository; nothing was uploaded.")
-        card = self.files["README.md"]
-        text = card.decode() if isinstance(card, bytes) else card.read_text()
-        self.files = {**self.files, "README.md": text.replace(PLACEHOLDER, self.repo_id).encode()}
+        card = read_start(self.files["README.md"]).replace(PLACEHOLDER.encode(), self.repo_id.encode())
+        self.files = {**self.files, "README.md": card}
         token = self.token or get_token()
         scan_files(self.files, [token] if token else [])
         check_target(self.repo_id, token)

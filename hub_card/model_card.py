@@ -79,19 +79,18 @@ def portable(text: str) -> str:
     return re.sub(r"\b[A-Za-z]:\\(?:[^\\\s]+\\)*", "", text)
 
 
-def read_results(path: Path) -> dict:
+def _read_results(path: Path) -> dict:
     """Reads and checks `{"schema_version": 1, "splits": {NAME: {"n_pairs", "n_genes", "methods": {...}}}}`."""
     results = read_json(path)
     if results.get("schema_version") != 1 or not isinstance(results.get("splits"), dict) or not results["splits"]:
         raise ValueError(f"`{path.name}` in {path.parent} has no `schema_version` 1 with `splits`; train again.")
     for split, content in results["splits"].items():
-        for key in ("n_pairs", "n_genes", "methods"):
-            if key not in content:
-                raise ValueError(f"`{path.name}`: split `{split}` lacks `{key}`; train again.")
+        if missing := {"n_pairs", "n_genes", "methods"} - set(content):
+            raise ValueError(f"`{path.name}`: split `{split}` lacks `{min(missing)}`; train again.")
     return results
 
 
-def check_run(run: Mapping) -> None:
+def _check_run(run: Mapping) -> None:
     """Refuses a `run.json` that lacks a fact of [`RUN_FACTS`] or states it in another type."""
     for key, (kind, meaning) in RUN_FACTS.items():
         if key not in run:
@@ -109,7 +108,7 @@ def shown(value: float | int | None) -> str:
     return f"{value:.4f}" if abs(value) < 1e4 else f"{value:.3e}"
 
 
-def score_text(results: Mapping | None, run: Mapping) -> str:
+def _score_text(results: Mapping | None, run: Mapping) -> str:
     """One table a split, or why there is none: training goes on, there are no pairs, or nobody scored the model."""
     if results is not None:
         return "\n".join(
@@ -233,9 +232,9 @@ def render_model_card(folder: str | Path) -> str:
     config = read_json(folder / "config.json")
     preprocessor = read_json(folder / "preprocessor_config.json")
     run = read_json(folder / "run.json")
-    check_run(run)
+    _check_run(run)
     scored = not run.get("unfinished") and (folder / "results.json").is_file()
-    results = read_results(folder / "results.json") if scored else None
+    results = _read_results(folder / "results.json") if scored else None
     name = portable(str(run.get("name") or "GPPC"))
     data = ModelCardData(
         license="apache-2.0",
@@ -255,7 +254,7 @@ def render_model_card(folder: str | Path) -> str:
         facts=_facts(run, config, folder),
         normalization=normalization,
         target_sum=target_sum,
-        scores=score_text(results, run),
+        scores=_score_text(results, run),
         figures="".join(
             f"![{path.stem.replace('_', ' ')}](figures/{path.name})\n\n"
             for path in sorted((folder / "figures").glob("*.png"))
@@ -272,15 +271,8 @@ def render_model_card(folder: str | Path) -> str:
 
 
 def add_transfer(folder: str | Path, evaluations: Iterable[str | Path]) -> Path:
-    """Writes what `gppc evaluate` found for a model into its folder as `transfer.json`, and the card anew.
-
-    Args:
-        folder (`str` or `Path`): The model folder.
-        evaluations (`Iterable`): See [`~transfer_scorecard.transfer_scorecard`], also for what is raised.
-
-    Returns:
-        Path of the card.
-    """
+    """Writes what `gppc evaluate` found for a model into its folder as `transfer.json`, and the card anew; returns the
+    card's path. See [`~transfer_scorecard.transfer_scorecard`], also for what is raised."""
     folder = Path(folder)
     write_json(transfer_scorecard(folder, evaluations), folder / TRANSFER_FILE)
     return write_model_card(folder)

@@ -20,8 +20,11 @@ def push_model(folder: str | Path, repo_id: str, **options) -> PushReport:
     Args:
         folder (`str` or `Path`): What training wrote.
         repo_id (`str`): `name` or `namespace/name`.
-        **options: `private` (`bool`, defaults to `True`), `revision`, `tag` and `message` (`str`), `create` (`bool`),
-            `token` and `endpoint` (`str`) and `retries`, as of [`~hub_upload.Push`].
+        **options: `private` (`bool`, `True` by default): visibility of a new repository; `revision` (`str`, `"main"`
+            by default): branch, created when absent; `tag` (`str`) for the result; `message` (`str`): title of the
+            commit; `create` (`bool`, `True` by default): create the repository when it is absent; `token` (`str`), by
+            default that of `hf auth login` or `HF_TOKEN`; `endpoint` (`str`), by default `HF_ENDPOINT`; `retries`
+            ([`~hub_upload.Retries`]).
 
     Returns:
         [`~hub_upload.PushReport`]
@@ -88,7 +91,7 @@ def check_model(folder: Path, files: Mapping[str, Path]) -> None:
         raise ValueError(
             f"`folder` {folder} was saved without its pipeline; save with `model.save_pretrained(folder)`."
         )
-    if not any("AutoModel" in key for key in auto_map) or "AutoFeatureExtractor" not in auto_map:
+    if not {"AutoModel", "AutoFeatureExtractor"} <= set(auto_map):
         raise ValueError(
             f"`folder` {folder} was saved without its code (no `auto_map`); save model and feature extractor with the "
             "`gppc` package's classes, which register for it."

@@ -27,8 +27,8 @@ class HubPush(TrainerCallback):
     Pushes the model of every saved checkpoint in the background.
 
     What is pushed loads like a finished model, with a card that says how far training has come and no test scores. An
-    upload that fails, or that is still under way when the next checkpoint is saved, is told and left out: the next one
-    brings everything, and so does the push of the finished model.
+    upload that fails, or that is still under way when the next checkpoint is saved, is logged and left out: the next
+    one brings everything, and so does the push of the finished model.
 
     Args:
         repo_id (`str`): Repository; created private when absent.

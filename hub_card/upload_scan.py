@@ -55,20 +55,21 @@ def scan_files(files: Mapping[str, Path | bytes], secrets: Iterable[str] = ()) -
     for name, source in files.items():
         suffix = Path(name).suffix
         if suffix in TEXT_SUFFIXES:
-            _scan_text(name, _read(source), secrets)
+            _scan_text(name, read_start(source), secrets)
         elif suffix == ".safetensors":
-            length = min(int.from_bytes(_read(source, 8), "little"), 2**27)
-            header = _read(source, 8 + length)[8:]
+            length = min(int.from_bytes(read_start(source, 8), "little"), 2**27)
+            header = read_start(source, 8 + length)[8:]
             try:
                 json.loads(header)
             except ValueError as error:
                 raise ValueError(f"`{name}` is not a safetensors file ({error}); nothing was uploaded.") from error
             _scan_text(name, header, secrets)
-        elif suffix not in MAGIC or not _read(source, 8).startswith(MAGIC[suffix]):
+        elif suffix not in MAGIC or not read_start(source, 8).startswith(MAGIC[suffix]):
             raise ValueError(f"`{name}` is not a {suffix} file by its content; nothing was uploaded.")
 
 
-def _read(source: Path | bytes, size: int | None = None) -> bytes:
+def read_start(source: Path | bytes, size: int | None = None) -> bytes:
+    """The first bytes of a file or of content, all of them by default."""
     if isinstance(source, bytes):
         return source[:size]
     with source.open("rb") as file:

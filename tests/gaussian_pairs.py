@@ -7,7 +7,7 @@ import torch
 from data_scripts.batches.pair_dataset import PairDataset
 from data_scripts.pairs.schema import PAIR_SCHEMA
 from modeling_gppc import GppcConfig, GppcForPerturbationPrediction
-from modeling_gppc.evaluation.model_predictor import ModelPredictor
+from modeling_gppc.evaluation.model_predictor import model_predictor
 from modeling_gppc.evaluation.pair_arrays import PairArrays
 from modeling_gppc.fitting.fit_linear_response import initialize_linear_response
 
@@ -73,7 +73,7 @@ def started(train: pa.Table, validation: pa.Table, components: int) -> GppcForPe
 def errors(model, table: pa.Table) -> dict[str, float]:
     """Mean squared error of each pairing over the genes that were not revealed."""
     pairs = PairArrays.from_table(table, np.ones((1, GENES), dtype=bool), GENES)
-    predicted, _ = ModelPredictor(model)(pairs)
+    predicted, _ = model_predictor(model)(pairs)
     squared = np.where(pairs.scored, (predicted - pairs.target) ** 2, 0)
     return {
         name: squared[pairs.pairing == name].sum() / pairs.scored[pairs.pairing == name].sum() for name in PAIRINGS

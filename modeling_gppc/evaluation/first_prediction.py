@@ -18,17 +18,8 @@ N_CELLS = 256
 
 @dataclasses.dataclass
 class FirstPrediction:
-    """
-    Mean response of some cells to a perturbation.
-
-    Args:
-        perturbation (`str`): What was imposed.
-        symbols (`list[str]`): Responding genes, strongest first; the imposed genes are left out.
-        delta (`np.ndarray`): Mean change of their log value, shape `(n,)`.
-        standard_error (`np.ndarray`): Of that mean over the cells, shape `(n,)`: it says how alike the cells respond,
-            not how sure the model is.
-        n_cells (`int`): Cells.
-    """
+    """Mean response of some cells to a perturbation: genes that are not imposed, strongest first, the mean change of
+    their log value, and the standard error of that mean over the cells."""
 
     perturbation: str
     symbols: list[str]
@@ -54,10 +45,9 @@ class FirstPrediction:
         """Bars of the strongest responses."""
         figure = Figure(figsize=(4.5, 0.24 * min(n_genes, len(self.symbols)) + 1), layout="constrained")
         axis = figure.subplots()
-        position = np.arange(min(n_genes, len(self.symbols)))
-        error = self.standard_error[: len(position)]
-        axis.barh(position, self.delta[: len(position)], xerr=error, color=MODEL_COLOUR)
-        axis.set_yticks(position, self.symbols[: len(position)], fontsize=7)
+        position = np.arange(len(self.symbols[:n_genes]))
+        axis.barh(position, self.delta[:n_genes], xerr=self.standard_error[:n_genes], color=MODEL_COLOUR)
+        axis.set_yticks(position, self.symbols[:n_genes], fontsize=7)
         axis.invert_yaxis()
         axis.axvline(0, color="#333333", linewidth=0.8)
         axis.set_xlabel("predicted change of log value", fontsize=9)
@@ -66,12 +56,14 @@ class FirstPrediction:
 
 
 def choose_perturbation(folder: PairFolder) -> str:
-    """Knock-out of the gene that varies most among those expressed in at least a quarter of the cells."""
+    """Knock-out of the gene that varies most among those expressed in at least a quarter of the cells; a fall by one
+    where values are no counts."""
     genes = folder.genes.to_pydict()
     share = np.array(genes["n_cells_expressed"]) / np.maximum(genes["n_cells_measured"], 1)
     variance = np.nan_to_num(np.array(genes["variance"], dtype=float))
     candidates = share >= min(0.25, np.quantile(share, 0.9))
-    return f"{genes['gene_symbol'][int(np.argmax(np.where(candidates, variance, -1)))]}=ko"
+    symbol = genes["gene_symbol"][int(np.argmax(np.where(candidates, variance, -1)))]
+    return f"{symbol}={'delta:-1' if folder.manifest['normalization'] == 'none' else 'ko'}"
 
 
 def perturbed_rows(
@@ -82,10 +74,7 @@ def perturbed_rows(
     Raises:
         ValueError: For an unknown gene, a malformed perturbation, or one of a gene that no test cell measures.
     """
-    if perturbation is None:
-        linear = folder.manifest["normalization"] == "none"
-        chosen = choose_perturbation(folder)
-        perturbation = chosen.replace("=ko", "=delta:-1") if linear else chosen
+    perturbation = choose_perturbation(folder) if perturbation is None else perturbation
     try:
         imposed = [gene for gene, _, _ in extractor.parse_perturbation(perturbation)]
     except ValueError as error:
@@ -103,17 +92,7 @@ def perturbed_rows(
 def first_prediction(
     model, extractor: GppcFeatureExtractor, folder: PairFolder, perturbation: str | None = None
 ) -> FirstPrediction:
-    """Predicts test cells with and without a perturbation.
-
-    Args:
-        model ([`GppcForPerturbationPrediction`]): The trained model.
-        extractor ([`GppcFeatureExtractor`]): Its feature extractor.
-        folder ([`PairFolder`]): Source cells of test pairs that measure the perturbed gene are taken.
-        perturbation (`str`, *optional*): See [`GppcFeatureExtractor.parse_perturbation`].
-
-    Raises:
-        ValueError: As [`perturbed_rows`].
-    """
+    """Predicts the source cells of test pairs with and without a perturbation; see [`perturbed_rows`]."""
     perturbation, rows = perturbed_rows(extractor, folder, perturbation)
     imposed = [gene for gene, _, _ in extractor.parse_perturbation(perturbation)]
     table = folder.split("test")

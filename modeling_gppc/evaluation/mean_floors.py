@@ -1,10 +1,10 @@
-"""Floors that look nothing up but labels: a predictor's interface, means and the source itself."""
+"""What a floor is, and floors that read nothing but labels and the source itself."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from modeling_gppc.evaluation.linear_floors import masked_mean
 from modeling_gppc.evaluation.pair_arrays import PairArrays
 
 
@@ -14,13 +14,19 @@ def masked_mse(predicted: np.ndarray, pairs: PairArrays) -> float:
     return float((((predicted - pairs.target) ** 2) * scored).sum(dtype=np.float64) / max(int(scored.sum()), 1))
 
 
+def masked_mean(values: np.ndarray, panel_index: np.ndarray, panels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean of each gene over the cells that measure it, and their number; values are zero where not measured."""
+    counts = np.bincount(panel_index, minlength=len(panels)) @ panels.astype(np.int64)
+    return values.sum(axis=0, dtype=np.float64) / np.maximum(counts, 1), counts
+
+
 class Floor:
     """A predictor fitted on pairs.
 
     Attributes:
         name (`str`): Its name in every table.
         uses_labels (`bool`): Whether it reads cell types; the model does not.
-        uses_revealed (`bool`): Whether the revealed genes change its prediction.
+        uses_revealed (`bool`): Whether the imposed genes change its prediction.
         settings (`dict`): What validation chose.
     """
 
@@ -43,8 +49,14 @@ class Floor:
         """The same, and its variance where the floor has one, each `(n, V)`."""
         return self.predict(pairs), None
 
-    def choose(self, setting: str, candidates: Sequence, validation: PairArrays, apply) -> None:
-        """Keeps the candidate with the smallest validation error; the middle one where there is no validation."""
+    def choose(
+        self, setting: str, candidates: Sequence, validation: PairArrays, apply: Callable | None = None
+    ) -> None:
+        """Keeps the candidate with the smallest validation error; the middle one where there is no validation.
+
+        `apply` makes a candidate the one that `predict` uses; by default it is the attribute named like the setting.
+        """
+        apply = apply or functools.partial(setattr, self, setting)
         errors = []
         if len(candidates) > 1 and len(validation):
             for candidate in candidates:
@@ -80,14 +92,6 @@ class NoChangeFloor(MeanFloor):
         return np.where(pairs.source_measured, pairs.source, self.mean)
 
 
-def context_keys(pairs: PairArrays, columns: Sequence[str]) -> np.ndarray:
-    """One text a pair made of some of its labels, e.g. of `("dataset", "cell_type")`."""
-    key = np.full(len(pairs), "", dtype=object)
-    for column in columns:
-        key = key + getattr(pairs, column).astype(object) + "\x1f"
-    return key.astype(str)
-
-
 class ContextMeanFloor(Floor):
     """Mean of the training targets whose pair has the same labels; validation chooses which labels.
 
@@ -106,31 +110,40 @@ class ContextMeanFloor(Floor):
     )
 
     def fit(self, train: PairArrays, validation: PairArrays) -> "ContextMeanFloor":
-        self._train = train
         self.overall = MeanFloor().fit(train, validation).mean
-        self.choose("labels", self.levels, validation, self._use)
-        del self._train
+        self.choose("labels", self.levels, validation, functools.partial(self._fit_means, train))
         return self
 
-    def _use(self, columns: Sequence[str]) -> None:
-        # From the widest group to the narrowest, so that unknown labels fall back on what is known of them.
+    def _fit_means(self, train: PairArrays, columns: Sequence[str]) -> None:
+        # From the widest group to the narrowest, so that a label never seen leaves the mean of the wider group.
         self.means = []
         for width in range(1, len(columns) + 1):
             used = columns[:width]
-            keys, index = np.unique(context_keys(self._train, used), return_inverse=True)
-            sums, counts = group_sums(self._train, index.ravel(), len(keys))
-            parent = self._lookup(self._train)[np.unique(index.ravel(), return_index=True)[1]]
+            keys, first, index = np.unique(context_keys(train, used), return_index=True, return_inverse=True)
+            sums, counts = group_sums(train, index, len(keys))
+            parent = self.predict(train)[first]
             self.means.append((used, keys, ((sums + 10 * parent) / (counts + 10)).astype(np.float32)))
 
-    def _lookup(self, pairs: PairArrays) -> np.ndarray:
+    def predict(self, pairs: PairArrays) -> np.ndarray:
         output = np.tile(self.overall, (len(pairs), 1))
-        for used, keys, means in self.means:
-            found, position = find_keys(context_keys(pairs, used), keys)
+        for columns, keys, means in self.means:
+            found, position = find_keys(context_keys(pairs, columns), keys)
             output[found] = means[position[found]]
         return output
 
-    def predict(self, pairs: PairArrays) -> np.ndarray:
-        return self._lookup(pairs)
+
+def context_keys(pairs: PairArrays, columns: Sequence[str]) -> np.ndarray:
+    """One text a pair made of some of its labels, e.g. of `("dataset", "cell_type")`."""
+    key = np.full(len(pairs), "", dtype=object)
+    for column in columns:
+        key = key + getattr(pairs, column).astype(object) + "\x1f"
+    return key.astype(str)
+
+
+def find_keys(wanted: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Whether each text is among the sorted `keys`, and its position there."""
+    position = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+    return keys[position] == wanted, position
 
 
 def group_sums(pairs: PairArrays, group: np.ndarray, n_groups: int) -> tuple[np.ndarray, np.ndarray]:
@@ -141,9 +154,3 @@ def group_sums(pairs: PairArrays, group: np.ndarray, n_groups: int) -> tuple[np.
     counts = np.zeros((n_groups, len(pairs.panels)))
     np.add.at(counts, (group, pairs.target_panel), 1.0)
     return sums, counts @ pairs.panels
-
-
-def find_keys(wanted: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Whether each text is among the sorted `keys`, and its position there."""
-    position = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-    return keys[position] == wanted, position

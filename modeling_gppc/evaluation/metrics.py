@@ -4,20 +4,12 @@ import math
 
 import numpy as np
 
-DISTANCES = ("l1", "l2", "cosine")
 _erf = np.vectorize(math.erf, otypes=[float])
 
 
 def row_pearson(first: np.ndarray, second: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Pearson correlation of each row over the entries where `mask` is true.
-
-    Args:
-        first, second (`np.ndarray`): Shape `(n, V)`.
-        mask (`np.ndarray` of bool): Shape `(n, V)`.
-
-    Returns:
-        `np.ndarray` of shape `(n,)`; NaN where fewer than two entries count or either side does not vary.
-    """
+    """Pearson correlation of each row of `(n, V)` over the entries where `mask` is true, shape `(n,)`; NaN where fewer
+    than two entries count or either side does not vary."""
     count = mask.sum(axis=1)
     safe = np.maximum(count, 1)
     # Sums in double precision: a constant row must come out as exactly without variance.
@@ -39,15 +31,11 @@ def gaussian_crps(mean: np.ndarray, variance: np.ndarray, observed: np.ndarray) 
     """
     deviation = np.sqrt(np.maximum(variance, 1e-12))
     w = (observed - mean) / deviation
-    cumulative = _normal_cumulative(w)
+    # Phi(w) by interpolation in a table of erf; error below 1e-8.
+    grid = np.linspace(-6.0, 6.0, 24_001)
+    cumulative = np.interp(w, grid, 0.5 * (1 + _erf(grid / math.sqrt(2))), left=0.0, right=1.0)
     density = np.exp(-0.5 * w**2) / math.sqrt(2 * math.pi)
     return deviation * (w * (2 * cumulative - 1) + 2 * density - 1 / math.sqrt(math.pi))
-
-
-def _normal_cumulative(w: np.ndarray) -> np.ndarray:
-    """Phi(w) by interpolation in a table of erf; error below 1e-8, and no library beyond numpy."""
-    grid = np.linspace(-6.0, 6.0, 24_001)
-    return np.interp(w, grid, 0.5 * (1 + _erf(grid / math.sqrt(2))), left=0.0, right=1.0)
 
 
 def interval_coverage(
@@ -65,8 +53,7 @@ def cluster_bootstrap(
     Args:
         numerators (`np.ndarray`): Sum over each group, shape `(methods, groups)`.
         denominators (`np.ndarray`): Shape `(methods, groups)` or `(groups,)`.
-        n_resamples (`int`, *optional*, defaults to 1,000): Number of resamples.
-        seed (`int`, *optional*, defaults to 0): Seed of the draws.
+        n_resamples, seed (`int`, *optional*): Number of draws and what they start from.
 
     Returns:
         `np.ndarray` of shape `(n_resamples, methods)`.
@@ -97,7 +84,7 @@ def percentile_interval(samples: np.ndarray, level: float = 0.95) -> list[float]
     return [float(bound) for bound in np.percentile(samples, [tail, 100 - tail])]
 
 
-# --- Perturbation responses: one row a perturbation, delta = pseudobulk minus control pseudobulk ------------------
+# --- Perturbation responses: one row a perturbation, delta = pseudobulk minus control pseudobulk, over scored genes --
 
 
 def pearson_delta(predicted: np.ndarray, observed: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
@@ -113,41 +100,32 @@ def pearson_delta(predicted: np.ndarray, observed: np.ndarray, mask: np.ndarray 
     return row_pearson(predicted, observed, _mask(predicted, mask))
 
 
-def direction_accuracy(predicted: np.ndarray, observed: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+def direction_accuracy(predicted: np.ndarray, observed: np.ndarray) -> np.ndarray:
     """Share of genes whose predicted sign is the observed one, among genes whose observed delta is not zero."""
-    counted = _mask(predicted, mask) & (observed != 0)
+    counted = observed != 0
     hits = (np.sign(predicted) == np.sign(observed)) & counted
     return _ratio(hits.sum(axis=1), counted.sum(axis=1))
 
 
-def normalised_squared_error(
-    predicted: np.ndarray, observed: np.ndarray, mask: np.ndarray | None = None
-) -> np.ndarray:
+def normalised_squared_error(predicted: np.ndarray, observed: np.ndarray) -> np.ndarray:
     """||delta_hat - delta||^2 / ||delta||^2: 1 is what predicting no response scores."""
-    counted = _mask(predicted, mask)
-    error = (((predicted - observed) ** 2) * counted).sum(axis=1)
-    return _ratio(error, ((observed**2) * counted).sum(axis=1))
+    return _ratio(((predicted - observed) ** 2).sum(axis=1), (observed**2).sum(axis=1))
 
 
-def mean_absolute_error(predicted: np.ndarray, observed: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+def mean_absolute_error(predicted: np.ndarray, observed: np.ndarray) -> np.ndarray:
     """Mean over genes of |predicted - observed| (`mae`, on deltas `mae_delta`, of cell-eval)."""
-    counted = _mask(predicted, mask)
-    return _ratio((np.abs(predicted - observed) * counted).sum(axis=1), counted.sum(axis=1))
+    return np.abs(predicted - observed).mean(axis=1)
 
 
-def mean_squared_error(predicted: np.ndarray, observed: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+def mean_squared_error(predicted: np.ndarray, observed: np.ndarray) -> np.ndarray:
     """Mean over genes of the squared difference (`mse`, on deltas `mse_delta`, of cell-eval)."""
-    counted = _mask(predicted, mask)
-    return _ratio((((predicted - observed) ** 2) * counted).sum(axis=1), counted.sum(axis=1))
+    return ((predicted - observed) ** 2).mean(axis=1)
 
 
-def r2_score(predicted: np.ndarray, observed: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+def r2_score(predicted: np.ndarray, observed: np.ndarray) -> np.ndarray:
     """1 - SSE / SST over genes, SST about the mean over genes."""
-    counted = _mask(predicted, mask)
-    mean = _ratio((observed * counted).sum(axis=1), counted.sum(axis=1))[:, None]
-    return 1 - _ratio(
-        (((predicted - observed) ** 2) * counted).sum(axis=1), (((observed - mean) ** 2) * counted).sum(axis=1)
-    )
+    about_mean = observed - observed.mean(axis=1, keepdims=True)
+    return 1 - _ratio(((predicted - observed) ** 2).sum(axis=1), (about_mean**2).sum(axis=1))
 
 
 def weighted_mse(predicted: np.ndarray, observed: np.ndarray, scores: np.ndarray) -> np.ndarray:
@@ -171,9 +149,7 @@ def l2_top_expressed(predicted: np.ndarray, observed: np.ndarray, control: np.nd
     return np.linalg.norm((predicted - observed)[:, top], axis=1)
 
 
-def systema_pearson(
-    predicted: np.ndarray, observed: np.ndarray, reference: np.ndarray, mask: np.ndarray | None = None
-) -> np.ndarray:
+def systema_pearson(predicted: np.ndarray, observed: np.ndarray, reference: np.ndarray) -> np.ndarray:
     """r(mu_p - R, mu_hat_p - R), R the mean of the training perturbations' centroids (Systema, Vinas Torne et al. 2025).
 
     What all perturbations have in common cannot score here: predicting R itself counts as 0.
@@ -181,10 +157,8 @@ def systema_pearson(
     Args:
         predicted, observed (`np.ndarray`): Pseudobulks (or deltas, with R a delta too), shape `(P, V)`.
         reference (`np.ndarray`): R, shape `(V,)` or `(P, V)`.
-        mask (`np.ndarray` of bool, *optional*): Genes that count.
     """
-    found = row_pearson(predicted - reference, observed - reference, _mask(predicted, mask))
-    return np.where(np.isfinite(found), found, 0.0)
+    return np.nan_to_num(pearson_delta(predicted - reference, observed - reference))
 
 
 def discrimination(
@@ -211,33 +185,33 @@ def discrimination(
     return 1 - _match_ranks(predicted, observed, distance, mask, ties) / len(predicted)
 
 
-def centroid_accuracy(predicted: np.ndarray, observed: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+def centroid_accuracy(predicted: np.ndarray, observed: np.ndarray) -> np.ndarray:
     """Share of the other perturbations' centroids that are farther (Euclid) than the right one (Systema)."""
-    others = max(len(predicted) - 1, 1)
-    return 1 - _match_ranks(predicted, observed, "l2", mask, "midrank") / others
+    return 1 - _match_ranks(predicted, observed, "l2", None, "midrank") / max(len(predicted) - 1, 1)
 
 
-def perturbench_rank(
-    predicted: np.ndarray, observed: np.ndarray, distance: str = "cosine", mask: np.ndarray | None = None
-) -> np.ndarray:
-    """Share of other *predictions* at least as close to the observed response (PerturBench, Wu et al. 2024); 0 is best."""
-    between = pairwise_distance(observed, predicted, distance, mask)
+def perturbench_rank(predicted: np.ndarray, observed: np.ndarray) -> np.ndarray:
+    """Share of other *predictions* at least as close to the observed response by cosine (PerturBench, Wu et al. 2024);
+    0 is best."""
+    between = _pairwise_distance(observed, predicted, "cosine", None)
     own = np.diag(between)[:, None]
     return ((between <= own).sum(axis=1) - 1) / max(len(predicted) - 1, 1)
 
 
-def pairwise_distance(
-    rows: np.ndarray, columns: np.ndarray, distance: str, mask: np.ndarray | None = None
-) -> np.ndarray:
-    """Distance of every row of `rows` to every row of `columns`; a `(P, V)` mask belongs to `rows`.
+def _match_ranks(predicted, observed, distance, mask, ties) -> np.ndarray:
+    between = _pairwise_distance(predicted, observed, distance, mask)
+    if ties == "position":
+        order = np.argsort(between, axis=1)
+        return np.argmax(order == np.arange(len(predicted))[:, None], axis=1).astype(float)
+    own = np.diag(between)[:, None]
+    return (between < own).sum(axis=1) + ((between == own).sum(axis=1) - 1) / 2
 
-    Raises:
-        ValueError: For an unknown distance.
-    """
-    if distance not in DISTANCES:
-        raise ValueError(f"`distance` is {distance!r}; wanted one of {', '.join(DISTANCES)}.")
+
+def _pairwise_distance(rows: np.ndarray, columns: np.ndarray, distance: str, mask: np.ndarray | None) -> np.ndarray:
+    """Distance of every row of `rows` to every row of `columns`; a `(P, V)` mask belongs to `rows`."""
     if mask is not None and np.ndim(mask) == 2:
-        return np.concatenate([pairwise_distance(row[None, m], columns[:, m], distance) for row, m in zip(rows, mask)])
+        each = [_pairwise_distance(row[None, m], columns[:, m], distance, None) for row, m in zip(rows, mask)]
+        return np.concatenate(each)
     if mask is not None:
         rows, columns = rows[:, mask], columns[:, mask]
     if distance == "cosine":
@@ -248,15 +222,6 @@ def pairwise_distance(
         gaps = columns - row
         output[index] = np.abs(gaps).sum(axis=1) if distance == "l1" else np.sqrt(np.einsum("nv,nv->n", gaps, gaps))
     return output
-
-
-def _match_ranks(predicted, observed, distance, mask, ties) -> np.ndarray:
-    between = pairwise_distance(predicted, observed, distance, mask)
-    if ties == "position":
-        order = np.argsort(between, axis=1)
-        return np.argmax(order == np.arange(len(predicted))[:, None], axis=1).astype(float)
-    own = np.diag(between)[:, None]
-    return (between < own).sum(axis=1) + ((between == own).sum(axis=1) - 1) / 2
 
 
 def energy_distance(first: np.ndarray, second: np.ndarray, block: int = 1_024) -> float:

@@ -17,12 +17,12 @@ class PairArrays:
         source, target (`np.ndarray`): Normalised values, zero where not measured, float32 of shape `(n, V)`.
         source_panel, target_panel (`np.ndarray`): Rows of `panels`, shape `(n,)`.
         panels (`np.ndarray` of bool): Measured-gene sets, shape `(P, V)`; shared by all pairs.
-        revealed_ids, revealed_changes, revealed_mask (`np.ndarray`): Revealed genes, the change of their log value
+        revealed_ids, revealed_changes, revealed_mask (`np.ndarray`): Imposed genes, the change of their log value
             from source to target and whether the entry is real; shape `(n, K)`.
         pairing, cell_type, target_cell_type, dataset, donor (`np.ndarray` of str): Shape `(n,)`; `cell_type` and
             `donor` are the source's.
         source_id, target_id (`np.ndarray`): Join ids of the cells, shape `(n,)`.
-        rows (`np.ndarray`): Position of each pair in the table that it came from, shape `(n,)`.
+        library_size (`np.ndarray`): Counts of the source cell over all genes, shape `(n,)`.
     """
 
     source: np.ndarray
@@ -40,16 +40,11 @@ class PairArrays:
     donor: np.ndarray
     source_id: np.ndarray
     target_id: np.ndarray
-    rows: np.ndarray
+    library_size: np.ndarray
 
     @classmethod
     def from_table(cls, table: pa.Table, panels: np.ndarray, n_genes: int) -> "PairArrays":
-        """Reads rows in `PAIR_SCHEMA`; no work in Python per row.
-
-        Args:
-            table (`pa.Table`): The rows; mind that the result takes 8 bytes a gene and row.
-            panels (`np.ndarray` of bool): Measured-gene sets, shape `(P, V)`.
-            n_genes (`int`): V.
+        """Reads rows in `PAIR_SCHEMA`; the result takes 8 bytes a gene and row.
 
         Raises:
             ValueError: If `panels` does not have one column a gene.
@@ -57,7 +52,7 @@ class PairArrays:
         panels = np.asarray(panels, dtype=bool)
         if panels.ndim != 2 or panels.shape[1] != n_genes:
             raise ValueError(f"`panels` has shape {panels.shape}; wanted (n_panels, {n_genes}), a column a gene.")
-        names = _text(table, "pairing")
+        names = text_column(table, "pairing")
         flat = PairDataset(table, np.unique(names).tolist()).__getitems__(np.arange(table.num_rows))
         source_panel, target_panel = flat.panels["source_panel"], flat.panels["target_panel"]
         lengths, *_ = revealed = flat.lists["perturbation"]
@@ -76,13 +71,13 @@ class PairArrays:
             revealed_changes=changes,
             revealed_mask=mask.astype(bool),
             pairing=names,
-            cell_type=_text(table, "cell_type"),
-            target_cell_type=_text(table, "target_cell_type"),
-            dataset=_text(table, "dataset_id"),
-            donor=_text(table, "donor_id"),
+            cell_type=text_column(table, "cell_type"),
+            target_cell_type=text_column(table, "target_cell_type"),
+            dataset=text_column(table, "dataset_id"),
+            donor=text_column(table, "donor_id"),
             source_id=table.column("source_soma_joinid").to_numpy(),
             target_id=table.column("target_soma_joinid").to_numpy(),
-            rows=np.arange(table.num_rows),
+            library_size=table.column("source_library_size").to_numpy(),
         )
 
     def __len__(self) -> int:
@@ -105,13 +100,13 @@ class PairArrays:
 
     @property
     def revealed_levels(self) -> np.ndarray:
-        """Log values of the revealed genes in the target, b_S = a_S + delta_S, shape `(n, K)`; zero where padded."""
+        """Log values of the imposed genes in the target, b_S = a_S + delta_S, shape `(n, K)`; zero where padded."""
         levels = np.take_along_axis(self.source, self.revealed_ids, axis=1) + self.revealed_changes
         return np.where(self.revealed_mask, levels, 0.0)
 
     @property
     def scored(self) -> np.ndarray:
-        """Genes that count: measured in the target and not revealed; bool of shape `(n, V)`."""
+        """Genes that count: measured in the target and not imposed; bool of shape `(n, V)`."""
         scored = self.target_measured
         rows, columns = np.nonzero(self.revealed_mask)
         scored[rows, self.revealed_ids[rows, columns]] = False
@@ -123,14 +118,9 @@ class PairArrays:
         return PairArrays(**{name: value if name == "panels" else value[index] for name, value in fields.items()})
 
     def without_revealed(self) -> "PairArrays":
-        """The same pairs with nothing revealed: what E[B | A] is predicted from."""
-        n = len(self)
-        return dataclasses.replace(
-            self,
-            revealed_ids=np.zeros((n, 0), dtype=self.revealed_ids.dtype),
-            revealed_changes=np.zeros((n, 0), dtype=self.revealed_changes.dtype),
-            revealed_mask=np.zeros((n, 0), dtype=bool),
-        )
+        """The same pairs with nothing imposed: what E[B | A] is predicted from."""
+        names = ("revealed_ids", "revealed_changes", "revealed_mask")
+        return dataclasses.replace(self, **{name: getattr(self, name)[:, :0] for name in names})
 
     def batches(self, size: int) -> Iterator["PairArrays"]:
         """Consecutive pairs, `size` at a time."""
@@ -145,7 +135,8 @@ def sample_rows(n_rows: int, at_most: int, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).choice(n_rows, at_most, replace=False))
 
 
-def _text(table: pa.Table, name: str) -> np.ndarray:
+def text_column(table: pa.Table, name: str) -> np.ndarray:
+    """A column of text, missing entries as empty text."""
     column = table.column(name)
     if pa.types.is_dictionary(column.type):
         column = column.cast(pa.string())

@@ -1,6 +1,7 @@
 """Floors: what any model must beat. Fitted on training pairs, tuned on validation pairs, masked like the model."""
 
 import functools
+import itertools
 from collections.abc import Iterable
 
 import numpy as np
@@ -11,9 +12,9 @@ from modeling_gppc.evaluation.gaussian_floors import (
     LabelledGaussianFloor,
     LinearJointFloor,
     LinearRevealedFloor,
+    centre,
 )
-from modeling_gppc.evaluation.linear_floors import centre, masked_mean
-from modeling_gppc.evaluation.mean_floors import ContextMeanFloor, Floor, MeanFloor, NoChangeFloor
+from modeling_gppc.evaluation.mean_floors import ContextMeanFloor, Floor, MeanFloor, NoChangeFloor, masked_mean
 from modeling_gppc.evaluation.pair_arrays import PairArrays, sample_rows
 from modeling_gppc.normalization_gppc import close_matches
 
@@ -22,10 +23,10 @@ MAX_DENSE_GENES = 2_000
 
 
 class NearestFloor(Floor):
-    """Targets of training pairs weighted by how alike their sources and their values of the revealed genes are.
+    """Targets of training pairs weighted by how alike their sources and their values of the imposed genes are.
 
     Distance in the leading principal components of the source (missing genes average) plus squared differences of the
-    revealed genes over their variance; Gaussian kernel, widths chosen on validation.
+    imposed genes over their variance; Gaussian kernel, widths chosen on validation.
     """
 
     name = "knn"
@@ -37,48 +38,37 @@ class NearestFloor(Floor):
     def fit(self, train: PairArrays, validation: PairArrays) -> "NearestFloor":
         train = train.select(sample_rows(len(train), self.max_pairs, seed=0))
         validation = validation.select(sample_rows(len(validation), 500, seed=0))
-        self.overall = MeanFloor().fit(train, validation).mean
-        self.target = np.where(train.target_measured, train.target, self.overall)
+        self.target = np.where(train.target_measured, train.target, MeanFloor().fit(train, validation).mean)
         self.variance = np.maximum(self.target.var(axis=0), 1e-2)
         self.source_mean, _ = masked_mean(train.source, train.source_panel, train.panels)
         state = centre(train.source, train.source_panel, train.panels, self.source_mean)
         gram = state.T @ state if train.n_genes <= len(train) else state @ state.T
         values, vectors = np.linalg.eigh(gram.astype(np.float64))
         vectors = vectors[:, np.argsort(values)[::-1][: self.n_components]].astype(np.float32)
-        if train.n_genes > len(train):
-            vectors = np.linalg.qr(state.T @ vectors)[0]
-        self.axes = vectors
-        self.state = state @ vectors
+        self.axes = vectors if train.n_genes <= len(train) else np.linalg.qr(state.T @ vectors)[0]
+        self.state = state @ self.axes
         # The typical squared distance between two sources, so that widths mean the same everywhere.
         self.scale = float(max(2 * self.state.var(axis=0).sum(), 1e-12))
-        self.widths = (1.0, 0.5)
-        candidates = [(a, b) for a in self.state_widths for b in self.revealed_widths]
-        self.choose("widths", candidates, validation, self._use)
+        self.choose("widths", list(itertools.product(self.state_widths, self.revealed_widths)), validation)
         return self
 
-    def _use(self, widths: tuple[float, float]) -> None:
-        self.widths = widths
-
     def predict(self, pairs: PairArrays) -> np.ndarray:
-        output = np.empty((len(pairs), pairs.n_genes), dtype=np.float32)
+        state_width, revealed_width = self.widths
+        output = [np.empty((0, pairs.n_genes), dtype=np.float32)]
         squares = (self.state**2).sum(axis=1)
-        done = 0
         for batch in pairs.batches(256):
             state = centre(batch.source, batch.source_panel, batch.panels, self.source_mean) @ self.axes
             distance = squares - 2 * state @ self.state.T + (state**2).sum(axis=1)[:, None]
-            energy = distance / (self.scale * self.widths[0] ** 2 / 4)
+            energy = distance / (self.scale * state_width**2 / 4)
             levels = batch.revealed_levels.astype(np.float32)
             for position in range(levels.shape[1]):
                 genes, real = batch.revealed_ids[:, position], batch.revealed_mask[:, position]
                 difference = levels[:, position, None] - self.target[:, genes].T
-                scale = np.where(real, 1 / (self.variance[genes] * self.widths[1]), 0.0).astype(np.float32)
+                scale = np.where(real, 1 / (self.variance[genes] * revealed_width), 0.0).astype(np.float32)
                 energy += difference**2 * scale[:, None]
-            energy -= energy.min(axis=1, keepdims=True)
-            weights = np.exp(-0.5 * energy)
-            weights /= weights.sum(axis=1, keepdims=True)
-            output[done : done + len(batch)] = weights @ self.target
-            done += len(batch)
-        return output
+            weights = np.exp(-0.5 * (energy - energy.min(axis=1, keepdims=True)))
+            output.append(weights / weights.sum(axis=1, keepdims=True) @ self.target)
+        return np.concatenate(output)
 
 
 FLOORS = {
@@ -99,15 +89,7 @@ FLOORS = {
 def fit_floors(
     train: PairArrays, validation: PairArrays, names: Iterable[str] | None = None, progress: bool = True
 ) -> dict[str, Floor]:
-    """Fits floors.
-
-    Args:
-        train, validation (`PairArrays`): Training and validation pairs; the only ones read.
-        names (`Iterable[str]`, *optional*): Which floors; defaults to all.
-        progress (`bool`, *optional*, defaults to `True`): Whether to show a bar.
-
-    Returns:
-        `dict` of name -> fitted floor.
+    """Fits the named floors, by default all, on training pairs and chooses their settings on validation pairs.
 
     Raises:
         ValueError: For an unknown floor or no training pairs.

@@ -1,6 +1,5 @@
 """Scores of every method on held-out pairs, with paired bootstrap intervals over target cells."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -25,26 +24,13 @@ MODEL_METHOD, OPTIMUM, REFERENCE, GAUSSIAN = "gppc", "optimum", "mean", "conditi
 RESULTS_VERSION = 1
 
 
-@dataclasses.dataclass
-class PairScores:
-    """What one method got right, a pair an entry; all that is kept of its predictions.
+def score_predictions(predict: Predictor, pairs: PairArrays, batch_size: int = 1_024) -> dict[str, np.ndarray]:
+    """Runs a predictor over all pairs, batch by batch, and scores it over measured genes that are not imposed.
 
-    Args:
-        squared_error (`np.ndarray`): Summed over the scored genes, shape `(n,)`.
-        n_scored (`np.ndarray`): Number of scored genes, shape `(n,)`.
-        pearson_delta (`np.ndarray`): Correlation of predicted with true change, NaN where it is not defined.
-        covered, crps (`np.ndarray`, *optional*): Scored genes inside the 90 % interval, and summed CRPS.
-    """
-
-    squared_error: np.ndarray
-    n_scored: np.ndarray
-    pearson_delta: np.ndarray
-    covered: np.ndarray | None = None
-    crps: np.ndarray | None = None
-
-
-def score_predictions(predict: Predictor, pairs: PairArrays, batch_size: int = 1_024) -> PairScores:
-    """Runs a predictor over all pairs, batch by batch, and scores it over measured, unrevealed genes.
+    Returns:
+        What is kept of the predictions, each of shape `(n,)`: `squared_error` summed over the scored genes,
+        `n_scored`, their number, `pearson_delta`, the correlation of predicted with true change (NaN where it is not
+        defined), and where there are variances `covered`, scored genes inside the 90 % interval, and `crps`, summed.
 
     Raises:
         ValueError: If predictions have another shape than `(n, V)` or are not finite where they are scored.
@@ -61,20 +47,16 @@ def score_predictions(predict: Predictor, pairs: PairArrays, batch_size: int = 1
             raise ValueError("`predict` returned NaN or infinite values at scored genes.")
         # A change is only known where both cells measured the gene.
         known = scored & batch.source_measured
-        part = PairScores(
-            squared_error=np.einsum("nv,nv->n", error, error, dtype=np.float64),
-            n_scored=scored.sum(axis=1),
-            pearson_delta=row_pearson(mean - batch.source, batch.target - batch.source, known),
-        )
+        part = {
+            "squared_error": np.einsum("nv,nv->n", error, error, dtype=np.float64),
+            "n_scored": scored.sum(axis=1),
+            "pearson_delta": row_pearson(mean - batch.source, batch.target - batch.source, known),
+        }
         if variance is not None:
-            part.covered = (interval_coverage(mean, variance, batch.target) & scored).sum(axis=1)
-            part.crps = np.where(scored, gaussian_crps(mean, variance, batch.target), 0.0).sum(axis=1)
+            part["covered"] = (interval_coverage(mean, variance, batch.target) & scored).sum(axis=1)
+            part["crps"] = np.where(scored, gaussian_crps(mean, variance, batch.target), 0.0).sum(axis=1)
         parts.append(part)
-    columns = {}
-    for field in dataclasses.fields(PairScores):
-        values = [getattr(part, field.name) for part in parts]
-        columns[field.name] = None if any(value is None for value in values) else np.concatenate(values)
-    return PairScores(**columns)
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def score_split(
@@ -94,54 +76,50 @@ def score_split(
 
     Args:
         pairs (`PairArrays`): The pairs of one split.
-        methods (`Mapping[str, Predictor]`): Predictors by name; `gppc` is the model, `optimum` the analytic or
-            estimated best predictor.
+        methods (`Mapping[str, Predictor]`): Predictors by name; `gppc` is the model, `optimum` the best possible.
         floors (`Mapping[str, Floor]`, *optional*): Fitted floors to score as well, from [`fit_floors`].
-        seed (`int`, *optional*, defaults to 0): Of the bootstrap.
-        n_resamples (`int`, *optional*, defaults to 1,000): Bootstrap resamples.
-        with_gain (`bool`, *optional*, defaults to `True`): Whether to also predict with nothing revealed, which says
-            what the revealed genes are worth to each method.
+        seed, n_resamples (`int`, *optional*): Of the bootstrap; 0 and 1,000 by default.
+        with_gain (`bool`, *optional*, defaults to `True`): Whether to also predict with nothing imposed, which says
+            what the imposed genes are worth to each method.
         progress (`bool`, *optional*, defaults to `True`): Whether to show a bar.
 
     Returns:
         `dict` with `n_pairs`, `n_targets`, `n_genes`, `best_floor`, `best_label_free_floor`, `floor_settings` and
-        `methods`: name -> `mse`, `mse_ci95`, `r2` and `r2_ci95` (against `mean`), `pearson_delta`,
-        `pearson_delta_ci95`, `uses_labels`, `difference_from_best_floor` and `difference_from_best_label_free_floor`
-        (`floor`, `mse`, `ci95`: negative is better), `gain_from_revealed` (`mse`, `ci95`: how far the error falls
-        when the genes are revealed), and, where the method predicts a variance, `coverage90`, `coverage90_ci95`,
-        `crps`, `crps_ci95` and `crps_difference` from the conditional Gaussian (`crps`, `ci95`: negative is better).
+        `methods`: name -> `mse`, `r2` (against `mean`) and `pearson_delta`, each with `_ci95`, `uses_labels`,
+        `difference_from_best_floor` and `difference_from_best_label_free_floor` (`floor`, `mse`, `ci95`: negative is
+        better), `gain_from_revealed` (`mse`, `ci95`: how far the error falls when the genes are imposed), and, where
+        the method predicts a variance, `coverage90` and `crps` with `_ci95`, and `crps_difference` from the
+        conditional Gaussian (`crps`, `ci95`: negative is better).
 
     Raises:
         ValueError: If there are no pairs.
     """
     if not len(pairs):
         raise ValueError("`pairs` is empty; a split needs at least one pair to be scored.")
-    predictors: dict[str, Predictor] = dict(methods)
-    revealing = dict.fromkeys(methods, True)
-    for name, floor in (floors or {}).items():
-        predictors[name], revealing[name] = floor.predict_moments, floor.uses_revealed
+    floors = floors or {}
+    predictors = {**methods, **{name: floor.predict_moments for name, floor in floors.items()}}
     scores, blind = {}, {}
     with_gain = with_gain and bool(pairs.revealed_mask.any())
     for name, predict in tqdm(predictors.items(), desc="scoring", unit="method", disable=not progress):
         scores[name] = score_predictions(predict, pairs)
-        if with_gain and revealing[name] and name != OPTIMUM:
-            blind[name] = score_predictions(_hide_revealed(predict), pairs)
+        if with_gain and name != OPTIMUM and (name not in floors or floors[name].uses_revealed):
+            blind[name] = score_predictions(_without_revealed(predict), pairs)
     summary = _summarise(pairs, scores, blind, seed, n_resamples)
-    return {**summary, "floor_settings": {name: floor.settings for name, floor in (floors or {}).items()}}
+    return {**summary, "floor_settings": {name: floor.settings for name, floor in floors.items()}}
 
 
-def _hide_revealed(predict: Predictor) -> Predictor:
-    """The predictor shown the same pairs with nothing revealed; what was revealed stays out of the score."""
+def _without_revealed(predict: Predictor) -> Predictor:
+    """The predictor given the same pairs with nothing imposed; the imposed genes stay out of the score."""
 
-    def predict_blind(batch: PairArrays) -> np.ndarray:
+    def predict_without(batch: PairArrays) -> np.ndarray:
         output = predict(batch.without_revealed())
         return output[0] if isinstance(output, tuple) else output
 
-    return predict_blind
+    return predict_without
 
 
 def _summarise(
-    pairs: PairArrays, scores: Mapping[str, PairScores], blind: Mapping[str, PairScores], seed: int, n_resamples: int
+    pairs: PairArrays, scores: Mapping[str, dict], blind: Mapping[str, dict], seed: int, n_resamples: int
 ) -> dict:
     """Means over all pairs, their intervals, and how far methods are apart: a bootstrap that all of them share."""
     cells = np.char.add(np.char.add(pairs.dataset, "/"), pairs.target_id.astype(str))
@@ -150,16 +128,17 @@ def _summarise(
     def sums(values: np.ndarray) -> np.ndarray:
         return np.bincount(group, weights=values, minlength=group.max() + 1)
 
-    counts = sums(next(iter(scores.values())).n_scored)
+    counts = sums(next(iter(scores.values()))["n_scored"])
     parts: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}  # numerators and denominators of target cells
     for name, found in scores.items():
-        defined = np.isfinite(found.pearson_delta)
-        parts[name, "mse"] = sums(found.squared_error), counts
-        parts[name, "pearson_delta"] = sums(np.where(defined, found.pearson_delta, 0.0)), sums(defined)
+        defined = np.isfinite(found["pearson_delta"])
+        parts[name, "mse"] = sums(found["squared_error"]), counts
+        parts[name, "pearson_delta"] = sums(np.where(defined, found["pearson_delta"], 0.0)), sums(defined)
         if name in blind:
-            parts[name, "blind"] = sums(blind[name].squared_error), counts
-        if found.covered is not None:
-            parts[name, "coverage90"], parts[name, "crps"] = (sums(found.covered), counts), (sums(found.crps), counts)
+            parts[name, "blind"] = sums(blind[name]["squared_error"]), counts
+        if "crps" in found:
+            parts[name, "coverage90"] = sums(found["covered"]), counts
+            parts[name, "crps"] = sums(found["crps"]), counts
     numerators, denominators = (np.stack(side) for side in zip(*parts.values()))
     with np.errstate(invalid="ignore", divide="ignore"):
         samples = dict(zip(parts, cluster_bootstrap(numerators, denominators, n_resamples, seed).T))
@@ -218,24 +197,3 @@ def _without_nan(value):
     if isinstance(value, (float, np.floating)):
         return _number(value)
     return value.item() if isinstance(value, np.generic) else value
-
-
-def named_splits(pairing: np.ndarray, dataset: np.ndarray, minimum: int = 50) -> dict[str, np.ndarray]:
-    """Rows of each part of a split that is worth a table of its own.
-
-    One part a pairing (`same_type`), and with several data sets also one a data set and pairing
-    (`DATASET/same_type`); parts with fewer than `minimum` pairs are left out unless nothing else is there.
-
-    Args:
-        pairing, dataset (`np.ndarray` of str): Of each pair, shape `(n,)`.
-        minimum (`int`, *optional*, defaults to 50): Least number of pairs.
-    """
-    parts = {}
-    datasets = np.unique(dataset)
-    for name in np.unique(pairing):
-        rows = np.flatnonzero(pairing == name)
-        parts[str(name)] = rows
-        if len(datasets) > 1:
-            parts |= {f"{own}/{name}": rows[dataset[rows] == own] for own in datasets}
-    large = {name: rows for name, rows in parts.items() if len(rows) >= minimum}
-    return large or {name: rows for name, rows in parts.items() if len(rows)}

@@ -23,12 +23,7 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
 
 
 def plot_scores(results: dict, path: str | Path) -> Path:
-    """Horizontal bars of r2 with its interval: a panel a split, a bar a method.
-
-    Args:
-        results (`dict`): Content of `results.json`.
-        path (`str` or `Path`): Where to save.
-    """
+    """Horizontal bars of r2 with its interval, from the content of `results.json`: a panel a split, a bar a method."""
     splits = results["splits"]
     names = ordered({name: None for split in splits.values() for name in split["methods"]})
     names = [name for name in names if name != "no_change"]  # its bar would squeeze all others
@@ -53,12 +48,7 @@ def plot_scores(results: dict, path: str | Path) -> Path:
 
 
 def plot_learning_curve(history: Sequence[dict], path: str | Path) -> Path:
-    """Training loss and validation error against the step.
-
-    Args:
-        history (`Sequence[dict]`): Entries of the trainer's log: `step` with `loss` or `eval_mse`.
-        path (`str` or `Path`): Where to save.
-    """
+    """Training loss and validation error against the step, from the trainer's log (`step`, `loss`, `eval_mse`)."""
     figure = Figure(figsize=(5, 3.2), layout="constrained")
     axis = figure.subplots()
     lines = (("loss", "training loss", CEILING_COLOUR), ("eval_mse", "validation MSE", MODEL_COLOUR))

@@ -2,38 +2,26 @@
 
 from collections.abc import Mapping, Sequence
 
+from modeling_gppc.evaluation.pair_floors import FLOORS
 from modeling_gppc.evaluation.pair_scores import MODEL_METHOD, OPTIMUM
 
-# Order of rows: the model, its ceiling, then floors from simple to strong.
-METHOD_ORDER = (
-    MODEL_METHOD,
-    OPTIMUM,
-    "no_change",
-    "mean",
-    "context_mean",
-    "linear_revealed",
-    "linear_joint",
-    "conditional_gaussian",
-    "conditional_gaussian_labelled",
-    "knn",
-)
-COLUMNS = ("method", "MSE", "95 % interval", "r2", "r2, nothing revealed", "pearson_delta", "MSE - best floor's")
+COLUMNS = ("method", "MSE", "95 % interval", "r2", "r2, nothing imposed", "pearson_delta", "MSE - best floor's")
 
 
 def ordered(methods: Mapping[str, dict]) -> list[str]:
-    """Names in table order, unknown ones last."""
-    known = [name for name in METHOD_ORDER if name in methods]
-    return known + [name for name in methods if name not in known]
+    """Names in table order: the model, its ceiling, floors from simple to strong."""
+    order = [MODEL_METHOD, OPTIMUM, *FLOORS]
+    return sorted(methods, key=lambda name: order.index(name) if name in order else len(order))
 
 
 def _cell(value, digits: int = 4) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
-def _interval(bounds: Sequence[float] | None, digits: int = 4) -> str:
+def _interval(bounds: Sequence[float] | None) -> str:
     if not bounds or any(bound is None for bound in bounds):
         return ""
-    return f"[{bounds[0]:.{digits}f}, {bounds[1]:.{digits}f}]"
+    return f"[{bounds[0]:.4f}, {bounds[1]:.4f}]"
 
 
 def table_rows(split: dict) -> list[list[str]]:
@@ -72,15 +60,15 @@ def verdict(split: dict) -> str:
         if high < 0:
             parts.append(f"{MODEL_METHOD} beats every floor{readers}, the best too {change}; the interval excludes 0")
             break  # beating the best of all implies the rest
-        told = "is worse than" if low > 0 else "cannot be told apart from"
-        parts.append(f"{MODEL_METHOD} {told} the best floor{readers} {change}")
+        verb = "is worse than" if low > 0 else "cannot be told apart from"
+        parts.append(f"{MODEL_METHOD} {verb} the best floor{readers} {change}")
     sentence = "; but ".join(parts) if len(parts) > 1 and "beats" in parts[-1] else "; ".join(parts)
     optimum = split["methods"].get(OPTIMUM)
     if optimum and optimum.get("r2") and entry.get("r2") is not None:
         sentence += f"; it reaches {100 * entry['r2'] / optimum['r2']:.1f} % of the best possible r2"
     gain = entry.get("gain_from_revealed")
     if gain:
-        sentence += f"; the revealed genes lower its MSE by {gain['mse']:.4f} {_interval(gain['ci95'])}"
+        sentence += f"; the imposed genes lower its MSE by {gain['mse']:.4f} {_interval(gain['ci95'])}"
     return sentence + "."
 
 
@@ -109,7 +97,7 @@ def render_results(results: dict) -> str:
         heading = f"{name}: {split['n_pairs']} pairs, {targets} target cells, {split['n_genes']} genes"
         parts.append(f"{heading}\n{text_table(COLUMNS, table_rows(split))}\n{verdict(split)}")
     legend = (
-        "* best floor; + reads cell-type labels, which the model does not. Scores leave out revealed genes and genes "
+        "* best floor; + reads cell-type labels, which the model does not. Scores leave out imposed genes and genes "
         "not measured in the target; r2 is against `mean`; intervals: paired bootstrap over target cells."
     )
     return "\n\n".join([*parts, legend])

@@ -37,9 +37,6 @@ class EvaluationOptions:
         from modeling_gppc.evaluation.pair_floors import FLOORS  # with the libraries that fit them
 
         check_numbers(self, "evaluation")
-        if self.floors is None:
-            return
-
-        for name in self.floors:
+        for name in self.floors or ():
             if name not in FLOORS:
                 raise ValueError(f"`evaluation.floors` names {name!r}, which is none{close_matches(name, FLOORS)}")

@@ -10,14 +10,14 @@ from data_scripts.pairs.pair_folder import PairFolder
 from data_scripts.pairs.schema import SPLITS
 from data_scripts.synthetic.network import GeneNetwork
 from modeling_gppc.evaluation.first_prediction import first_prediction, perturbed_rows
-from modeling_gppc.evaluation.model_predictor import ModelPredictor
-from modeling_gppc.evaluation.pair_arrays import PairArrays, sample_rows
+from modeling_gppc.evaluation.model_predictor import model_predictor
+from modeling_gppc.evaluation.pair_arrays import PairArrays, sample_rows, text_column
 from modeling_gppc.evaluation.pair_floors import fit_floors
 from modeling_gppc.evaluation.pair_scores import (
     MODEL_METHOD,
     OPTIMUM,
     RESULTS_VERSION,
-    named_splits,
+    Predictor,
     score_split,
     write_results,
 )
@@ -27,8 +27,8 @@ from modeling_gppc.evaluation.score_options import EvaluationOptions
 from modeling_gppc.inference.loading import feature_extractor_of
 from modeling_gppc.normalization_gppc import close_matches
 
-# Fewer training pairs than this do not make a floor of their own.
-MIN_FLOOR_PAIRS = 1_000
+MIN_FLOOR_PAIRS = 1_000  # fewer training pairs than this do not make a floor of their own
+MIN_TABLE_PAIRS = 50  # fewer test pairs than this do not make a table of their own
 
 
 def check_scoring(folder: PairFolder, options: EvaluationOptions) -> None:
@@ -44,7 +44,7 @@ def check_scoring(folder: PairFolder, options: EvaluationOptions) -> None:
                 f"`pairs` hold no {name} pair; wanted some in each of {', '.join(SPLITS)}: give more cells, or other "
                 f"`pairs.splits`. {folder.describe_splits()}"
             )
-    parts = _parts(folder.split("test"))
+    parts = parts_of(folder.split("test"))
     for name in options.splits or ():
         if name not in parts:
             raise ValueError(f"`evaluation.splits` names `{name}`{close_matches(name, parts)}")
@@ -54,19 +54,10 @@ def check_scoring(folder: PairFolder, options: EvaluationOptions) -> None:
 def score_model(
     model, folder: PairFolder, options: EvaluationOptions, out: Path, seed: int, network: GeneNetwork | None
 ) -> str:
-    """
-    Scores a model and makes its first prediction: writes `results.json` and `figures` beside it.
-
-    Args:
-        model ([`GppcForPerturbationPrediction`]): The trained model.
-        folder, options, seed, network: See [`evaluate_run`].
-        out (`Path`): The model's folder.
+    """Scores a model and makes its first prediction: writes `results.json` and `figures` into `out`, its folder.
 
     Returns:
-        The scores and the first prediction for people.
-
-    Raises:
-        ValueError: As [`check_scoring`].
+        The scores and the first prediction for people. Arguments and errors are those of [`evaluate_run`].
     """
     results = evaluate_run(model, folder, options, seed, network)
     write_results(results, out / "results.json")
@@ -85,13 +76,11 @@ def evaluate_run(
     network: GeneNetwork | None = None,
     progress: bool = True,
 ) -> dict:
-    """
-    Scores a model on the test pairs of a folder.
+    """Scores a model on the test pairs of a folder, beside floors fitted on `train` and chosen on `validation`.
 
     Args:
-        model ([`GppcForPerturbationPrediction`]): The trained model.
-        folder ([`PairFolder`]): Floors are fitted on `train`, their settings chosen on `validation`.
-        options ([`EvaluationOptions`]): Sizes, floors, splits.
+        model ([`GppcForPerturbationPrediction`]), folder ([`PairFolder`]), options ([`EvaluationOptions`]): The
+            trained model, its pairs, and what is scored.
         seed (`int`, *optional*, defaults to 0): Of the bootstrap and of the choice of rows.
         network ([`GeneNetwork`], *optional*): The truth behind synthetic cells; adds the method `optimum`, for the
             count form on a sample of each split, named `<split>/ceiling`.
@@ -105,93 +94,75 @@ def evaluate_run(
     """
     check_scoring(folder, options)
     test = folder.split("test")
-    parts = _parts(test)
+    parts = parts_of(test)
+    settings = {"seed": seed, "n_resamples": options.n_resamples, "progress": progress}
     results = {}
-    names = options.splits or list(parts)
-    for name in tqdm(names, desc="splits", unit="split", disable=not progress):
+    for name in tqdm(options.splits or parts, desc="splits", unit="split", disable=not progress):
         rows = parts[name][sample_rows(len(parts[name]), options.max_pairs, seed)]
         pairs = _dense(folder, test, rows)
-        floors = fit_floors(
-            pairs_like(folder, "train", pairs, options.max_floor_pairs, seed),
-            pairs_like(folder, "validation", pairs, options.max_floor_pairs, seed),
-            options.floors,
-            progress,
-        )
-        settings = {"seed": seed, "n_resamples": options.n_resamples, "progress": progress}
-        methods = {MODEL_METHOD: ModelPredictor(model)}
-        if network is not None and network.config.form == "linear":
-            methods[OPTIMUM] = linear_optimum(network, folder.gene_ids)
-        results[name] = score_split(pairs, methods, floors=floors, **settings)
-        if network is not None and network.config.form == "count":
+        fitted_on = [_pairs_like(folder, split, pairs, options.max_floor_pairs, seed) for split in SPLITS[:2]]
+        floors = fit_floors(*fitted_on, options.floors, progress)
+        form = None if network is None else network.config.form
+        methods: dict[str, Predictor] = {MODEL_METHOD: model_predictor(model)}
+        with_optimum = methods.copy()
+        if form is not None:
+            with_optimum[OPTIMUM] = best_predictor(network, folder.gene_ids, options.optimum_samples, progress)
+        results[name] = score_split(pairs, methods if form == "count" else with_optimum, floors=floors, **settings)
+        if form == "count":  # where the best predictor is estimated, pair by pair
             few = pairs.select(sample_rows(len(pairs), options.optimum_pairs, seed))
-            library = test.column("source_library_size").to_numpy()[rows][few.rows]
-            samples = options.optimum_samples
-            methods[OPTIMUM] = count_optimum(network, folder.gene_ids, few, library, samples, progress)
-            results[f"{name}/ceiling"] = score_split(few, methods, floors=floors, with_gain=False, **settings)
+            results[f"{name}/ceiling"] = score_split(few, with_optimum, floors=floors, with_gain=False, **settings)
     return {"schema_version": RESULTS_VERSION, "seed": int(seed), "splits": results}
 
 
-def _labels(table: pa.Table, column: str) -> np.ndarray:
-    return table.column(column).to_numpy(zero_copy_only=False).astype(str)
+def parts_of(table: pa.Table) -> dict[str, np.ndarray]:
+    """Rows of each part of a split that is worth a table of its own.
 
-
-def _parts(table: pa.Table) -> dict[str, np.ndarray]:
-    return named_splits(_labels(table, "pairing"), _labels(table, "dataset_id"))
+    One part a pairing (`same_type`), and with several data sets also one a data set and pairing
+    (`DATASET/same_type`); small parts are left out unless nothing else is there.
+    """
+    pairing, dataset = text_column(table, "pairing"), text_column(table, "dataset_id")
+    parts, datasets = {}, np.unique(dataset)
+    for name in np.unique(pairing).tolist():
+        rows = parts[name] = np.flatnonzero(pairing == name)
+        if len(datasets) > 1:
+            parts |= {f"{own}/{name}": rows[dataset[rows] == own] for own in datasets}
+    large = {name: rows for name, rows in parts.items() if len(rows) >= MIN_TABLE_PAIRS}
+    return large or {name: rows for name, rows in parts.items() if len(rows)}
 
 
 def _dense(folder: PairFolder, table: pa.Table, rows: np.ndarray) -> PairArrays:
     return PairArrays.from_table(table.take(pa.array(rows)), folder.panels, folder.genes.num_rows)
 
 
-def pairs_like(folder: PairFolder, split: str, pairs: PairArrays, at_most: int, seed: int) -> PairArrays:
+def _pairs_like(folder: PairFolder, split: str, pairs: PairArrays, at_most: int, seed: int) -> PairArrays:
     """Pairs of another split with the pairing and data sets of `pairs`, as far as there are enough of them."""
     table = folder.split(split)
     keep = np.ones(table.num_rows, dtype=bool)
     for column, values in (("pairing", pairs.pairing), ("dataset_id", pairs.dataset)):
-        alike = keep & np.isin(_labels(table, column), np.unique(values))
+        alike = keep & np.isin(text_column(table, column), np.unique(values))
         if alike.sum() >= (MIN_FLOOR_PAIRS if split == "train" else 1):
             keep = alike
     rows = np.flatnonzero(keep)
     return _dense(folder, table, rows[sample_rows(len(rows), at_most, seed)])
 
 
-def _revealed(pairs: PairArrays) -> np.ndarray:
-    """Levels of the revealed genes, NaN elsewhere, shape `(n, V)`."""
-    revealed = np.full(pairs.source.shape, np.nan)
-    row, column = np.nonzero(pairs.revealed_mask)
-    revealed[row, pairs.revealed_ids[row, column]] = pairs.revealed_levels[row, column]
-    return revealed
-
-
-def linear_optimum(network: GeneNetwork, gene_ids: list[str]):
-    """Exact best predictor of the linear form."""
+def best_predictor(network: GeneNetwork, gene_ids: list[str], n_samples: int, progress: bool) -> Predictor:
+    """The best possible predictor of a network's cells: exact for the linear form, estimated for counts."""
     from data_scripts.synthetic.best_predictor import optimum
-
-    def predict(pairs: PairArrays) -> tuple[np.ndarray, np.ndarray]:
-        known = (pairs.source, pairs.source_measured, _revealed(pairs), list(pairs.pairing))
-        mean, variance = optimum(network, *known, gene_ids=gene_ids)
-        return mean, np.maximum(variance, 1e-12)
-
-    return predict
-
-
-def count_optimum(network, gene_ids, pairs: PairArrays, library: np.ndarray, n_samples: int, progress: bool):
-    """Estimated best predictor of the count form for these pairs."""
     from data_scripts.synthetic.sampled_best_predictor import monte_carlo_optimum
 
-    mean, _ = monte_carlo_optimum(
-        network,
-        pairs.source,
-        library,
-        pairs.source_measured,
-        _revealed(pairs),
-        list(pairs.pairing),
-        gene_ids=gene_ids,
-        n_samples=n_samples,
-        progress=progress,
-    )
-    position = {row: index for index, row in enumerate(pairs.rows)}
-    return lambda batch: mean[[position[row] for row in batch.rows]]
+    def predict(pairs: PairArrays) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+        imposed = np.full(pairs.source.shape, np.nan)
+        row, column = np.nonzero(pairs.revealed_mask)
+        imposed[row, pairs.revealed_ids[row, column]] = pairs.revealed_levels[row, column]
+        given = (pairs.source_measured, imposed, list(pairs.pairing))
+        if network.config.form == "linear":
+            mean, variance = optimum(network, pairs.source, *given, gene_ids=gene_ids)
+            return mean, np.maximum(variance, 1e-12)
+        sampling = {"gene_ids": gene_ids, "n_samples": n_samples, "progress": progress}
+        return monte_carlo_optimum(network, pairs.source, pairs.library_size, *given, **sampling)[0]
+
+    return predict
 
 
 def load_network_of(output_dir: str | Path) -> GeneNetwork | None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -78,10 +79,9 @@ def transfer_scorecard(model: str | Path, evaluations: Iterable[str | Path]) -> 
                 "zero-shot` with this model."
             )
         screens.append(entry)
-    names = [(entry["screen"], entry["mode"]) for entry in screens]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"`evaluation`: screen {name[0]!r} ({name[1]}) is given twice; leave one out.")
+    for (name, mode), times in Counter((entry["screen"], entry["mode"]) for entry in screens).items():
+        if times > 1:
+            raise ValueError(f"`evaluation`: screen {name!r} ({mode}) is given twice; leave one out.")
     return {"schema_version": 1, "screens": screens}
 
 

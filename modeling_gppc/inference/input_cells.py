@@ -1,4 +1,4 @@
-"""What a model can use of an AnnData: which columns are genes it knows, the counts, the library sizes."""
+"""What a model can use of an AnnData: which columns are its genes, the counts, the library sizes."""
 
 import dataclasses
 from collections import Counter
@@ -26,12 +26,11 @@ class InputCells:
     Cells as a model reads them.
 
     Args:
-        obs (`pd.DataFrame`): Of the cells.
-        counts (`csr_matrix`): The columns of known genes, shape `(n_obs, n_known)`.
+        obs (`pd.DataFrame`), counts (`csr_matrix`): Of the cells; columns are those of known genes, `(n, n_known)`.
         value_kind (`str`): What the counts are; see [`ReadOptions`].
         gene_index (`np.ndarray`): Vocabulary id of each of these columns, shape `(n_known,)`.
-        library_size (`np.ndarray`, *optional*): Counts over all genes, shape `(n_obs,)`; absent for log values and
-            where the extractor sums rates.
+        library_size (`np.ndarray`, *optional*): Counts over all genes, shape `(n,)`; absent for log values and where
+            the extractor sums rates.
         library_source (`str`): Column of obs it comes from, `"sum"`, or `"none"` for log values.
         unknown (`pd.DataFrame`): Genes of the input that the model does not know: `gene`, `close_match`.
         covariates (`dict[str, np.ndarray]`): Technical covariates that the model takes out, by name, as far as obs has
@@ -67,17 +66,8 @@ class InputCells:
 def input_cells(
     source: str | Path | anndata.AnnData, extractor: GppcFeatureExtractor, options: ReadOptions | None = None
 ) -> InputCells:
-    """Checks cells and picks out what a model can use of them.
-
-    Args:
-        source (`str`, `Path` or `AnnData`): Cells with raw counts (log values if the model's normalisation is
-            `"none"`); see [`open_cells`].
-        extractor ([`GppcFeatureExtractor`]): The model's.
-        options ([`ReadOptions`], *optional*): What is where.
-
-    Raises:
-        ValueError: For cells that cannot be read (see [`open_cells`]), or no known gene.
-    """
+    """Checks cells with raw counts (log values if the model's normalisation is `"none"`) and picks out what a model
+    can use of them; `ValueError` for cells that cannot be read (see [`open_cells`]), or no known gene."""
     options = options or ReadOptions()
     if extractor.normalization == "none":
         options = dataclasses.replace(options, value_kind="log")

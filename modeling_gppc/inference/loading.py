@@ -22,7 +22,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 def load_model(
     name: str | Path, device: str | torch.device | None = None
 ) -> tuple[GppcForPerturbationPrediction, GppcFeatureExtractor]:
-    """Loads a model in evaluation mode, and the feature extractor that was saved with it.
+    """Loads a model in evaluation mode, and its feature extractor.
 
     Args:
         name (`str` or `Path`): A folder written by `save_pretrained` or `train.py`, or the id of a model on the Hub.
@@ -32,10 +32,8 @@ def load_model(
         ValueError: If there is no such folder or repository, or it holds no GPPC model.
     """
     check_model_name(name)
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(device)
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         config = AutoConfig.from_pretrained(name)
         _check_type(name, config.model_type)
         extractor = AutoFeatureExtractor.from_pretrained(name)
@@ -50,7 +48,7 @@ def load_model(
         )
     if extractor.vocab_size != model.config.vocab_size:
         raise ValueError(
-            f"`model` {str(name)!r} knows {model.config.vocab_size} genes but its feature extractor names "
+            f"`model` {str(name)!r} has {model.config.vocab_size} genes but its feature extractor names "
             f"{extractor.vocab_size}; the folder mixes two models."
         )
     return model.eval().to(device), extractor

@@ -1,7 +1,7 @@
 """Predicted expression after perturbations: AnnData in, AnnData out."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import anndata
@@ -13,9 +13,7 @@ from tqdm.auto import tqdm
 from data_scripts.cells.anndata_file import check_path
 from data_scripts.files import write_atomically
 from modeling_gppc.feature_extraction_gppc import GppcFeatureExtractor
-from modeling_gppc.inference.loading import load_model
-from modeling_gppc.inference.perturbed_states import predicted_blocks
-from modeling_gppc.inference.prediction_plan import LAYERS, Prediction, parse_perturbations, prepare_prediction
+from modeling_gppc.inference.prediction_plan import LAYERS, Prediction, prepare_prediction
 from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
 
 
@@ -55,18 +53,17 @@ def predict_anndata(
     prediction = prepare_prediction(model, adata, perturbations, batch_size=batch_size, **options)
     for line in prediction.warnings:
         warnings.warn(line, stacklevel=2)
-    arrays = {name: np.empty(prediction.shape, dtype=np.float32) for name in ("X", *LAYERS)}
+    layers = {name: np.empty(prediction.shape, dtype=np.float32) for name in ("X", *LAYERS)}
     columns = {name: np.empty(prediction.shape[0], dtype=np.float32) for name in prediction.columns}
-    mean_delta = fill(prediction, arrays | columns, batch_size, progress)
-    output = anndata.AnnData(
-        arrays.pop("X"),
+    mean_delta = _fill(prediction, layers | columns, batch_size, progress)
+    return anndata.AnnData(
+        layers.pop("X"),
         obs=prediction.obs.assign(**columns),
         var=prediction.var,
-        layers=arrays,
+        layers=layers,
+        varm={"mean_delta": mean_delta},
         uns={"gppc": prediction.uns},
     )
-    output.varm["mean_delta"] = mean_delta
-    return output
 
 
 def predict_file(
@@ -77,7 +74,6 @@ def predict_file(
     *,
     overwrite: bool = False,
     batch_size: int = 256,
-    device: str | torch.device | None = None,
     progress: bool = True,
     **options,
 ) -> tuple[Prediction, np.ndarray]:
@@ -86,7 +82,7 @@ def predict_file(
     Args:
         model (`str` or `Path`): A model folder or a Hub id.
         cells (`str` or `Path`): The file to read; see [`open_cells`].
-        perturbations, batch_size, device, progress, **options: See [`predict_anndata`].
+        perturbations, batch_size, progress, **options: See [`predict_anndata`].
         out (`str` or `Path`): The `.h5ad` file to write, with the content that [`predict_anndata`] returns; it
             appears under its name only when it is complete.
         overwrite (`bool`, *optional*, defaults to `False`): Replace a file of that name.
@@ -103,42 +99,78 @@ def predict_file(
     if out.is_dir() or (out.exists() and not overwrite):
         raise ValueError(f"`out` {str(out)!r} exists; choose another name or replace it with `overwrite`.")
     check_path(cells, "`cells`")
-    loaded = load_model(model, device)
-    parse_perturbations(loaded[1], perturbations)  # a mistyped gene should not wait for a large file
-    prediction = prepare_prediction(loaded, cells, perturbations, batch_size=batch_size, **options)
-    prediction.uns.update({"model": str(model), "cells": str(cells)})
+    prediction = prepare_prediction(model, cells, perturbations, batch_size=batch_size, **options)
+    prediction.uns["cells"] = str(cells)
     with write_atomically(out) as temporary, h5py.File(temporary, "w") as file:
         obs = prediction.obs.assign(**dict.fromkeys(prediction.columns, np.float32(0)))
-        frame = anndata.AnnData(obs=obs, var=prediction.var, uns={"gppc": prediction.uns})
-        frame.varm["mean_delta"] = np.zeros((prediction.shape[1], len(prediction.texts)), dtype=np.float32)
+        empty = {"mean_delta": np.zeros((prediction.shape[1], len(prediction.texts)), dtype=np.float32)}
+        frame = anndata.AnnData(obs=obs, var=prediction.var, varm=empty, uns={"gppc": prediction.uns})
         anndata.io.write_elem(file, "/", frame)
-        arrays = {}
+        arrays = {name: file[f"obs/{name}"] for name in prediction.columns}
         for name in ("X", *LAYERS):
             path = name if name == "X" else f"layers/{name}"
             if path in file:
                 del file[path]
             arrays[name] = file.create_dataset(path, shape=prediction.shape, dtype=np.float32)
             arrays[name].attrs.update({"encoding-type": "array", "encoding-version": "0.2.0"})
-        arrays |= {name: file[f"obs/{name}"] for name in prediction.columns}
-        mean_delta = fill(prediction, arrays, batch_size, progress)
+        mean_delta = _fill(prediction, arrays, batch_size, progress)
         file["varm/mean_delta"][...] = mean_delta
     return prediction, mean_delta
 
 
-def fill(prediction: Prediction, arrays: dict, batch_size: int, progress: bool) -> np.ndarray:
-    """Runs the model and writes every block into `arrays` (numpy or HDF5): `X` and layers, each of `prediction.shape`,
-    and columns of obs.
-
-    Returns:
-        Mean of `delta` over the cells, float32 of shape `(n_genes, n_perturbations)`.
-    """
+def _fill(prediction: Prediction, arrays: dict, batch_size: int, progress: bool) -> np.ndarray:
+    """Runs the model, writes every block into `arrays` (numpy or HDF5) and returns the mean of `delta` over cells."""
     n_cells = len(prediction.cells)
     total = np.zeros((len(prediction.texts), prediction.shape[1]))
     with tqdm(total=prediction.shape[0], desc="Predicting", unit="cell", disable=not progress) as bar:
-        for text, rows, block in predicted_blocks(prediction, batch_size):
+        for text, rows, block in _predicted_blocks(prediction, batch_size):
             span = slice(text * n_cells + rows.start, text * n_cells + rows.stop)
             for name, array in arrays.items():
                 array[span] = block[name]
             total[text] += block["delta"].sum(axis=0, dtype=np.float64)
             bar.update(rows.stop - rows.start)
     return (total.T / n_cells).astype(np.float32)
+
+
+@torch.inference_mode()
+def _predicted_blocks(prediction: Prediction, batch_size: int) -> Iterator[tuple[int, slice, dict[str, np.ndarray]]]:
+    """Yields (perturbation, cells, values): `X`, the layers and the columns of `prediction`, by name.
+
+    Each cell is encoded once and asked about all perturbations, `batch_size` rows at a time.
+    """
+    model, extractor = prediction.model, prediction.extractor
+    device = next(model.parameters()).device
+    n_cells, n_texts, vocab_size = len(prediction.cells), len(prediction.texts), extractor.vocab_size
+    whole = np.array_equal(prediction.query, np.arange(vocab_size))
+    query = None if whole else torch.from_numpy(prediction.query).to(device)
+    pairing = list(model.config.pairings).index(prediction.pairing)
+    for start in range(0, n_cells, batch_size):
+        rows = slice(start, min(start + batch_size, n_cells))
+        n_rows = rows.stop - rows.start
+        features = prediction.cells.features(extractor, rows)
+        encoded = model.encode(**{name: tensor.to(device) for name, tensor in features.items()})
+        levels = model.levels(encoded).numpy(force=True)
+        own_pairing = torch.full((n_rows,), pairing, device=device)
+        # Two predictions a cell, which pay from the third perturbation on.
+        before = model.unperturbed(encoded, own_pairing, query) if n_texts > 2 else None
+        at_once = max(1, batch_size // n_rows)
+        for first in range(0, n_texts, at_once):
+            texts = prediction.texts[first : first + at_once]
+            index = np.tile(np.arange(n_rows), len(texts))
+            change = extractor.perturbation_features(np.repeat(texts, n_rows).tolist(), levels[index])
+            state_index = torch.from_numpy(index).to(device)
+            output = model.respond(
+                encoded,
+                **{name: tensor.to(device) for name, tensor in change.items()},
+                pairing_ids=own_pairing[state_index],
+                query_ids=query,
+                state_index=state_index,
+                before=before,
+            )
+            values = {"X": output.expression, "delta": output.change, "std": output.variance.sqrt()}
+            if output.familiarity is not None:
+                values["familiarity"] = output.familiarity
+            arrays = {name: tensor.float().numpy(force=True) for name, tensor in values.items()}
+            for position in range(len(texts)):
+                part = slice(position * n_rows, (position + 1) * n_rows)
+                yield first + position, rows, {name: array[part] for name, array in arrays.items()}

@@ -1,7 +1,6 @@
 """Options of `gppc predict`."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from data_scripts.command_line import POSITIONAL
 from data_scripts.options import Count, check_numbers
@@ -21,7 +20,7 @@ class PredictOptions:
         out (`str`): File to write (.h5ad).
         overwrite (`bool`, *optional*, defaults to `False`): Replace a file of that name.
         pairing (`str`, *optional*): Context that the cell before and the cell after share; else the model's.
-        genes (`list[str]`, *optional*): Predict these genes only; else all that the model knows.
+        genes (`list[str]`, *optional*): Predict these genes only; else all of the model.
         batch_size (`int`, *optional*, defaults to 256): Rows that the model sees at once.
         device (`str`, *optional*): cpu, cuda, ...; else the first accelerator, or the CPU.
         quiet (`bool`, *optional*, defaults to `False`): No progress bar, no summary.
@@ -40,5 +39,3 @@ class PredictOptions:
 
     def __post_init__(self):
         check_numbers(self)
-        if Path(self.out).exists() and not self.overwrite:
-            raise ValueError(f"`out` {self.out!r} exists; choose another name or add --overwrite.")

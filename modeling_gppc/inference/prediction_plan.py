@@ -34,11 +34,10 @@ class Prediction:
         model, extractor: The model and what was saved with it.
         cells ([`InputCells`]): Its input.
         texts (`list[str]`): The perturbations as given.
-        parsed (`list[list[tuple[int, str, float]]]`): The same as (vocabulary id, action, amount).
+        parsed (`list`): The same as lists of (vocabulary id, action, amount).
         pairing (`str`): Context that the cell before and the cell after share.
         query (`np.ndarray`): Vocabulary ids of the genes to predict.
-        obs (`pd.DataFrame`), var (`pd.DataFrame`): Of the output.
-        uns (`dict`): Where the prediction comes from.
+        obs, var, uns: Of the output.
         warnings (`list[str]`): What a person should know, a line each.
     """
 
@@ -64,11 +63,6 @@ class Prediction:
         """Columns of obs that the model computes, a number a row; a model of a screen computes none."""
         return () if self.model.config.use_screen_response else ("familiarity",)
 
-    @property
-    def perturbed(self) -> np.ndarray:
-        """Ids of all perturbed genes, ascending; see [`GppcFeatureExtractor.target_index`]."""
-        return np.unique([gene for spec in self.parsed for gene, _, _ in spec]).astype(np.int64)
-
 
 def prepare_prediction(
     model: str | Path | tuple[GppcForPerturbationPrediction, GppcFeatureExtractor],
@@ -87,7 +81,7 @@ def prepare_prediction(
         model, adata, perturbations, batch_size: As in [`predict_anndata`]; cells may also be a file.
         pairing (`str`, *optional*): Context that the cell before and the cell after share, one of the model's
             `config.pairings`; defaults to `config.default_pairing`.
-        genes (`Sequence[str]`, *optional*): Genes to predict; defaults to all that the model knows.
+        genes (`Sequence[str]`, *optional*): Genes to predict; defaults to all of the model.
         device (`str`, *optional*): See [`load_model`]; only for a model given by name.
         **reading: Where counts, gene names and counts over all genes are; see [`ReadOptions`].
 
@@ -100,7 +94,7 @@ def prepare_prediction(
         raise ValueError(f"`batch_size` is {batch_size}; wanted at least 1.")
     name = "a model in memory" if isinstance(model, tuple) else str(model)
     network, extractor = model if isinstance(model, tuple) else load_model(model, device)
-    texts, parsed = parse_perturbations(extractor, perturbations)
+    texts, parsed = _parse_perturbations(extractor, perturbations)
     pairings = list(network.config.pairings)
     pairing = network.config.default_pairing if pairing is None else pairing
     if pairing not in pairings:
@@ -111,27 +105,9 @@ def prepare_prediction(
     if len(query) == 0 or len(np.unique(query)) != len(query):
         raise ValueError("`genes` names no gene, or one twice; give each gene to predict once.")
     cells = input_cells(adata, extractor, reading)
-    prediction = Prediction(
-        model=network.eval(),
-        extractor=extractor,
-        cells=cells,
-        texts=texts,
-        parsed=parsed,
-        pairing=pairing,
-        query=query,
-        obs=_output_obs(cells.obs, texts),
-        var=pd.DataFrame(
-            {
-                "gene_symbol": [extractor.gene_symbols[gene] for gene in query],
-                "measured": np.isin(query, cells.gene_index),
-            },
-            index=pd.Index([extractor.gene_ids[gene] for gene in query], name="gene_id"),
-        ),
-        uns={},
-        warnings=list(cells.warnings),
-    )
-    counts = _check_perturbed(prediction)
-    prediction.uns = {
+    perturbed, warnings = _perturbed_genes(extractor, cells, parsed)
+    warnings = [*cells.warnings, *warnings]
+    uns = {
         "model": name,
         "version": metadata.version("gppc"),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -144,22 +120,24 @@ def prepare_prediction(
         "n_cells": len(cells),
         "n_known_genes": len(cells.gene_index),
         "unknown_genes": cells.unknown,
-        "perturbed_genes": counts,
-        "warnings": np.array(prediction.warnings, dtype=object),
+        "perturbed_genes": perturbed,
+        "warnings": np.array(warnings, dtype=object),
     }
     if network.config.use_screen_response:
-        prediction.uns["sources"] = np.array(answer_sources(network, extractor, texts), dtype=object)
-    return prediction
+        uns["sources"] = np.array(_answer_sources(network, extractor, texts), dtype=object)
+    columns = {
+        "gene_symbol": [extractor.gene_symbols[gene] for gene in query],
+        "measured": np.isin(query, cells.gene_index),
+    }
+    var = pd.DataFrame(columns, index=pd.Index([extractor.gene_ids[gene] for gene in query], name="gene_id"))
+    obs = _output_obs(cells.obs, texts)
+    return Prediction(network.eval(), extractor, cells, texts, parsed, pairing, query, obs, var, uns, warnings)
 
 
-def parse_perturbations(
+def _parse_perturbations(
     extractor: GppcFeatureExtractor, perturbations: str | Sequence[str]
 ) -> tuple[list[str], list[list[tuple[int, str, float]]]]:
-    """Texts as they are shown, and what they mean; see [`GppcFeatureExtractor.parse_perturbation`].
-
-    Raises:
-        ValueError: For no perturbation, a malformed one, one given twice or an unknown gene.
-    """
+    """Texts as they are shown, and what they mean; see [`GppcFeatureExtractor.parse_perturbation`]."""
     texts = [perturbations] if isinstance(perturbations, str) else list(perturbations)
     texts = [text.strip() or "control" for text in texts]
     if not texts:
@@ -170,7 +148,7 @@ def parse_perturbations(
     return texts, [extractor.parse_perturbation(text) for text in texts]
 
 
-def answer_sources(
+def _answer_sources(
     model: GppcForPerturbationPrediction, extractor: GppcFeatureExtractor, texts: list[str]
 ) -> list[str]:
     """Where a model of a screen takes its answer to each perturbation from, in words; see `SOURCES`."""
@@ -193,14 +171,15 @@ def _output_obs(obs: pd.DataFrame, texts: list[str]) -> pd.DataFrame:
     return output.set_axis([f"{cell}|{text}" for cell, text in zip(names, output["perturbation"])], axis=0)
 
 
-def _check_perturbed(prediction: Prediction) -> pd.DataFrame:
-    """Counts in how many cells the perturbed genes are measured and expressed; warns where they are not."""
-    cells, extractor = prediction.cells, prediction.extractor
+def _perturbed_genes(
+    extractor: GppcFeatureExtractor, cells: InputCells, parsed: list[list[tuple[int, str, float]]]
+) -> tuple[pd.DataFrame, list[str]]:
+    """In how many cells the perturbed genes are measured and expressed, and warnings where they are not."""
     position = {int(gene): column for column, gene in enumerate(cells.gene_index)}
-    lowered = {gene for spec in prediction.parsed for gene, action, amount in spec if action == "factor"}
-    records = []
-    for gene in prediction.perturbed.tolist():
-        if gene >= extractor.vocab_size:
+    lowered = {gene for spec in parsed for gene, action, _ in spec if action == "factor"}
+    records, warnings = [], []
+    for gene in sorted({gene for spec in parsed for gene, _, _ in spec}):
+        if gene >= extractor.vocab_size:  # a target of a screen that its panel does not measure
             name = extractor.target_ids[gene - extractor.vocab_size]
             records.append((name, name, False, 0))
             continue
@@ -208,13 +187,13 @@ def _check_perturbed(prediction: Prediction) -> pd.DataFrame:
         expressed = 0 if column is None else int((cells.counts[:, [column]] != 0).sum())
         records.append((extractor.gene_ids[gene], symbol, column is not None, expressed))
         if column is None:
-            prediction.warnings.append(
+            warnings.append(
                 f"`{symbol}` is perturbed but not measured in the input; its level before is estimated from the "
                 "other genes."
             )
         elif gene in lowered and expressed < len(cells):
-            prediction.warnings.append(
+            warnings.append(
                 f"`{symbol}` is not expressed in {len(cells) - expressed} of {len(cells)} cells, where removing or "
                 "scaling its expression leaves it at zero."
             )
-    return pd.DataFrame(records, columns=["gene_id", "gene_symbol", "measured", "n_cells_expressed"])
+    return pd.DataFrame(records, columns=["gene_id", "gene_symbol", "measured", "n_cells_expressed"]), warnings

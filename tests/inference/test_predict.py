@@ -468,7 +468,7 @@ def test_damaged_weights_are_refused(model_folder, tmp_path, absent):
 def test_a_feature_extractor_of_another_model_is_refused(model_folder, tmp_path):
     folder = copy_of(model_folder, tmp_path)
     GppcFeatureExtractor(GENES[:5]).save_pretrained(folder)
-    with pytest.raises(ValueError, match="knows 12 genes but its feature extractor names 5"):
+    with pytest.raises(ValueError, match="has 12 genes but its feature extractor names 5"):
         load_model(folder)
 
 
