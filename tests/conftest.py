@@ -13,6 +13,8 @@ import pytest
 PATIENT = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
 hypothesis.settings.register_profile("same", derandomize=True, **PATIENT)
 hypothesis.settings.register_profile("random", print_blob=True, **PATIENT)
+# Workers share the cores; a pool of threads in each would make them wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Nothing in the tests may reach the network; loopback servers set their own endpoint.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
