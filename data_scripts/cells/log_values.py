@@ -1,5 +1,7 @@
 """Log values of many cells in little memory."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import scipy.sparse
 
@@ -54,6 +56,12 @@ class LogValues:
     def of_genes(self, genes: np.ndarray) -> "LogValues":
         """Some of the genes."""
         return LogValues(self.matrix, self.rows, genes if self.columns is None else self.columns[genes])
+
+    def gene_blocks(self, at_once: int = 200) -> Iterator[scipy.sparse.csc_matrix]:
+        """Yields the values of some genes at a time, by gene, shape `(n, at most at_once)`."""
+        columns = np.arange(self.shape[1]) if self.columns is None else self.columns
+        for start in range(0, len(columns), at_once):
+            yield self.matrix[:, columns[start : start + at_once]][self.rows].tocsc()
 
     def expressed_share(self) -> np.ndarray:
         """Share of the cells in which each gene is not zero, `(V,)`."""

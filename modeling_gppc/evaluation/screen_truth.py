@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
+import scipy.sparse
 import scipy.special
 
 from data_scripts.cells.control_halves import stratified_halves
@@ -149,60 +150,68 @@ def differential_expression(screen: Screen, labels: Sequence[str]) -> tuple[np.n
         z, Benjamini-Hochberg FDR within the perturbation and log2 fold change of mean expm1, each `(P, V)`; the fold
         change is scanpy's, the p-values are `scipy.stats.mannwhitneyu`'s without continuity correction.
     """
-    controls = screen.values[screen.cells_of(CONTROL)]
-    ranks = ControlRanks(controls)
-    output = np.zeros((3, len(labels), screen.values.shape[1]))
-    control_level = np.expm1(controls.astype(np.float64)).mean(axis=0)
+    group = np.full(len(screen.values), -1)
+    for row, label in enumerate([*labels, CONTROL]):
+        group[screen.cells_of(label)] = row
+    z = np.concatenate([rank_sum_z(block, group, len(labels)) for block in screen.values.gene_blocks()], axis=1)
+    control_level = np.expm1(screen.values[screen.cells_of(CONTROL)].astype(np.float64)).mean(axis=0)
+    fdr, change = np.zeros_like(z), np.zeros_like(z)
     for row, label in enumerate(labels):
-        cells = screen.values[screen.cells_of(label)]
-        z = ranks.rank_sum_z(cells)
-        p = scipy.special.erfc(np.abs(z) / np.sqrt(2))
+        p = scipy.special.erfc(np.abs(z[row]) / np.sqrt(2))
         order = np.argsort(p)
         adjusted = np.minimum.accumulate((p[order] * len(p) / np.arange(1, len(p) + 1))[::-1])[::-1]
-        output[0, row], output[1, row, order] = z, np.minimum(adjusted, 1.0)
-        level = np.expm1(cells.astype(np.float64)).mean(axis=0)
-        output[2, row] = np.log2((level + 1e-9) / (control_level + 1e-9))
-    return output[0], output[1], output[2]
+        fdr[row, order] = np.minimum(adjusted, 1.0)
+        level = np.expm1(screen.values[screen.cells_of(label)].astype(np.float64)).mean(axis=0)
+        change[row] = np.log2((level + 1e-9) / (control_level + 1e-9))
+    return z, fdr, change
 
 
-class ControlRanks:
-    """
-    Rank sums of cells among control cells, which are sorted once.
+def rank_sum_z(values: scipy.sparse.csc_matrix, group: np.ndarray, n_groups: int) -> np.ndarray:
+    """z of the rank sums of many groups of cells against one group of controls, variance corrected for ties.
+
+    Gene by gene, all groups at once, zeros counted instead of sorted.
 
     Args:
-        controls (`np.ndarray`): Values of the m control cells, shape `(m, V)`.
+        values (`scipy.sparse.csc_matrix`): Shape `(n, V)`.
+        group (`np.ndarray`): Of each cell: 0 to `n_groups` - 1, `n_groups` for controls, -1 for neither; shape `(n,)`.
+        n_groups (`int`): P.
+
+    Returns:
+        `np.ndarray` of shape `(P, V)`; 0 where all values are equal.
     """
+    sizes = np.bincount(group[group >= 0], minlength=n_groups + 1)
+    n, m = sizes[:n_groups], sizes[n_groups]
+    total, sums, ties = n + m, np.empty((values.shape[1], n_groups)), np.empty((values.shape[1], n_groups))
+    for gene in range(values.shape[1]):
+        entries = slice(values.indptr[gene], values.indptr[gene + 1])
+        of, value = group[values.indices[entries]], values.data[entries]
+        controls = np.sort(value[(of == n_groups) & (value != 0)])
+        kept = (of >= 0) & (of < n_groups) & (value != 0)
+        of, value = of[kept], value[kept]
+        zeros = n - np.bincount(of, minlength=n_groups)
+        # One entry a cell that expresses the gene, and one for all those of a group that do not.
+        of, value = np.append(of, np.arange(n_groups)), np.append(value, np.zeros(n_groups, value.dtype))
+        cells = np.append(np.ones(len(of) - n_groups, dtype=np.int64), zeros)
+        order = np.lexsort((value, of))
+        of, value, cells = of[order], value[order], cells[order]
+        # Cells of one group and value share their rank: behind all smaller ones, in the middle of their equals.
+        starts = np.flatnonzero(np.append(True, (of[1:] != of[:-1]) | (value[1:] != value[:-1])))
+        of, value, cells = of[starts], value[starts], np.add.reduceat(cells, starts)
+        before = np.cumsum(cells) - cells - (np.cumsum(n) - n)[of]
+        control_zeros = m - len(controls)
+        below = np.searchsorted(controls, value, "left")
+        equal = np.searchsorted(controls, value, "right") - below + control_zeros * (value == 0)
+        below += control_zeros * (value > 0)
+        sums[gene] = np.bincount(of, cells * (below + before + (equal + cells + 1) / 2), n_groups)
+        runs = np.append(np.unique(controls, return_counts=True)[1], control_zeros)
+        ties[gene] = np.bincount(of, _ties(equal + cells) - _ties(equal), n_groups) + _ties(runs).sum()
+    # Lehmann 1975: n m / 12 x (N + 1 - sum(t^3 - t) / (N (N - 1))).
+    variance = n * m / 12 * (total + 1 - ties / (total * (total - 1)))
+    difference = sums - n * (total + 1) / 2
+    z = np.divide(difference, np.sqrt(np.maximum(variance, 0)), out=np.zeros_like(sums), where=variance > 1e-9)
+    return z.T
 
-    def __init__(self, controls: np.ndarray):
-        self.sorted = np.ascontiguousarray(np.sort(controls, axis=0).T)
-        self.ties = np.array([_ties(np.diff(_starts(row))) for row in self.sorted])
 
-    def rank_sum_z(self, cells: np.ndarray) -> np.ndarray:
-        """z of the rank sum of `cells` `(n, V)` against the controls, column by column, variance corrected for ties."""
-        values = np.ascontiguousarray(np.sort(cells, axis=0).T)
-        n, m = len(cells), self.sorted.shape[1]
-        total, sums, ties = n + m, np.empty(len(values)), self.ties.copy()
-        for gene, (own, others) in enumerate(zip(values, self.sorted)):
-            # Cells of one value share their rank: behind all smaller ones, in the middle of their equals.
-            starts = _starts(own)
-            times, distinct = np.diff(starts), own[starts[:-1]]
-            below = np.searchsorted(others, distinct, "left")
-            equal = np.searchsorted(others, distinct, "right") - below
-            sums[gene] = times @ (below + starts[:-1] + (equal + times + 1) / 2)
-            ties[gene] += _ties(equal + times) - _ties(equal)
-        # Lehmann 1975: n m / 12 x (N + 1 - sum(t^3 - t) / (N (N - 1))).
-        variance = n * m / 12 * (total + 1 - ties / (total * (total - 1)))
-        difference = sums - n * (total + 1) / 2
-        return np.divide(
-            difference, np.sqrt(np.maximum(variance, 0)), out=np.zeros_like(difference), where=variance > 1e-9
-        )
-
-
-def _starts(ordered: np.ndarray) -> np.ndarray:
-    """Where runs of equal values begin, and the end."""
-    return np.concatenate([[0], np.flatnonzero(ordered[1:] != ordered[:-1]) + 1, [len(ordered)]])
-
-
-def _ties(times: np.ndarray) -> float:
+def _ties(times: np.ndarray) -> np.ndarray:
     times = times.astype(np.float64)
-    return float((times**3 - times).sum())
+    return times**3 - times
