@@ -232,7 +232,8 @@ def nearest(context: ScreenContext, k: int = 3) -> ScreenPrediction:
 def _standardised(context: ScreenContext) -> tuple[np.ndarray, np.ndarray]:
     train, test = context.feature_matrix(context.train), context.feature_matrix(context.test)
     scale = train.std(axis=0)
-    scale = np.where(scale > 0, scale, 1.0)
+    # A feature that hardly varies in training would be blown up where it does.
+    scale = np.maximum(scale, 0.01 * scale.max(initial=0)) if scale.any() else np.ones_like(scale)
     return (train - train.mean(axis=0)) / scale, (test - train.mean(axis=0)) / scale
 
 

@@ -18,8 +18,10 @@ from modeling_gppc.screen_response_gppc import GppcScreenResponse
 # With shared controls each response is divided by its length to one of these powers before it is averaged, as it used to
 # be; clean leave-one-out never wants it: noise of the controls is raised to the length of signal.
 SHARED_POWERS = (0.0, 0.5, 1.0)
-# Weight of the linear response to the change at the target, relative to what perturbations share.
-WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.6)
+# Weight of the linear response to the change at the target, relative to what perturbations share. Leave-one-out scores are
+# flat below .3 on every screen seen; with none of it all perturbations without features would be predicted alike.
+WEIGHTS = (0.1, 0.2, 0.3, 0.4, 0.6)
+SHARED_WEIGHTS = (0.0, *WEIGHTS)
 # Variance of a response that features of its target do not explain, in units of what they do.
 UNEXPLAINED = 1.0
 # Weight of what features of the target explain, relative to what they do not; 0 where they do not help.
@@ -182,7 +184,7 @@ def choose_blend(
         votes = [training_votes(given, power, shrink) for given, _ in pairs]
         shared = [leave_one_out(rows, features * seen.kernel, related) for rows in votes]
         sizes = [np.linalg.norm(rows[:, counted], axis=1, keepdims=True) for rows in shared]
-        for weight in WEIGHTS:
+        for weight in WEIGHTS if shrink else SHARED_WEIGHTS:
             found = [rows + weight * size * direction for rows, size in zip(shared, sizes)]
             agreement = np.mean(
                 [(unit(rows, counted)[:, counted] * target).sum(axis=1).mean() for rows, target in zip(found, targets)]
