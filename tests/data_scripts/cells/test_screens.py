@@ -12,7 +12,7 @@ from data_scripts.cells.column_names import find_column
 from data_scripts.cells.screen_cells import keep_genes
 from data_scripts.cells.screen_labels import is_control_word, read_modality, split_label
 from data_scripts.cells.screen_options import ScreenOptions
-from data_scripts.cells.screens import read_screen
+from data_scripts.cells.screens import one_sided_mean, read_screen
 from data_scripts.command_line import read_options
 from modeling_gppc.fitting.observed_responses import ObservedResponses
 
@@ -291,3 +291,28 @@ def test_a_library_size_that_cannot_be_is_refused_by_cell(size):
     adata.obs.loc["cell7", "total"] = size
     with pytest.raises(ValueError, match="for cell `cell7`"):
         read_screen(adata, ScreenOptions(library_size_column="total"))
+
+
+@pytest.mark.parametrize(("change", "error"), [(0.006, 0.03), (-0.2, 0.03), (0.5, 0.01), (-0.01, 0.02)])
+def test_the_change_at_a_target_has_the_sign_of_its_modality(change, error):
+    """The mean of a normal cut off at zero, by integration."""
+    grid = np.linspace(min(change, 0) - 10 * error, 0, 400_001)
+    exponent = -0.5 * ((grid - change) / error) ** 2
+    weight = np.exp(exponent - exponent.max())
+    by_hand = (grid * weight).sum() / weight.sum()
+    assert one_sided_mean(change, error, -1) == pytest.approx(by_hand, rel=1e-3, abs=1e-6)
+    assert one_sided_mean(-change, error, 1) == pytest.approx(-by_hand, rel=1e-3, abs=1e-6)
+    assert one_sided_mean(change, error, 0) == change and one_sided_mean(change, 0.0, -1) == change
+
+
+def test_a_knock_down_lowers_its_target():
+    """A measured rise within its error is a fall; without a modality it stays as measured."""
+    adata = make_screen(perturbation_type="CRISPRi")
+    rows = adata.obs["perturbation"] == "STAT1"
+    dense = adata.X.toarray()
+    dense[rows.to_numpy(), 0] = dense[(adata.obs["perturbation"] == "control").to_numpy(), 0] + 1
+    adata.X = scipy.sparse.csr_matrix(dense)
+    ((_, change, _),) = read_screen(adata).target_changes("STAT1")
+    del adata.obs["perturbation_type"]
+    ((_, measured, _),) = read_screen(adata).target_changes("STAT1")
+    assert measured > 0 > change > -0.5
