@@ -196,23 +196,15 @@ def choose_blend(
 
 
 def fitted_scale(guesses: Sequence[np.ndarray], truths: Sequence[ObservedResponses], shrink: bool) -> float:
-    """Size of responses relative to predicted ones, `(T, V)` each, that makes the mean normalised squared error least.
-
-    It is shrunk by its own uncertainty (positive part of James and Stein 1961): s (1 - se^2 / s^2), se from how
-    perturbations differ. Not shrunk, it lies between that size and the one of the least pooled error, as it used to be.
-    """
+    """Size of responses relative to predicted ones, `(T, V)` each, that makes the mean normalised squared error least; as it
+    used to be, between that size and the one of the least pooled error."""
     counted, power = truths[0].counted, 2 if shrink else 1
-    products, squares = np.zeros(len(guesses[0])), np.zeros(len(guesses[0]))
+    products = squares = 0.0
     for guess, truth in zip(guesses, truths):
         weights = np.maximum(np.linalg.norm(truth.delta[:, counted], axis=1), 1e-12) ** -power
-        products += (guess * truth.delta)[:, counted].sum(axis=1) * weights
-        squares += (guess**2)[:, counted].sum(axis=1) * weights
-    scale = products.sum() / max(squares.sum(), 1e-12)
-    if not shrink:
-        return max(float(scale), 0.0)
-    n = len(products)
-    error = ((products - scale * squares) ** 2).sum() / max(squares.sum(), 1e-12) ** 2 * n / max(n - 1, 1)
-    return max(float(scale * (1 - error / scale**2)) if scale > 0 else 0.0, LEAST_SCALE)
+        products += (guess * truth.delta)[:, counted].sum(axis=1) @ weights
+        squares += (guess**2)[:, counted].sum(axis=1) @ weights
+    return max(float(products / max(squares, 1e-12)), LEAST_SCALE if shrink else 0.0)
 
 
 def leave_one_out(votes: np.ndarray, kernel: np.ndarray, related: np.ndarray) -> np.ndarray:
