@@ -7,7 +7,6 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from data_scripts.cells.control_halves import control_halves, with_controls
-from data_scripts.cells.log_values import LogValues
 from data_scripts.cells.screen_cells import controls_digest, keep_genes, perturbed_digest, some_cells
 from data_scripts.cells.screen_splits import (
     Fold,
@@ -22,7 +21,7 @@ from modeling_gppc.evaluation.evaluate_options import EvaluateOptions
 from modeling_gppc.evaluation.screen_baselines import ScreenContext, control_features, run_baselines
 from modeling_gppc.evaluation.screen_model import ScreenModel, read_run
 from modeling_gppc.evaluation.screen_scores import ScreenPrediction
-from modeling_gppc.evaluation.screen_truth import ScreenTruth, join_truths, observe
+from modeling_gppc.evaluation.screen_truth import ScreenTruth, observe
 from modeling_gppc.fitting.fit_controls import fit_controls
 from modeling_gppc.fitting.fit_screen import fit_screen
 from modeling_gppc.fitting.gene_features import GeneFeatures, read_gene_features
@@ -302,13 +301,14 @@ def held_out(screen: Screen, folds: list[Fold], options: EvaluateOptions, featur
     column = options.hold_out.partition("=")[0]
     kind = {"batch": "batches", "cell_line": "cell_lines"}[column]
     groups, every = getattr(screen, column), screen.cells_of(CONTROL)
-    values, labels_of_cells = screen.values[:], screen.label.astype(object)
-    # What files and energy distances are made of: every group with its controls on the level of all controls.
-    level = values[every].mean(axis=0)
-    for group in np.unique(groups[every]):
-        rows = np.flatnonzero(groups == group)
-        values[rows] += level - screen.values[np.intersect1d(rows, every)].mean(axis=0)
-    perturbations, truths, parts, references, left_out = {}, [], [], [], []
+    label_of_cells, perturbations, parts, references, fold_of, left_out = (
+        screen.label.astype(object),
+        {},
+        [],
+        [],
+        [],
+        [],
+    )
     for fold in tqdm(folds, desc="held out", unit="group", disable=not progress):
         inside = np.sort(np.concatenate([fold.test_cells, every[groups[every] == fold.group]]))
         outside = np.sort(np.concatenate([fold.train_cells, every[groups[every] != fold.group]]))
@@ -338,23 +338,24 @@ def held_out(screen: Screen, folds: list[Fold], options: EvaluateOptions, featur
         if options.model == ["gppc"]:
             fitted = fit_screen(there, enough, dataclasses.replace(options, replicates=column), features)
             outputs[MODEL] = ScreenModel(*fitted, options.change).predict(context)
-        truth = observe(here, enough, options.seed)
-        names = [f"{label} @ {fold.group}" for label in enough]
-        for label, name in zip(enough, names):
-            labels_of_cells[inside[screen.label[inside] == label]] = name
-            perturbations[name] = dataclasses.replace(
-                screen.perturbations[label], label=name, n_cells=here.perturbations[label].n_cells
-            )
-        truths.append(dataclasses.replace(truth, labels=names))
+        for label in enough:
+            name = f"{label} @ {fold.group}"
+            label_of_cells[inside[screen.label[inside] == label]] = name
+            perturbations[name] = dataclasses.replace(here.perturbations[label], label=name)
         parts.append(outputs)
-        references.append(np.tile(context.mean_response, (len(enough), 1)))
-    if not truths:
+        references += [context.mean_response] * len(enough)
+        fold_of += [len(parts)] * len(enough)
+    if not parts:
         raise ValueError(
             f"`hold_out`: no {column} has {MIN_GROUP_CELLS} controls and {MIN_GROUP_CELLS} cells of a perturbation, "
             "inside and outside it."
         )
-    truth = join_truths(truths)
-    need(truth.labels, options)
+    names = need(list(perturbations), options)
+    scored = dataclasses.replace(
+        screen, label=label_of_cells.astype(str), perturbations=screen.perturbations | perturbations
+    )
+    # Controls are matched by batch and cell line: each row is measured against those of its own group.
+    truth = observe(scored, names, options.seed)
     common = [name for name in parts[0] if all(name in part for part in parts)]
     predictions = {
         name: ScreenPrediction(
@@ -364,15 +365,8 @@ def held_out(screen: Screen, folds: list[Fold], options: EvaluateOptions, featur
         )
         for name in common
     }
-    scored = dataclasses.replace(
-        screen,
-        values=LogValues(values),
-        label=labels_of_cells.astype(str),
-        perturbations=screen.perturbations | perturbations,
-    )
     notes = [f"{column} {', '.join(left_out)}: too few cells."] if left_out else []
-    fold_of = np.repeat(np.arange(len(truths)), [len(part.labels) for part in truths])
-    return ScreenRun(scored, truth, predictions, np.concatenate(references), fold_of, {}, notes)
+    return ScreenRun(scored, truth, predictions, np.array(references), np.array(fold_of), {}, notes)
 
 
 # Fewer cells than this have no response worth scoring.

@@ -51,22 +51,6 @@ class ScreenTruth:
         return 1 - np.nan_to_num(metrics.pearson_delta(self.delta, others, self.mask))
 
 
-def join_truths(parts: Sequence[ScreenTruth]) -> ScreenTruth:
-    """Rows of several truths under each other; genes and mask are the same, the control level is their mean."""
-    joined = {}
-    for field in dataclasses.fields(ScreenTruth):
-        values = [getattr(part, field.name) for part in parts]
-        if field.name == "labels":
-            joined[field.name] = [label for labels in values for label in labels]
-        elif values[0] is None:
-            joined[field.name] = None
-        elif field.name in ("mask", "control"):
-            joined[field.name] = values[0] if field.name == "mask" else np.mean(values, axis=0)
-        else:
-            joined[field.name] = np.concatenate(values)
-    return ScreenTruth(**joined)
-
-
 def observe(
     screen: Screen,
     labels: Sequence[str],
