@@ -65,7 +65,8 @@ class LogValues:
 
     def expressed_share(self) -> np.ndarray:
         """Share of the cells in which each gene is not zero, `(V,)`."""
-        times = np.bincount(self.rows, minlength=self.matrix.shape[0])
-        entries = np.repeat(times, np.diff(self.matrix.indptr)) * (self.matrix.data != 0)
-        counts = np.bincount(self.matrix.indices, entries, minlength=self.matrix.shape[1])
+        counts = np.zeros(self.matrix.shape[1])
+        for start in range(0, len(self), 4_096):
+            block = self.matrix[self.rows[start : start + 4_096]]
+            counts += np.bincount(block.indices[block.data != 0], minlength=len(counts))
         return (counts if self.columns is None else counts[self.columns]) / max(len(self), 1)
