@@ -73,9 +73,7 @@ def response_anndatas(
         labels += [label] * len(cells)
     symbols = screen.gene_symbols if len(set(screen.gene_symbols)) == len(screen.gene_symbols) else screen.gene_ids
     var = pd.DataFrame(index=[str(symbols[gene]) for gene in scored])
-    obs = pd.DataFrame(
-        {TARGET_COLUMN: pd.Categorical(labels)}, index=[f"cell{index}" for index in range(len(labels))]
-    )
+    obs = pd.DataFrame({TARGET_COLUMN: pd.Categorical(labels)}, index=[f"cell{index}" for index in range(len(labels))])
     made = [anndata.AnnData(scipy.sparse.vstack(part, format="csr"), obs=obs.copy(), var=var.copy()) for part in parts]
     return made[0], made[1], below
 
