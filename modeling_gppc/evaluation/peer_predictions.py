@@ -30,6 +30,7 @@ def screen_folds(screen: Screen, options: EvaluateOptions) -> dict:
         "screen": screen.name,
         "normalization": screen.normalization,
         "target_sum": screen.target_sum,
+        "matched_batches": options.controls != "shared",
         "shuffled_labels": options.shuffle_labels,
         "cells": {label: screen.barcodes[screen.cells_of(label)].tolist() for label in labels},
         "folds": [{"name": fold.name, "train": fold.train, "test": fold.test} for fold in folds],

@@ -16,28 +16,35 @@ DOCS = Path(__file__).resolve().parents[2] / "docs" / "evaluation.md"
 TERMS = "gene\tterm\n" + "".join(f"G{i}\t{t}\n" for i in range(6) for t in ("all", "even" if i % 2 else "odd", i // 3))
 
 
+def run_example(folder) -> str:
+    """Runs the code block of the docs in a folder with its files, and returns it."""
+    (block,) = re.findall(r"```python\n(.*?)```", DOCS.read_text().partition("## Another tool")[2], re.DOTALL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        exec(block, {})
+    return block
+
+
 @pytest.fixture(scope="module")
 def outside(tmp_path_factory):
-    """The example of the docs, run on a screen with batches of other levels: folder, command, and what both runs said."""
+    """The example of the docs, run on a screen with batches of other levels: folder and command."""
     folder = tmp_path_factory.mktemp("outside")
     adata = make_adata(n=40, controls=120)
     adata.obs["batch"] = np.where(np.random.default_rng(0).random(adata.n_obs) < 0.3, "b1", "b2")
     adata.X = adata.X + 0.4 * (adata.obs["batch"] == "b1").to_numpy()[:, None]
     adata.write_h5ad(folder / "screen.h5ad")
     (folder / "terms.tsv").write_text(TERMS)
-    base = ["evaluate", "--screen", str(folder / "screen.h5ad"), "--value-kind", "log", "--quiet", "--mode", "fine-tuned"]
-    base += ["--gene_features", str(folder / "terms.tsv"), "--folds", "3", "--divisions", "2", "--nothing", "false"]
+    base = ["evaluate", "--screen", str(folder / "screen.h5ad"), "--value-kind", "log", "--mode", "fine-tuned"]
+    base += ["--quiet", "--gene_features", str(folder / "terms.tsv")]
+    base += ["--folds", "3", "--divisions", "2", "--nothing", "false"]
     assert main([*base, "--out", str(folder / "first"), "--write_folds", str(folder / "folds.json")]) == 0
-    (block,) = re.findall(r"```python\n(.*?)```", DOCS.read_text().partition("## Another tool")[2], re.DOTALL)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        exec(block, {})  # noqa: S102
-    return folder, base, block
+    run_example(folder)
+    return folder, base
 
 
 @pytest.fixture(scope="module")
 def scored(outside):
-    folder, base, _ = outside
+    folder, base = outside
     words = ["--out", str(folder / "second"), "--predictions", f"outside={folder / 'ridge.h5ad'}"]
     assert main([*base, *words]) == 0
     return [json.loads((folder / name / "evaluation.json").read_text()) for name in ("first", "second")]
@@ -45,8 +52,8 @@ def scored(outside):
 
 def test_the_example_is_the_built_in_ridge(outside, scored):
     first, second = scored
-    lines = [line for line in outside[2].splitlines() if line and not line.startswith("import")]
-    assert len(lines) <= 20
+    block = run_example(outside[0])
+    assert len([line for line in block.splitlines() if line and not line.startswith("import")]) <= 20
     ridge, own = second["methods"]["ridge"], second["methods"]["outside"]
     assert ridge["pearson_delta"] == pytest.approx(first["methods"]["ridge"]["pearson_delta"], abs=1e-12)
     compared = {name: value for name, value in own.items() if isinstance(value, float)}
@@ -58,6 +65,21 @@ def test_the_example_is_the_built_in_ridge(outside, scored):
     assert comparisons["outside"]["difference"] == pytest.approx(comparisons["ridge"]["difference"], abs=1e-6)
     assert second["options"]["predictions"] == {"outside": "ridge.h5ad"}
     assert any("outside: what shuffled labels score is not known" in note for note in second["notes"])
+
+
+def test_shuffled_labels_are_those_of_the_folds_file(outside, tmp_path):
+    folder, base = outside
+    for name in ("screen.h5ad", "terms.tsv"):
+        (tmp_path / name).symlink_to(folder / name)
+    base = [*base, "--shuffle_labels", "true", "--divisions", "1"]
+    assert main([*base, "--out", str(tmp_path / "first"), "--write_folds", str(tmp_path / "folds.json")]) == 0
+    run_example(tmp_path)
+    words = ["--out", str(tmp_path / "second"), "--predictions", f"outside={tmp_path / 'ridge.h5ad'}"]
+    assert main([*base, *words]) == 0
+    summary = json.loads((tmp_path / "second" / "evaluation.json").read_text())
+    own, ridge = (summary["methods"][name]["pearson_delta"] for name in ("outside", "ridge"))
+    assert own == pytest.approx(ridge, abs=1e-6) and abs(own) < 0.3
+    assert any("Labels are shuffled: outside" in note for note in summary["notes"])
 
 
 def test_folds_file_names_what_may_be_read(outside):
@@ -130,7 +152,7 @@ def twice(adata):
     ],
 )
 def test_bad_files_are_refused(outside, name, change, words):
-    folder, _, _ = outside
+    folder, _ = outside
     changed(change)(folder)
     folds = json.loads((folder / "folds.json").read_text())
     with pytest.raises(ValueError, match=words):
@@ -138,7 +160,7 @@ def test_bad_files_are_refused(outside, name, change, words):
 
 
 def test_unknown_genes_are_counted_and_symbols_found(outside):
-    folder, _, _ = outside
+    folder, _ = outside
     adata = anndata.read_h5ad(folder / "ridge.h5ad")
     adata.var_names = [name.replace("G29", "ENSG29").replace("G0", "nowhere") for name in adata.var_names]
     del adata.uns["folds"]
@@ -155,7 +177,7 @@ def test_unknown_genes_are_counted_and_symbols_found(outside):
 
 
 def test_options_are_checked(outside, tmp_path, capsys):
-    folder, base, _ = outside
+    folder, base = outside
     (tmp_path / "not.h5ad").write_text("no AnnData")
     for words, message in (
         (["--mode", "in-context", "--predictions", f"x={folder / 'ridge.h5ad'}"], "only 'fine-tuned' trains on some"),
