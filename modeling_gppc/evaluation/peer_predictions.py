@@ -8,6 +8,7 @@ from pathlib import Path
 
 import anndata
 import numpy as np
+import pandas as pd
 import scipy.sparse
 
 from data_scripts.cells.screens import CONTROL, Screen
@@ -94,57 +95,45 @@ def read_predictions(
                 f"{where} was made for other folds (digest {stated}, not {folds['digest']}): write them again with the "
                 "options of this run, `seed`, `divisions` and `shuffle_labels` among them."
             )
-        rows, read = _rows(table, folds, where), set()
+        if table.X is None:
+            raise ValueError(f"{where} has no X; wanted the predicted change of the log value.")
+        rows, read = sorted(_rows(table, folds, where).items()), set()
         for division, predictions in zip(folds["divisions"], found):
             columns, places = _columns(table, division, where)
             read |= set(columns.tolist())
-            own = [row for _, row in sorted(rows[division["division"]].items())]
-            values = [
-                _values(kind, matrix[own][:, columns], places, division, where)
-                for kind, matrix in (("X", table.X), ("variance", table.layers.get("variance")))
-                if matrix is not None
-            ]
+            own = table[[row for (index, _), row in rows if index == division["division"]], columns]
+            matrices = {"X": own.X} | ({"variance": own.layers["variance"]} if "variance" in own.layers else {})
+            values = [_values(kind, matrix, places, division, where) for kind, matrix in matrices.items()]
             predictions[name] = ScreenPrediction(*values, reads_perturbed_cells=True)
         if len(read) < table.n_vars:
             notes.append(f"{name}: {table.n_vars - len(read)} of {table.n_vars} genes are unknown or not read.")
-    if files and folds["shuffled_labels"]:
-        notes.append(f"Labels are shuffled: {', '.join(files)} must be fitted on the cells that the folds file names.")
-    elif files:
-        notes.append(
-            f"{', '.join(files)}: what shuffled labels score is not known; predict folds written with `shuffle_labels`."
-        )
+    if files:
+        shuffled = "Labels are shuffled: {} must be fitted on the cells that the folds file names."
+        unshuffled = "{}: what shuffled labels score is not known; predict folds written with `shuffle_labels`."
+        notes.append((shuffled if folds["shuffled_labels"] else unshuffled).format(", ".join(files)))
     return found, notes
 
 
-def _rows(table: anndata.AnnData, folds: dict, where: str) -> dict[int, dict[str, int]]:
-    """Division -> tested perturbation -> row of the file."""
+def _rows(table: anndata.AnnData, folds: dict, where: str) -> dict[tuple[int, str], int]:
+    """Division and tested perturbation -> row of the file."""
     for column in ("target", "division"):
         if column not in table.obs:
             raise ValueError(f"{where} has no column obs[{column!r}]{close_matches(column, list(table.obs.columns))}.")
-    tested = {label for fold in folds["folds"] for label in fold["test"]}
-    rows: dict[int, dict[str, int]] = {division["division"]: {} for division in folds["divisions"]}
-    for row, (label, text) in enumerate(zip(table.obs["target"].astype(str), table.obs["division"].astype(str))):
-        division = int(float(text)) if re.fullmatch(r"\d+(\.0)?", text) else None
-        if division not in rows:
-            raise ValueError(f"{where}, row {row}: division {text} is none of 0 to {len(rows) - 1}.")
-        if label not in tested:
-            raise ValueError(
-                f"{where}, row {row}: target {label!r} is tested in no fold{close_matches(label, sorted(tested))}."
-            )
-        if label in rows[division]:
-            raise ValueError(f"{where}, row {row}: target {label!r} of division {division} is there twice.")
-        rows[division][label] = row
-    absent = [division for division, found in rows.items() if not found]
-    if absent:
-        raise ValueError(
-            f"{where} lacks divisions {', '.join(map(str, absent))} of {len(rows)}: predict all, or write folds with "
-            "fewer `divisions`."
-        )
-    missing = [(label, division) for division, found in rows.items() for label in sorted(tested - set(found))]
+    tested = sorted({label for fold in folds["folds"] for label in fold["test"]})
+    wanted = dict.fromkeys((division["division"], label) for division in folds["divisions"] for label in tested)
+    numbers = pd.to_numeric(table.obs["division"].astype(str), errors="coerce")
+    rows: dict[tuple[int, str], int] = {}
+    for row, pair in enumerate(zip(numbers, table.obs["target"].astype(str))):
+        if pair in rows or pair not in wanted:
+            what = "is there twice" if pair in rows else f"is not in the folds{close_matches(pair[1], tested)}"
+            raise ValueError(f"{where}, row {row}: target {pair[1]!r} of division {pair[0]:g} {what}.")
+        rows[pair] = row
+    missing = [pair for pair in wanted if pair not in rows]
     if missing:
+        whole = sorted({division for division, _ in missing} - {division for division, _ in rows})
         raise ValueError(
-            f"{where} lacks {len(missing)} of {len(tested) * len(rows)} rows, e.g. target {missing[0][0]!r} of division "
-            f"{missing[0][1]}."
+            f"{where} lacks {len(missing)} of {len(wanted)} rows, e.g. target {missing[0][1]!r} of division "
+            f"{missing[0][0]}{f'; of divisions {whole} all' if whole else ''}. Predict all that the folds file tests."
         )
     return rows
 
