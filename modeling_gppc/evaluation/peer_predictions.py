@@ -22,7 +22,8 @@ from modeling_gppc.normalization_gppc import close_matches
 def screen_folds(screen: Screen, options: EvaluateOptions) -> dict:
     """What another tool needs to predict exactly what is scored in the fine-tuned mode; docs/evaluation.md says what each
     entry is."""
-    if len(np.unique(screen.barcodes)) < len(screen.barcodes):
+    names = screen.barcodes.tolist()
+    if len(set(names)) < len(names):
         raise ValueError("`screen`: several cells have one name; make obs_names unique, so that folds can name cells.")
     folds = choose_folds(screen, options)
     labels = sorted({label for fold in folds for label in [*fold.train, *fold.test]})
@@ -31,7 +32,8 @@ def screen_folds(screen: Screen, options: EvaluateOptions) -> dict:
         "screen": screen.name,
         "normalization": screen.normalization,
         "target_sum": screen.target_sum,
-        "matched_batches": options.controls != "shared",
+        "library_sizes": dict(zip(names, screen.library_size.tolist())),
+        "groups": dict.fromkeys(names, "") if options.controls == "shared" else dict(zip(names, screen.group.tolist())),
         "shuffled_labels": options.shuffle_labels,
         "cells": {label: screen.barcodes[screen.cells_of(label)].tolist() for label in labels},
         "folds": [{"name": fold.name, "train": fold.train, "test": fold.test} for fold in folds],
