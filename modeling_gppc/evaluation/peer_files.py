@@ -20,8 +20,8 @@ FILES = ("predicted.h5ad", "observed.h5ad")
 def cells_with_means(cells: np.ndarray, means: np.ndarray, largest: float) -> np.ndarray:
     """Cells scaled gene by gene so that the mean of each gene is the one given.
 
-    No value is scaled beyond `largest`: what the mean of a gene then lacks, which few cells or none express, is added to
-    all cells alike.
+    No value is scaled beyond `largest`: what the mean of a gene then lacks, which few cells or none express, is added
+    to all cells alike.
 
     Args:
         cells (`np.ndarray`): Log values, none negative, shape `(n, V)`.
@@ -40,10 +40,10 @@ def response_anndatas(
 ) -> tuple[anndata.AnnData, anndata.AnnData, dict[str, int]]:
     """Predicted and observed cells of the scored genes, all of the first division of the controls.
 
-    Both hold the same control cells (`non-targeting`) and as many cells of each perturbation as the screen has. The mean
-    of the predicted ones is that of the controls plus the predicted response, the mean of the observed ones that of the
-    controls plus the observed response (which is against controls of the same batches, while the peers subtract the mean
-    of all). A mean that would be negative is 0.
+    Both hold the same control cells (`non-targeting`) and as many cells of each perturbation as the screen has. The
+    mean of the predicted ones is that of the controls plus the predicted response, the mean of the observed ones that
+    of the controls plus the observed response (which is against controls of the same batches, while the peers subtract
+    the mean of all). A mean that would be negative is 0.
 
     Args:
         evaluation (`ScreenEvaluation`): What was scored.
@@ -89,7 +89,7 @@ def write_peer_files(evaluation, method: str, folder: Path) -> dict:
 
 
 def peer_metrics(predicted: anndata.AnnData, observed: anndata.AnnData) -> Mapping[str, np.ndarray]:
-    """Metrics of what two such files hold, by the peers' names, one value a perturbation in the order of their names."""
+    """Metrics of what two such files hold, by the peers' names: a value a perturbation, in the order of their names."""
     deltas = []
     for adata in (predicted, observed):
         labels = adata.obs[TARGET_COLUMN].cat

@@ -20,8 +20,8 @@ from modeling_gppc.normalization_gppc import close_matches
 
 
 def screen_folds(screen: Screen, options: EvaluateOptions) -> dict:
-    """What another tool needs to predict exactly what is scored in the fine-tuned mode; docs/evaluation.md says what each
-    entry is."""
+    """What another tool needs to predict exactly what is scored in the fine-tuned mode; docs/evaluation.md says what
+    each entry is."""
     names = screen.barcodes.tolist()
     if len(set(names)) < len(names):
         raise ValueError("`screen`: several cells have one name; make obs_names unique, so that folds can name cells.")
@@ -33,7 +33,9 @@ def screen_folds(screen: Screen, options: EvaluateOptions) -> dict:
         "normalization": screen.normalization,
         "target_sum": screen.target_sum,
         "library_sizes": dict(zip(names, screen.library_size.tolist())),
-        "groups": dict.fromkeys(names, "") if options.controls == "shared" else dict(zip(names, screen.group.tolist())),
+        "groups": dict.fromkeys(names, "")
+        if options.controls == "shared"
+        else dict(zip(names, screen.group.tolist())),
         "shuffled_labels": options.shuffle_labels,
         "cells": {label: screen.barcodes[screen.cells_of(label)].tolist() for label in labels},
         "folds": [{"name": fold.name, "train": fold.train, "test": fold.test} for fold in folds],
@@ -71,8 +73,8 @@ def read_predictions(
         reader must know, a sentence each.
 
     Raises:
-        ValueError: For a name that is taken or cannot stand in a table, and for a file that is no such AnnData, lacks or
-            repeats rows, has rows of no fold, lacks scored genes, or holds values that are not finite.
+        ValueError: For a name that is taken or cannot stand in a table, and for a file that is no such AnnData, lacks
+            or repeats rows, has rows of no fold, lacks scored genes, or holds values that are not finite.
     """
     found: list[dict[str, ScreenPrediction]] = [{} for _ in folds["divisions"]]
     notes = []
@@ -94,8 +96,8 @@ def read_predictions(
             )
         elif stated != folds["digest"]:
             raise ValueError(
-                f"{where} was made for other folds (digest {stated}, not {folds['digest']}): write them again with the "
-                "options of this run, `seed`, `divisions` and `shuffle_labels` among them."
+                f"{where} was made for other folds (digest {stated}, not {folds['digest']}): write them again with "
+                "the options of this run, `seed`, `divisions` and `shuffle_labels` among them."
             )
         if table.X is None:
             raise ValueError(f"{where} has no X; wanted the predicted change of the log value.")
