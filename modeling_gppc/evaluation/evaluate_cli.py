@@ -49,4 +49,5 @@ def run(report: ReportOptions, options: EvaluateOptions, reading: ScreenOptions)
     print(
         f"\n{render_evaluation(evaluation.summary)}\n\nwritten to {report.out}: report.html, evaluation.json, "
         "per_perturbation.csv, predicted.h5ad, observed.h5ad, figures/"
+        + (f"; folds in {options.write_folds}" if options.write_folds else "")
     )

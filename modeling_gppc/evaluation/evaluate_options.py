@@ -39,6 +39,10 @@ class EvaluateOptions(ScreenFitOptions):
             lines first: what this evaluation gives when there is nothing to predict.
         nothing (`bool`, *optional*, defaults to `True`): Report beside every score what its method scores with shuffled
             labels (one division; not for model folders, which were fitted on the labels as they are).
+        write_folds (`str`, *optional*): Fine-tuned mode: JSON file that gets, before anything is fitted, what another
+            tool needs to predict the same: folds, divisions of the controls, cells and scored genes.
+        predictions (`dict[str, str]`, *optional*): Fine-tuned mode: AnnData files with predictions that other tools made
+            for those folds, by the name that tables give each; scored beside the built-in methods.
     """
 
     mode: str = "in-context"
@@ -51,14 +55,21 @@ class EvaluateOptions(ScreenFitOptions):
     n_shuffles: CountOrZero = 20
     shuffle_labels: bool = False
     nothing: bool = True
+    write_folds: str | None = None
+    predictions: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         super().__post_init__()
         for name, options in (("mode", MODES), ("split", SPLITS), ("change", CHANGES)):
             if getattr(self, name) not in options:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; wanted one of {', '.join(options)}.")
-        for name, stated in (("split", self.split != "perturbations"), ("hold_out", self.hold_out is not None)):
-            if stated and self.mode != "fine-tuned":
+        for name, unstated in (
+            ("split", "perturbations"),
+            ("hold_out", None),
+            ("write_folds", None),
+            ("predictions", {}),
+        ):
+            if getattr(self, name) != unstated and self.mode != "fine-tuned":
                 raise ValueError(
                     f"`{name}` is {getattr(self, name)!r} with `mode` {self.mode!r}; only 'fine-tuned' trains on some."
                 )
@@ -68,6 +79,11 @@ class EvaluateOptions(ScreenFitOptions):
             )
         if self.hold_out is not None and (self.split != "perturbations" or self.folders):
             raise ValueError("`hold_out` divides cells; give it without `split` and without a model folder.")
+        if self.hold_out is not None and (self.write_folds is not None or self.predictions):
+            raise ValueError("`hold_out` divides cells; give `write_folds` and `predictions` without it.")
+        for name, file in self.predictions.items():
+            if not Path(file).is_file():
+                raise ValueError(f"`predictions` {name}={file} is not a file; wanted NAME=FILE.h5ad.")
         if not self.model:
             raise ValueError(f"`model` is empty; wanted model folders or one of {', '.join(BUILT_IN_MODELS)}.")
         for name in self.model:

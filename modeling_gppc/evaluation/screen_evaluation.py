@@ -8,9 +8,11 @@ import numpy as np
 
 from data_scripts.cells.screen_cells import shuffle_labels
 from data_scripts.cells.screens import Screen
+from data_scripts.files import write_json
 from modeling_gppc.evaluation.control_noise import corrected_pearson
 from modeling_gppc.evaluation.evaluate_options import EvaluateOptions
 from modeling_gppc.evaluation.metrics import interval_coverage, pearson_delta
+from modeling_gppc.evaluation.peer_predictions import read_predictions, screen_folds
 from modeling_gppc.evaluation.screen_baselines import CONTROL_ONLY
 from modeling_gppc.evaluation.screen_intervals import (
     bootstrap_perturbations,
@@ -89,12 +91,21 @@ def evaluate_screen(screen: Screen, options: EvaluateOptions, progress: bool = T
             "some would read controls of the group that is held out; raise `max_genes`, or give a file with fewer."
         )
     screen = shuffle_labels(screen, options.seed) if options.shuffle_labels else screen
+    others: list[dict[str, ScreenPrediction]] = []
+    notes: list[str] = []
+    if options.write_folds is not None or options.predictions:
+        folds = screen_folds(screen, options)
+        if options.write_folds is not None:
+            write_json(folds, options.write_folds)
+        others, notes = read_predictions(options.predictions, folds)
     with_nothing = options.nothing and not options.shuffle_labels and not options.folders
     nothing = scores_of_nothing(screen, options) if with_nothing else {}
     corrected = all_controls(screen, options)
     first, parts = None, []
-    for run in run_screen(screen, options, progress):
-        first = first or run
+    for index, run in enumerate(run_screen(screen, options, progress)):
+        if others:
+            run.predictions.update(others[index])
+        first = first or dataclasses.replace(run, notes=[*run.notes, *notes])
         parts.append(score_run(run, options))
     scores = {
         name: {
@@ -229,8 +240,9 @@ def summarise(
         "options": {
             key: Path(value).name if key == "gene_features" and value else value
             for key, value in dataclasses.asdict(options).items()
-            if key != "model"
-        },
+            if key not in ("model", "write_folds")
+        }
+        | {"predictions": {name: Path(file).name for name, file in options.predictions.items()}},
         "n_models": len(options.folders),
         "weights": [weights_digest(folder) for folder in options.folders],
         "notes": run.notes,

@@ -1,4 +1,4 @@
-"""What `gppc evaluate` leaves behind: tables, files that cell-eval reads, and a page that opens without a server."""
+"""What `gppc evaluate` leaves behind: tables, files that its peers read, and a page that opens without a server."""
 
 import base64
 import csv
@@ -7,13 +7,11 @@ import io
 import json
 from pathlib import Path
 
-import anndata
 import numpy as np
-import pandas as pd
 
-from data_scripts.cells.screens import CONTROL
-from data_scripts.files import write_atomically, write_text
+from data_scripts.files import write_text
 from modeling_gppc.evaluation.pair_scores import write_results
+from modeling_gppc.evaluation.peer_files import write_peer_files
 from modeling_gppc.evaluation.report import markdown_table, text_table
 from modeling_gppc.evaluation.screen_evaluation import ScreenEvaluation
 from modeling_gppc.evaluation.screen_figures import plot_calibration, plot_responses, plot_screen_scores
@@ -29,8 +27,6 @@ TABLE_METRICS = (
     ("de_overlap", 2),
     ("coverage90", 2),
 )
-# cell-eval's names for its columns and labels.
-TARGET_COLUMN, CONTROL_LABEL = "target", "non-targeting"
 
 
 def table_rows(summary: dict) -> tuple[list[str], list[list[str]]]:
@@ -86,6 +82,9 @@ def sentences(summary: dict) -> list[str]:
         f"A replicate of half the cells would score {ceiling['split_half_pearson']:.3f} in pearson_delta; for "
         f"{ceiling['n_above_half']} of {summary['n_perturbations']} perturbations it would exceed 0.5.",
     ]
+    if any(summary.get("files", {}).get("negative_means", {}).values()):
+        counts = ", ".join(f"{count} in {name}" for name, count in summary["files"]["negative_means"].items())
+        said.append(f"Means of a gene in a perturbation that would be below 0 are 0 in the files for peers: {counts}.")
     subject = summary["subject"]
     if subject is None:
         return said
@@ -162,54 +161,19 @@ def write_per_perturbation(evaluation: ScreenEvaluation, path: Path) -> None:
     write_text(buffer.getvalue(), path)
 
 
-def response_anndatas(
-    evaluation: ScreenEvaluation, method: str, max_cells: int = 200, seed: int = 0
-) -> tuple[anndata.AnnData, anndata.AnnData]:
-    """Predicted and observed cells as cell-eval wants them: log values, `obs["target"]`, `non-targeting` controls.
-
-    Predicted cells are control cells moved by the predicted response; both sides hold the same control cells, so
-    predicted deltas are exactly those that were scored. Negative values stay as they are: clipping would change means.
-    """
-    screen, truth = evaluation.screen, evaluation.truth
-    generator = np.random.default_rng(seed)
-    controls = screen.cells_of(CONTROL)
-    base = screen.values[controls]
-    observed, predicted, labels = [base], [base], [np.full(len(controls), CONTROL_LABEL, dtype=object)]
-    sizes = [len(controls)]
-    for row, label in enumerate(truth.labels):
-        cells = generator.permutation(screen.cells_of(label))[:max_cells]
-        chosen = generator.choice(len(controls), len(cells), replace=len(cells) > len(controls))
-        part = base[chosen] - base[chosen].mean(axis=0) + base.mean(axis=0)
-        predicted.append((part + evaluation.predictions[method].delta[row]).astype(np.float32))
-        observed.append(screen.values[cells])
-        labels.append(np.full(len(cells), label, dtype=object))
-        sizes.append(len(cells))
-    names = screen.gene_symbols if len(set(screen.gene_symbols)) == len(screen.gene_symbols) else screen.gene_ids
-    outputs = []
-    for blocks in (predicted, observed):
-        adata = anndata.AnnData(np.concatenate(blocks))
-        adata.var_names = [str(name) for name in names]
-        adata.obs_names = [f"cell{index}" for index in range(adata.n_obs)]
-        adata.obs[TARGET_COLUMN] = pd.Categorical(np.concatenate(labels))
-        outputs.append(adata)
-    return outputs[0], outputs[1]
-
-
 def write_evaluation(evaluation: ScreenEvaluation, folder: str | Path) -> Path:
     """Writes everything a run leaves into a folder; each file appears whole or not at all.
 
-    `evaluation.json`, `per_perturbation.csv`, `predicted.h5ad` and `observed.h5ad` (for cell-eval), `figures/*.png`,
-    `report.html`.
+    `evaluation.json`, `per_perturbation.csv`, `predicted.h5ad` and `observed.h5ad` (for cell-eval and cell-eval2),
+    `figures/*.png`, `report.html`.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     summary = evaluation.summary
+    method = summary["subject"] or "covariance"
+    summary["files"] = write_peer_files(evaluation, method, folder)
     write_results(summary, folder / "evaluation.json")
     write_per_perturbation(evaluation, folder / "per_perturbation.csv")
-    method = summary["subject"] or "covariance"
-    for adata, name in zip(response_anndatas(evaluation, method), ("predicted.h5ad", "observed.h5ad")):
-        with write_atomically(folder / name) as temporary:
-            adata.write_h5ad(temporary)
     figures = {
         "Scores beside baselines, null and ceiling": plot_screen_scores(summary, folder / "figures" / "scores.png"),
         f"Predicted ({method}) against observed responses": plot_responses(

@@ -30,7 +30,7 @@ from modeling_gppc.evaluation.screen_baselines import (
 )
 from modeling_gppc.evaluation.screen_evaluation import evaluate_screen
 from modeling_gppc.evaluation.screen_intervals import bootstrap_perturbations
-from modeling_gppc.evaluation.screen_report import render_evaluation, response_anndatas, write_evaluation
+from modeling_gppc.evaluation.screen_report import render_evaluation, write_evaluation
 from modeling_gppc.evaluation.screen_scores import (
     ScreenPrediction,
     discriminations,
@@ -349,20 +349,6 @@ def test_files_and_page(in_context, tmp_path):
     text = render_evaluation(in_context.summary)
     assert "gppc" in text and "matched minus target-shuffled" in text
     assert "| gppc |" in render_evaluation(in_context.summary, markdown=True)
-
-
-def test_cell_eval_reads_predictions_unchanged(in_context):
-    types = pytest.importorskip("cell_eval._types")
-    peer = pytest.importorskip("cell_eval.metrics._anndata")
-    predicted, observed = response_anndatas(in_context, "gppc")
-    data = types.PerturbationAnndataPair(
-        real=observed, pred=predicted, pert_col="target", control_pert="non-targeting"
-    )
-    theirs = peer.pearson_delta(data)
-    truth, prediction = in_context.truth, in_context.predictions["gppc"]
-    ours = metrics.pearson_delta(prediction.delta, truth.delta)
-    assert list(theirs) == truth.labels
-    assert list(theirs.values()) == pytest.approx(ours.tolist(), abs=1e-5)
 
 
 def test_genes_are_kept_without_perturbed_cells(screen):
