@@ -46,18 +46,20 @@ def control_means(screen: Screen, mask: np.ndarray, n_parts: int = N_PARTS) -> l
     """
     controls = screen.cells_of(CONTROL)
     controls = controls[np.argsort(screen.group[controls], kind="stable")]
-    values = screen.values[controls][:, mask].astype(np.float64)
+    values = screen.values[controls][:, mask]
     names, place = np.unique(screen.group[controls], return_inverse=True)
-    groups = (place[:, None] == np.arange(len(names))).astype(np.float64)
+    groups = (place[:, None] == np.arange(len(names))).astype(np.float32)
 
     def means_of(kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        counts = groups[kept].sum(axis=0)
+        counts = groups[kept].sum(axis=0, dtype=np.float64)
         return groups[kept].T @ values[kept] / counts[:, None], counts
 
     means, counts = means_of(np.ones(len(values), dtype=bool))
-    residual = values - means[place]
-    residual -= residual.mean(axis=1, keepdims=True)
-    variance = (residual**2).sum() / max(len(values) - len(names), 1)
+    squares = 0.0
+    for index in range(len(names)):
+        residual = values[place == index] - means[index]
+        squares += ((residual - residual.mean(axis=1, keepdims=True)) ** 2).sum()
+    variance = squares / max(len(values) - len(names), 1)
     found = [ControlMeans(means, variance / counts)]
     for part in range(n_parts):
         left, counts = means_of(np.arange(len(values)) % n_parts != part)

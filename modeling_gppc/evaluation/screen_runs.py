@@ -243,7 +243,7 @@ def fine_tuned(
     table = perturbed_features(screen, features)
     shape = (len(labels), screen.values.shape[1])
     predictions: dict[str, ScreenPrediction] = {}
-    reference, fold_of = np.zeros(shape), np.zeros(len(labels), dtype=int)
+    reference, fold_of = np.zeros(shape, np.float32), np.zeros(len(labels), dtype=int)
     train_shares = np.zeros((len(labels), len(screen.control_levels.names)))
     for index, fold in enumerate(folds):
         guard_fold(
@@ -277,7 +277,7 @@ def fine_tuned(
             parts = {"delta": output.delta, "variance": output.variance, "control_weight": output.control_weight}
             given = {part: value for part, value in parts.items() if value is not None}
             if name not in predictions:
-                empty = {part: np.zeros((len(labels), *value.shape[1:])) for part, value in given.items()}
+                empty = {part: np.zeros((len(labels), *value.shape[1:]), np.float32) for part, value in given.items()}
                 predictions[name] = ScreenPrediction(**empty, reads_perturbed_cells=output.reads_perturbed_cells)
             for part, value in given.items():
                 getattr(predictions[name], part)[rows] = value

@@ -90,7 +90,7 @@ def observe(
         labels=list(labels),
         delta=delta,
         control=screen.values[screen.cells_of(CONTROL)].mean(axis=0, dtype=np.float64),
-        sampling_variance=within * error[:, None],
+        sampling_variance=(within * error[:, None]).astype(np.float32),
         mask=mask,
         ceiling=ceiling,
         n_cells=n_cells,
@@ -137,7 +137,8 @@ def differential_expression(screen: Screen, labels: Sequence[str]) -> tuple[np.n
     group = np.full(len(screen.values), -1)
     for row, label in enumerate([*labels, CONTROL]):
         group[screen.cells_of(label)] = row
-    z = np.concatenate([rank_sum_z(block, group, len(labels)) for block in screen.values.gene_blocks()], axis=1)
+    blocks = [rank_sum_z(block, group, len(labels)) for block in screen.values.gene_blocks()]
+    z = np.concatenate(blocks, axis=1).astype(np.float32)
     control_level = np.expm1(screen.values[screen.cells_of(CONTROL)].astype(np.float64)).mean(axis=0)
     fdr, change = np.zeros_like(z), np.zeros_like(z)
     for row, label in enumerate(labels):
