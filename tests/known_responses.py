@@ -6,9 +6,10 @@ import anndata
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
+from scipy.special import digamma, ndtri
+from scipy.stats import nbinom, poisson
 
-from data_scripts.synthetic.best_predictor import ExpectedLogValue
-from data_scripts.synthetic.network import GeneNetwork
+from data_scripts.synthetic.network import TARGET_SUM, GeneNetwork
 from data_scripts.synthetic.network_cells import make_obs, make_var, sample_chunk
 
 
@@ -90,3 +91,54 @@ def true_means(
             rates = expectation.log_means(net.eta(states[rows]), network.measured[dataset], library)
             total += expectation(rates, libraries[rows]).sum(axis=0)
     return tuple(totals / n_states)
+
+
+class ExpectedLogValue:
+    """
+    Expected normalised log value of a count given its mean: a table for some library sizes, by default 24 even
+    quantiles of their distribution, interpolated linearly in the log mean.
+    """
+
+    low, step, size = -14.0, 0.05, 440  # log means from 8e-7 to 3,000
+
+    def __init__(self, network: GeneNetwork, libraries: np.ndarray | None = None):
+        config = network.config
+        self.dropout = config.dropout
+        if libraries is None:
+            spread = config.library_spread
+            libraries = config.mean_library * np.exp(spread * ndtri((np.arange(24) + 0.5) / 24) - 0.5 * spread**2)
+        self.libraries = np.asarray(libraries, dtype=np.float64)
+        self.table = self._tabulate(config.dispersion, self.libraries)
+
+    @classmethod
+    def _tabulate(cls, dispersion: float, libraries: np.ndarray) -> np.ndarray:
+        """Expected log value before dropout, `(n_libraries, size)`."""
+        table = np.empty((len(libraries), cls.size))
+        for row in range(cls.size):
+            mean = np.exp(cls.low + row * cls.step)
+            if mean < 300:
+                counts = np.arange(1, int(mean + 12 * np.sqrt(mean + dispersion * mean**2) + 12))
+                if dispersion > 0:
+                    chance = nbinom.pmf(counts, 1 / dispersion, 1 / (1 + dispersion * mean))
+                else:
+                    chance = poisson.pmf(counts, mean)
+                table[:, row] = np.log1p(TARGET_SUM * counts / libraries[:, None]) @ chance
+            else:  # many molecules: the mean of the log of a gamma variable
+                shift = digamma(1 / dispersion) + np.log(dispersion) if dispersion > 0 else 0.0
+                table[:, row] = np.log1p(TARGET_SUM * mean * np.exp(shift - 0.5 / mean) / libraries)
+        return table
+
+    def log_means(self, eta: np.ndarray, measured: np.ndarray, library: np.ndarray) -> np.ndarray:
+        """Log mean molecules before dropout of genes with log rates `eta` `(..., G)` in cells of these libraries."""
+        peak = eta.max(axis=-1, keepdims=True)
+        total = np.log(np.exp(eta - peak) @ measured.astype(eta.dtype))[..., None] + peak
+        return eta - total + np.log(library / (1 - self.dropout)).astype(eta.dtype)[..., None]
+
+    def __call__(self, log_means: np.ndarray, library_index: np.ndarray) -> np.ndarray:
+        """Expected normalised log values, shaped like `log_means` `(..., G)`, for libraries given by index `(...)`."""
+        position = np.clip((log_means - self.low) / self.step, 0, self.size - 1.001)
+        left = position.astype(np.int32)
+        flat = (1 - self.dropout) * self.table.astype(np.float32).ravel()
+        at = left + (np.asarray(library_index, dtype=np.int32) * self.size)[..., None]
+        below = flat[at]
+        return below + (position - left).astype(np.float32) * (flat[at + 1] - below)

@@ -22,7 +22,6 @@ class PairArrays:
         pairing, cell_type, target_cell_type, dataset, donor (`np.ndarray` of str): Shape `(n,)`; `cell_type` and
             `donor` are the source's.
         source_id, target_id (`np.ndarray`): Join ids of the cells, shape `(n,)`.
-        library_size (`np.ndarray`): Counts of the source cell over all genes, shape `(n,)`.
     """
 
     source: np.ndarray
@@ -40,7 +39,6 @@ class PairArrays:
     donor: np.ndarray
     source_id: np.ndarray
     target_id: np.ndarray
-    library_size: np.ndarray
 
     @classmethod
     def from_table(cls, table: pa.Table, panels: np.ndarray, n_genes: int) -> "PairArrays":
@@ -77,7 +75,6 @@ class PairArrays:
             donor=text_column(table, "donor_id"),
             source_id=table.column("source_soma_joinid").to_numpy(),
             target_id=table.column("target_soma_joinid").to_numpy(),
-            library_size=table.column("source_library_size").to_numpy(),
         )
 
     def __len__(self) -> int:

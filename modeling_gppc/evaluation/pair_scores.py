@@ -66,7 +66,6 @@ def score_split(
     floors: Mapping[str, Floor] | None = None,
     seed: int = 0,
     n_resamples: int = 1_000,
-    with_gain: bool = True,
     progress: bool = True,
 ) -> dict:
     """Scores a model and its floors on the same pairs.
@@ -79,8 +78,6 @@ def score_split(
         methods (`Mapping[str, Predictor]`): Predictors by name; `gppc` is the model, `optimum` the best possible.
         floors (`Mapping[str, Floor]`, *optional*): Fitted floors to score as well, from [`fit_floors`].
         seed, n_resamples (`int`, *optional*): Of the bootstrap; 0 and 1,000 by default.
-        with_gain (`bool`, *optional*, defaults to `True`): Whether to also predict with nothing imposed, which says
-            what the imposed genes are worth to each method.
         progress (`bool`, *optional*, defaults to `True`): Whether to show a bar.
 
     Returns:
@@ -99,10 +96,10 @@ def score_split(
     floors = floors or {}
     predictors = {**methods, **{name: floor.predict_moments for name, floor in floors.items()}}
     scores, blind = {}, {}
-    with_gain = with_gain and bool(pairs.revealed_mask.any())
+    imposes = bool(pairs.revealed_mask.any())
     for name, predict in tqdm(predictors.items(), desc="scoring", unit="method", disable=not progress):
         scores[name] = score_predictions(predict, pairs)
-        if with_gain and name != OPTIMUM and (name not in floors or floors[name].uses_revealed):
+        if imposes and name != OPTIMUM and (name not in floors or floors[name].uses_revealed):
             blind[name] = score_predictions(_without_revealed(predict), pairs)
     summary = _summarise(pairs, scores, blind, seed, n_resamples)
     return {**summary, "floor_settings": {name: floor.settings for name, floor in floors.items()}}

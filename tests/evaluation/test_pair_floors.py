@@ -59,7 +59,6 @@ def make_pairs(n=400, seed=0, n_panels=2, n_types=3, width=3, with_labels=True) 
         donor=np.array([f"donor{i % 2}" for i in range(n)]),
         source_id=np.arange(n),
         target_id=np.arange(n) + n,
-        library_size=np.full(n, 1e4),
     )
 
 

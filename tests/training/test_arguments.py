@@ -225,7 +225,6 @@ NUMBERS = {
     "training.dataloader_num_workers": ("-1",),
     "evaluation.max_pairs": ("0", "nan"),
     "evaluation.n_resamples": ("-1", "0"),
-    "evaluation.optimum_samples": ("0",),
     "data.num_proc": ("0",),
     "seed": ("-1", "4294967296", "x"),
     "pairs.seed": ("-1",),
