@@ -173,6 +173,6 @@ def test_true_means_equal_those_of_cells(config, change):
 def test_linear_response_is_the_total_effect_along_all_paths():
     network = make_network(SyntheticConfig(n_genes=20, n_regulators=5, coupling=1.0, seed=4))
     gene = network.regulators[0]
-    control, perturbed = true_means(network, {"REG1": ("level", 6.0)})
+    control, perturbed = true_means(network, {"REG1": 6.0})
     total = np.linalg.inv(np.eye(5) - network.coupling)[:, 0]  # of the first regulator on every regulator
     np.testing.assert_allclose(perturbed - control, network.weights @ total * (6.0 - control[gene]), atol=1e-4)
