@@ -73,7 +73,7 @@ def verdict(split: dict) -> str:
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Plain aligned text: first column left, the others right."""
+    """Aligned text: first column left, the others right."""
     widths = [max(len(str(row[column])) for row in [header, *rows]) for column in range(len(header))]
 
     def line(cells):

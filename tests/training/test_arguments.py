@@ -42,6 +42,8 @@ def pairs(tmp_path_factory):
 BLOOD = "cell_type == 'T cell'"
 # What is given -> what the line says. STORE, PAIRS and EMPTY stand for paths.
 BAD = {
+    "folds of a sweep": (["--sweep", "default", "--folds", "all"], ["`--folds` is given with `--sweep`"]),
+    "push of a sweep": (["--sweep", "default", "--push_to_hub", "me/x"], ["`--push_to_hub` is given with `--sweep`"]),
     "folds without a screen": (["--pairs.query.uri", "STORE", "--folds", "all"], ["`--folds` all", "`--data.screen"]),
     "a fold that is not there": (
         ["--data.screen", "EMPTY/x.h5ad", "--folds", "5"],
