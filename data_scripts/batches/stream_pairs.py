@@ -18,6 +18,7 @@ from data_scripts.pairs.pair_shard import ShardRows, read_shard_values
 from data_scripts.pairs.schema import PAIR_SCHEMA, SPLITS
 from data_scripts.store.cell_stream import read_ahead
 
+TRAIN = SPLITS.index("train")
 PREFETCHED = 4  # batches that each worker keeps ready
 EPOCH_STRIDE = 1_000_003  # between the seeds of epochs; epoch 0 draws the rows that a build would write
 
@@ -28,22 +29,18 @@ class StreamOptions:
     How a stream is cut up.
 
     Args:
-        split (`str`, *optional*, defaults to `"train"`): Whose pairs.
         batch_size (`int`, *optional*, defaults to 128): Pairs in a batch; the last one of a round may be smaller.
         pool_shards (`int`, *optional*, defaults to 2): Shards, drawn from the whole store, that a batch draws its rows
             from; the rows of about half of them are in memory.
         seed (`int`, *optional*, defaults to 0): Of the orders of shards and rows.
     """
 
-    split: str = "train"
     batch_size: Count = 128
     pool_shards: Count = 2
     seed: Seed = 0
 
     def __post_init__(self):
         check_numbers(self)
-        if self.split not in SPLITS:
-            raise ValueError(f"`split` is {self.split!r}; wanted one of {', '.join(SPLITS)}.")
 
 
 class _Reader(torch.utils.data.IterableDataset):
@@ -74,7 +71,7 @@ class _Reader(torch.utils.data.IterableDataset):
         Of each shard it holds what is left for later rounds, and nothing else.
         """
         stream, options = self.stream, self.stream.options
-        shards = streamed_shards(plan, options.split)
+        shards = streamed_shards(plan)
         reader, n_readers = stream.rank * stream.n_readers + own, stream.world_size * stream.n_readers
         first_epoch, first_round, _ = stream.positions[own]
         for epoch in itertools.count(first_epoch) if stream.endless else (first_epoch,):
@@ -101,7 +98,7 @@ def _spread(
     cells = plan.shard_cells(shard)
     values = read_shard_values(plan.matrix, cells, drawn_anew, plan.vocabulary, plan.gene_lengths)
     rows = ShardRows(cells, values, plan.panels, drawn_anew, shard)
-    table = pa.Table.from_batches(rows.batches(SPLITS.index(options.split)), PAIR_SCHEMA).combine_chunks()
+    table = pa.Table.from_batches(rows.batches(TRAIN), PAIR_SCHEMA).combine_chunks()
     order = np.random.default_rng([options.seed, epoch, shard]).permutation(table.num_rows)
     parts = dict(zip(rounds, np.array_split(order, len(rounds))))
     # Copies, so that what was used can be forgotten.
@@ -119,12 +116,11 @@ def rounds_of(shard: int, n_shards: int, pool_shards: int) -> range:
     return range(max(0, min(shard - pool_shards + 1, last)), min(shard, last) + 1)
 
 
-def streamed_shards(plan: PairPlan, split: str) -> np.ndarray:
-    """Shards that hold cells of a split, int64 of shape `(n_streamed,)`."""
+def streamed_shards(plan: PairPlan) -> np.ndarray:
+    """Shards that hold training cells, int64 of shape `(n_streamed,)`."""
     cells = plan.cells.column("split").to_numpy()
     bounds = plan.content["bounds"]
-    wanted = SPLITS.index(split)
-    held = [index for index in range(plan.n_shards) if (cells[bounds[index] : bounds[index + 1]] == wanted).any()]
+    held = [index for index in range(plan.n_shards) if (cells[bounds[index] : bounds[index + 1]] == TRAIN).any()]
     return np.array(held, dtype=np.int64)
 
 
@@ -175,7 +171,7 @@ class PairStream(torch.utils.data.IterableDataset):
         self.num_workers, self.rank, self.world_size, self.transform = num_workers, rank, world_size, transform
         self.endless, self.n_readers = endless, max(1, num_workers)
         if endless:
-            n_shards = len(streamed_shards(plan, self.options.split))
+            n_shards = len(streamed_shards(plan))
             if n_shards < world_size * self.n_readers:
                 raise ValueError(
                     f"the store makes {n_shards} shard(s) for {world_size * self.n_readers} readers ({world_size} "

@@ -113,8 +113,6 @@ class GeneNetwork:
 
     def loadings(self) -> np.ndarray:
         """Linear form: change of each log value per unit of innovation, `(G, R)`."""
-        if self.config.form != "linear":
-            raise ValueError("`loadings` exist in the linear form only; this network's form is 'count'.")
         n = len(self.regulators)
         zero = self.eta(np.zeros((1, n)))
         return (self.eta(np.eye(n)) - zero).T.astype(np.float64)

@@ -87,12 +87,7 @@ def score_split(
         better), `gain_from_revealed` (`mse`, `ci95`: how far the error falls when the genes are imposed), and, where
         the method predicts a variance, `coverage90` and `crps` with `_ci95`, and `crps_difference` from the
         conditional Gaussian (`crps`, `ci95`: negative is better).
-
-    Raises:
-        ValueError: If there are no pairs.
     """
-    if not len(pairs):
-        raise ValueError("`pairs` is empty; a split needs at least one pair to be scored.")
     floors = floors or {}
     predictors = {**methods, **{name: floor.predict_moments for name, floor in floors.items()}}
     scores, blind = {}, {}

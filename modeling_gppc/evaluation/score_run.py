@@ -125,7 +125,7 @@ def parts_of(table: pa.Table) -> dict[str, np.ndarray]:
 
 
 def _dense(folder: PairFolder, table: pa.Table, rows: np.ndarray) -> PairArrays:
-    return PairArrays.from_table(table.take(pa.array(rows)), folder.panels, folder.genes.num_rows)
+    return PairArrays.from_table(table.take(pa.array(rows)), folder.panels)
 
 
 def _pairs_like(folder: PairFolder, split: str, pairs: PairArrays, at_most: int, seed: int) -> PairArrays:

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Protocol
 
 import numpy as np
 
@@ -22,22 +21,11 @@ class Cells:
         values (`np.ndarray`): Normalised values, shape `(n, V)`; what was not measured is not read.
         panel_index (`np.ndarray`): Row of `panels` of each cell, shape `(n,)`.
         panels (`np.ndarray` of bool): Measured-gene sets, shape `(P, V)`.
-
-    Raises:
-        ValueError: For shapes that disagree.
     """
 
     values: np.ndarray
     panel_index: np.ndarray
     panels: np.ndarray
-
-    def __post_init__(self):
-        shape, width = self.values.shape, self.panels.shape[1]
-        if shape != (len(self.panel_index), width):
-            raise ValueError(
-                f"`values` has shape {shape} and `panel_index` {len(self.panel_index)} entries; wanted (n, {width}) and "
-                "n, the width of `panels`."
-            )
 
     def __len__(self) -> int:
         return len(self.values)
@@ -55,15 +43,6 @@ class Cells:
             # Most often all cells measure all genes: nothing is copied then.
             rows = self.values if members.all() else self.values[members]
             yield panel, members, rows if self.panels[panel].all() else rows[:, self.panels[panel]]
-
-
-class CellBlocks(Protocol):
-    """Cells that need not fit in memory: like [`Cells`], they hand out blocks as often as they are asked."""
-
-    panels: np.ndarray
-
-    def blocks(self) -> Iterator[Cells]:
-        """The cells, some at a time."""
 
 
 @dataclasses.dataclass
@@ -114,14 +93,14 @@ def factor_posterior_mean(model: FactorModel, cells: Cells) -> np.ndarray:
     return output
 
 
-def fit_factor_model(cells: CellBlocks, n_factors: int, n_iterations: int = 30, seed: int = 0) -> FactorModel:
+def fit_factor_model(cells: Cells, n_factors: int, n_iterations: int = 30, seed: int = 0) -> FactorModel:
     """Maximum-likelihood factor analysis by parameter-expanded EM (Liu, Rubin and Wu, Biometrika 1998).
 
     Genes that a cell's panel does not measure are missing, not zero: its posterior uses the panel's own precision, and
     the regression of a gene uses the second moments of the cells that measure it. Costs n V r a pass.
 
     Args:
-        cells ([`Cells`], or [`CellBlocks`] that do not fit in memory): The cells.
+        cells ([`Cells`]): The cells, or what has their `panels` and hands out `blocks` of them as often as it is asked.
         n_factors (`int`): r, at least 1 and less than V.
         n_iterations (`int`, *optional*, defaults to 30): Passes over the cells.
         seed (`int`, *optional*, defaults to 0): Chooses the cells of the starting point.
@@ -182,7 +161,7 @@ class _Moments:
         return np.maximum(LEAST_NOISE * self.variance, 1e-6)
 
 
-def _first_pass(cells: CellBlocks, n_factors: int, seed: int) -> tuple[_Moments, np.ndarray]:
+def _first_pass(cells: Cells, n_factors: int, seed: int) -> tuple[_Moments, np.ndarray]:
     """Moments of the genes, and some centred cells for the starting point, zero where not measured."""
     n_panels, n_genes = cells.panels.shape
     wanted = int(min(max(1_000, 4 * n_factors), max(2 * n_factors, 4e7 // n_genes)))
@@ -224,7 +203,7 @@ def _starting_loadings(sample: np.ndarray, variance: np.ndarray, n_factors: int)
     return loadings * np.sqrt(0.5)
 
 
-def _em_step(model: FactorModel, cells: CellBlocks, moments: _Moments) -> None:
+def _em_step(model: FactorModel, cells: Cells, moments: _Moments) -> None:
     """One pass: expectation of z a cell, regression of every gene on z, expansion of z absorbed. Updates in place."""
     rank, center = model.loadings.shape[1], moments.center
     posterior, _ = posterior_by_panel(model, cells.panels)
@@ -329,8 +308,7 @@ def predict_factor_model(
     imposed_ids: np.ndarray,
     imposed_values: np.ndarray,
     imposed_mask: np.ndarray,
-    with_variance: bool = True,
-) -> tuple[np.ndarray, np.ndarray | None]:
+) -> tuple[np.ndarray, np.ndarray]:
     """E and Var of every gene of the target given the source cell and the imposed target values, exactly.
 
     z_B | A ~ N(C E[z_A|A], I - C C' + C Var[z_A|A] C'), conditioned on b_S = mean_S + L_S z_B + e_S.
@@ -341,7 +319,6 @@ def predict_factor_model(
         source ([`Cells`]): The n source cells.
         imposed_ids, imposed_values, imposed_mask (`np.ndarray`): Gene, *value in the target* (source + change) and
             whether the entry is real; shape `(n, K)`, K may be 0.
-        with_variance (`bool`, *optional*, defaults to `True`): Whether to return variances, which cost n K V more.
 
     Returns:
         Mean and variance, each `(n, V)`, in the precision of the source's values; the variance includes the gene's noise.
@@ -364,8 +341,6 @@ def predict_factor_model(
     whitened = np.linalg.solve(lower, residual[..., None])[..., 0]
     z = z + np.einsum("nkr,nk->nr", half, whitened)
     mean = (model.mean + z @ model.loadings.T).astype(dtype)
-    if not with_variance:
-        return mean, None
     variance = np.einsum("vr,prs,vs->pv", model.loadings, prior, model.loadings, optimize=True) + model.noise
     variance = variance[source.panel_index]
     for position in range(ids.shape[1]):
