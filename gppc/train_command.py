@@ -38,18 +38,9 @@ class LaunchOptions:
 
 
 def read_command(words: Sequence[str], description: str):
-    """What the words of a command line ask for.
-
-    Args:
-        words (`Sequence[str]`): Flags.
-        description (`str`): What stands above the options in the help text.
-
-    Returns:
-        The help text, where it is asked for; else a tuple of [`LaunchOptions`] and [`RunOptions`], or `SweepOptions`
-        where a sweep is asked for.
-
-    Raises:
-        ValueError: For an unknown file, option or value, naming the option and close matches.
+    """What the words of a command line ask for: the help text, or [`LaunchOptions`] and [`RunOptions`] (`SweepOptions`
+    where a sweep is asked for). Raises `ValueError` for an unknown file, option or value, naming the option and close
+    matches.
     """
     kind = RunOptions
     if any(word.partition("=")[0] == "--sweep" for word in words):

@@ -25,15 +25,12 @@ RESULTS_VERSION = 1
 
 
 def score_predictions(predict: Predictor, pairs: PairArrays, batch_size: int = 1_024) -> dict[str, np.ndarray]:
-    """Runs a predictor over all pairs, batch by batch, and scores it over measured genes that are not imposed.
+    """Runs a predictor over all pairs and scores it over measured genes that are not imposed; arrays `(n,)` by name.
 
-    Returns:
-        What is kept of the predictions, each of shape `(n,)`: `squared_error` summed over the scored genes,
-        `n_scored`, their number, `pearson_delta`, the correlation of predicted with true change (NaN where it is not
-        defined), and where there are variances `covered`, scored genes inside the 90 % interval, and `crps`, summed.
-
-    Raises:
-        ValueError: If predictions have another shape than `(n, V)` or are not finite where they are scored.
+    `squared_error` is summed over the scored genes, `n_scored` is their number, `pearson_delta` the correlation of
+    predicted with true change (NaN where it is not defined); where there are variances `covered`, scored genes inside
+    the 90 % interval, and `crps`, summed. Raises `ValueError` for predictions of another shape, or not finite where
+    they are scored.
     """
     parts = []
     for batch in pairs.batches(batch_size):

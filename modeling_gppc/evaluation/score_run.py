@@ -78,18 +78,8 @@ def evaluate_run(
 ) -> dict:
     """Scores a model on the test pairs of a folder, beside floors fitted on `train` and chosen on `validation`.
 
-    Args:
-        model ([`GppcForPerturbationPrediction`]), folder ([`PairFolder`]), options ([`EvaluationOptions`]): The
-            trained model, its pairs, and what is scored.
-        seed (`int`, *optional*, defaults to 0): Of the bootstrap and of the choice of rows.
-        network ([`GeneNetwork`], *optional*): The network behind linear synthetic cells; adds the method `optimum`.
-        progress (`bool`, *optional*, defaults to `True`): Whether to show bars.
-
-    Returns:
-        The content of `results.json`.
-
-    Raises:
-        ValueError: As [`check_scoring`].
+    Returns the content of `results.json`. `seed` is that of the bootstrap and of the choice of rows; `network`, the
+    one behind linear synthetic cells, adds the method `optimum`. Raises `ValueError` as [`check_scoring`].
     """
     check_scoring(folder, options)
     test = folder.split("test")

@@ -108,16 +108,10 @@ def _start(points: np.ndarray, n_components: int, seed: int) -> np.ndarray:
 
 
 def fit_mixture_coupling(mixture: FactorMixture, source: Cells, target: Cells) -> tuple[np.ndarray, np.ndarray]:
-    """
-    How the target's state follows from the source's: between components, and within them.
+    """How the target's state follows from the source's: between components, and within them.
 
-    Args:
-        mixture (`FactorMixture`): Fitted on training cells.
-        source, target ([`Cells`]): Paired cells, of the same panels.
-
-    Returns:
-        Transition probabilities P(target's component | source's) `(C, C)`, and the covariance of the two cells'
-        factors around their components' means `(r, r)`.
+    Returns transition probabilities P(target's component | source's) `(C, C)`, and the covariance of the two cells'
+    factors around their components' means `(r, r)`, of paired cells of the same panels.
     """
     n_pairs, prior = len(source), np.outer(mixture.weights, mixture.weights)
     likelihoods = [mixture.log_likelihood(cells) for cells in (source, target)]

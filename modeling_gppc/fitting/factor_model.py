@@ -100,7 +100,7 @@ def fit_factor_model(cells: Cells, n_factors: int, n_iterations: int = 30, seed:
     the regression of a gene uses the second moments of the cells that measure it. Costs n V r a pass.
 
     Args:
-        cells ([`Cells`]): The cells, or what has their `panels` and hands out `blocks` of them as often as it is asked.
+        cells ([`Cells`]): The cells, or what has `panels` and hands out `blocks` of cells as often as it is asked.
         n_factors (`int`): r, at least 1 and less than V.
         n_iterations (`int`, *optional*, defaults to 30): Passes over the cells.
         seed (`int`, *optional*, defaults to 0): Chooses the cells of the starting point.
@@ -258,15 +258,8 @@ def fit_pair_coupling(model: FactorModel, source: Cells, target: Cells) -> np.nd
     """Covariance of the true factors of two paired cells, free of the attenuation that posterior means suffer.
 
     EM over the pairs with joint prior N(0, K) of (z_A, z_B); K is rescaled so that either cell has unit covariance.
-    Needs one pass over the cells, after which only sums over pairs of panels are kept.
-
-    Args:
-        model (`FactorModel`): Fitted on the cells of the pairs.
-        source, target ([`Cells`]): The n pairs, of the same panels.
-
-    Returns:
-        `np.ndarray`: Cov(z_target, z_source) of shape `(r, r)`, singular values below 1, so that
-        z_B | z_A ~ N(C z_A, I - C C').
+    Needs one pass over the cells, after which only sums over pairs of panels are kept. Returns C = Cov(z_target,
+    z_source) `(r, r)`, singular values below 1, so that z_B | z_A ~ N(C z_A, I - C C').
     """
     rank = model.loadings.shape[1]
     _, information = posterior_by_panel(model, source.panels)
@@ -309,19 +302,11 @@ def predict_factor_model(
     imposed_values: np.ndarray,
     imposed_mask: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """E and Var of every gene of the target given the source cell and the imposed target values, exactly.
+    """Exact mean and variance of every gene of the target, `(n, V)`, given source cells and imposed target values.
 
-    z_B | A ~ N(C E[z_A|A], I - C C' + C Var[z_A|A] C'), conditioned on b_S = mean_S + L_S z_B + e_S.
-
-    Args:
-        model (`FactorModel`): Fitted.
-        coupling (`np.ndarray`): C, from [`fit_pair_coupling`].
-        source ([`Cells`]): The n source cells.
-        imposed_ids, imposed_values, imposed_mask (`np.ndarray`): Gene, *value in the target* (source + change) and
-            whether the entry is real; shape `(n, K)`, K may be 0.
-
-    Returns:
-        Mean and variance, each `(n, V)`, in the precision of the source's values; the variance includes the gene's noise.
+    z_B | A ~ N(C E[z_A|A], I - C C' + C Var[z_A|A] C'), conditioned on b_S = mean_S + L_S z_B + e_S. C is the coupling
+    of [`fit_pair_coupling`]; `imposed_ids`, `imposed_values` (*in the target*: source + change) and `imposed_mask`
+    (whether the entry is real) have shape `(n, K)`, K may be 0. The variance includes the gene's noise.
     """
     dtype = np.result_type(source.values.dtype, np.float32)
     posterior, _ = posterior_by_panel(model, source.panels)

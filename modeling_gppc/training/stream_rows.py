@@ -51,12 +51,14 @@ def open_stream(
         ValueError: If the store makes fewer shards than there are readers.
     """
     # Reads cells, with the libraries that this takes.
-    from data_scripts.batches.stream_pairs import PairStream, StreamOptions
+    from data_scripts.batches.stream_pairs import PairStream
 
     collator = PairCollator(folder.panels, seed=seed, n_query_genes=training.n_query_genes)
     return PairStream(
         folder.path,
-        StreamOptions(batch_size=training.per_device_train_batch_size, pool_shards=pool_shards, seed=seed),
+        batch_size=training.per_device_train_batch_size,
+        pool_shards=pool_shards,
+        seed=seed,
         num_workers=training.dataloader_num_workers,
         rank=rank,
         world_size=world_size,
