@@ -106,15 +106,16 @@ def _posterior(
     target = np.where(imposed, revealed - base, 0.0) / noise
     information = np.concatenate([source @ loadings, target @ loadings], axis=1)
 
-    types = np.arange(len(network.type_shares))
+    # Labels that a pair may have, data set by data set: uniform over types, as many donors as a data set has.
+    types = np.arange(len(network.type_effects))
     pairs = np.stack([types, types], axis=1) if same_type else np.stack(np.meshgrid(types, types), -1).reshape(-1, 2)
-    log_prior = np.log(network.type_shares[pairs[:, 0]])
-    if not same_type:
-        log_prior = log_prior + np.log(network.type_shares[pairs[:, 1]])
     type_means = network.type_effects[pairs].reshape(len(pairs), -1)
-    donors_per_dataset = np.bincount(network.donor_dataset, minlength=network.config.n_datasets)
+    centres = (np.tile(network.dataset_effects, 2)[:, None] + type_means).reshape(-1, 2 * n_reg)  # (K C, 2R)
+    with np.errstate(divide="ignore"):
+        log_prior = np.log(datasets * np.bincount(network.donor_dataset, minlength=datasets.shape[1]))
+    log_prior = np.repeat(log_prior, len(pairs), axis=1)
 
-    log_weights, means, covariances = [], [], []
+    log_weights, states, covariances = [], [], []
     donor_states = ((1.0, same_donor_share), (0.0, 1 - same_donor_share)) if same_type else ((1.0, 1.0),)
     for shared, share in donor_states:
         if share <= 0:
@@ -124,27 +125,19 @@ def _posterior(
         prior_precision = np.linalg.inv(prior)
         posterior = np.linalg.inv(precision + prior_precision)
         log_scale = 0.5 * (np.linalg.slogdet(posterior)[1] - np.linalg.slogdet(prior)[1]) + np.log(share)
-        for index, shift in enumerate(network.dataset_effects):
-            centre = type_means + np.tile(shift, 2)  # (C, 2R)
-            pull = centre @ prior_precision
-            pulled = pull + information[:, None]
-            means.append(pulled @ posterior)  # symmetric
-            quadratic = np.einsum("nci,nci->nc", means[-1], pulled)
-            log_weight = 0.5 * (quadratic - np.einsum("ci,ci->c", pull, centre)) + log_prior + log_scale[:, None]
-            with np.errstate(divide="ignore"):
-                log_weight = log_weight + np.log(datasets[:, index] * donors_per_dataset[index])[:, None]
-            log_weights.append(log_weight)
-            covariances.append(np.broadcast_to(posterior[:, None], (*log_weight.shape, 2 * n_reg, 2 * n_reg)))
-    log_weight = np.concatenate(log_weights, axis=1)
+        pull = centres @ prior_precision
+        pulled = pull + information[:, None]
+        mean = pulled @ posterior  # symmetric
+        quadratic = np.einsum("nci,nci->nc", mean, pulled) - np.einsum("ci,ci->c", pull, centres)
+        log_weights.append(0.5 * quadratic + log_prior + log_scale[:, None])
+        states.append(mean[:, :, n_reg:])
+        covariances.append(posterior[:, n_reg:, n_reg:])
+    log_weight, state = np.concatenate(log_weights, axis=1), np.concatenate(states, axis=1)
     weights = np.exp(log_weight - logsumexp(log_weight, axis=1, keepdims=True))
-    state = np.concatenate(means, axis=1)[:, :, n_reg:]
     mean_state = np.einsum("nc,nci->ni", weights, state)
     deviation = state - mean_state[:, None]
     covariance = deviation.transpose(0, 2, 1) @ (weights[:, :, None] * deviation)
-    at = 0
-    for block in covariances:
-        share = weights[:, at : at + block.shape[1]].sum(axis=1)
-        covariance += share[:, None, None] * block[:, 0, n_reg:, n_reg:]
-        at += block.shape[1]
+    for part, left in zip(np.split(weights, len(covariances), axis=1), covariances):
+        covariance += part.sum(axis=1)[:, None, None] * left
     explained = ((loadings @ covariance) * loadings).sum(axis=2)
     return base + mean_state @ loadings.T, explained + noise

@@ -32,12 +32,8 @@ MIN_TABLE_PAIRS = 50  # fewer test pairs than this do not make a table of their 
 
 
 def check_scoring(folder: PairFolder, options: EvaluationOptions) -> None:
-    """Finds out whether a model of these pairs can be trained and scored as asked, before it is trained.
-
-    Raises:
-        ValueError: If a split holds no pairs, `options.splits` names an unknown one, or `options.perturbation` cannot
-            be shown.
-    """
+    """Raises `ValueError`, before training, if a split holds no pairs, `options.splits` names an unknown one,
+    or `options.perturbation` cannot be shown."""
     for name in SPLITS:
         if name not in folder.splits:
             raise ValueError(
@@ -54,11 +50,8 @@ def check_scoring(folder: PairFolder, options: EvaluationOptions) -> None:
 def score_model(
     model, folder: PairFolder, options: EvaluationOptions, out: Path, seed: int, network: GeneNetwork | None
 ) -> str:
-    """Scores a model and makes its first prediction: writes `results.json` and `figures` into `out`, its folder.
-
-    Returns:
-        The scores and the first prediction for people. Arguments and errors are those of [`evaluate_run`].
-    """
+    """Scores a model and makes its first prediction: writes `results.json` and `figures` into `out`, its folder, and
+    returns both for people. Arguments and errors are those of [`evaluate_run`]."""
     results = evaluate_run(model, folder, options, seed, network)
     write_results(results, out / "results.json")
     plot_scores(results, out / "figures" / "scores.png")
