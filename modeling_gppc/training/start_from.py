@@ -55,7 +55,7 @@ def start_from(
     The folder is one that `train.py` left. Widths and depths of `config` are replaced by the earlier model's.
 
     Raises:
-        ValueError: If the folder holds no model, or one that knows none of the genes.
+        ValueError: If the folder holds no model, or one with none of the genes.
     """
     check_start(folder)
     earlier = GppcForPerturbationPrediction.from_pretrained(folder)
@@ -69,7 +69,7 @@ def start_from(
     known = [row for row, gene in enumerate(genes) if gene >= 0]
     if not known:
         raise ValueError(
-            f"`training.start_from` {folder} knows none of the {len(gene_ids)} genes; use a model of the same species."
+            f"`training.start_from` {folder} has none of the {len(gene_ids)} genes; use a model of the same species."
         )
     names = earlier.config.pairings
     pairings = [(row, names.index(name)) for row, name in enumerate(config.pairings) if name in names]
