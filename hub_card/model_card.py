@@ -195,20 +195,13 @@ def transfer_text(folder: Path) -> str:
 
 
 def render_model_card(folder: str | Path) -> str:
-    """Renders the card of a run folder.
+    """Renders the card of a model folder: Markdown text with its metadata block.
 
-    Args:
-        folder (`str` or `Path`): Holds `config.json`, `preprocessor_config.json` and `run.json` (the facts of
-            [`RUN_FACTS`], and those of [`OPTIONAL_FACTS`] that are known); where that says `unfinished` (`step`,
-            `max_steps` and, if known, `eval_mse`, `eval_linear_mse`, `eval_r2`), the card says how far training is.
-            A finished model that was scored has `results.json` (scores and floors by split), and `transfer.json`
-            where screens were scored; see [`add_transfer`].
-
-    Returns:
-        `str`: The Markdown text with its metadata block.
-
-    Raises:
-        ValueError: If a file is missing or a fact is missing or malformed, naming it.
+    The folder holds `config.json`, `preprocessor_config.json` and `run.json` (the facts of [`RUN_FACTS`], and those of
+    [`OPTIONAL_FACTS`] that are known); where that says `unfinished` (`step`, `max_steps` and, if known, `eval_mse`,
+    `eval_linear_mse`, `eval_r2`), the card says how far training is. A finished model that was scored has
+    `results.json` (scores and floors by split), and `transfer.json` where screens were scored; see [`add_transfer`].
+    Raises `ValueError` naming a file or fact that is missing or malformed.
     """
     folder = Path(folder)
     config = read_json(folder / "config.json")
