@@ -71,11 +71,9 @@ def score_split(
     and every method with the same draws, so differences are paired.
 
     Args:
-        pairs (`PairArrays`): The pairs of one split.
         methods (`Mapping[str, Predictor]`): Predictors by name; `gppc` is the model, `optimum` the best possible.
         floors (`Mapping[str, Floor]`, *optional*): Fitted floors to score as well, from [`fit_floors`].
-        seed, n_resamples (`int`, *optional*): Of the bootstrap; 0 and 1,000 by default.
-        progress (`bool`, *optional*, defaults to `True`): Whether to show a bar.
+        seed, n_resamples (`int`, *optional*): Of the bootstrap.
 
     Returns:
         `dict` with `n_pairs`, `n_targets`, `n_genes`, `best_floor`, `best_label_free_floor`, `floor_settings` and

@@ -97,19 +97,10 @@ def fit_factor_model(cells: Cells, n_factors: int, n_iterations: int = 30, seed:
     """Maximum-likelihood factor analysis by parameter-expanded EM (Liu, Rubin and Wu, Biometrika 1998).
 
     Genes that a cell's panel does not measure are missing, not zero: its posterior uses the panel's own precision, and
-    the regression of a gene uses the second moments of the cells that measure it. Costs n V r a pass.
-
-    Args:
-        cells ([`Cells`]): The cells, or what has `panels` and hands out `blocks` of cells as often as it is asked.
-        n_factors (`int`): r, at least 1 and less than V.
-        n_iterations (`int`, *optional*, defaults to 30): Passes over the cells.
-        seed (`int`, *optional*, defaults to 0): Chooses the cells of the starting point.
-
-    Returns:
-        `FactorModel` in float64, its factors orthogonal in the noise-weighted metric and signed.
-
-    Raises:
-        ValueError: For fewer than two cells or an impossible `n_factors`.
+    the regression of a gene uses the second moments of the cells that measure it. Costs n V r a pass over the cells,
+    of which there are `n_iterations`. `cells` may also be what has `panels` and hands out `blocks` of cells as often
+    as asked; `seed` chooses the cells of the starting point. The factors of the result, in float64, are orthogonal
+    in the noise-weighted metric and signed. Raises `ValueError` for fewer than two cells or an impossible `n_factors`.
     """
     n_genes = cells.panels.shape[1]
     if not 1 <= n_factors < n_genes:

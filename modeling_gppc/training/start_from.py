@@ -30,11 +30,7 @@ FITTED_ANEW = ("linear_response", "state_proj", "factor_proj")
 
 
 def check_start(folder: str) -> None:
-    """Refuses a folder that holds no GPPC model, without reading its weights.
-
-    Raises:
-        ValueError: Naming what is missing.
-    """
+    """Raises `ValueError` for a folder that holds no GPPC model, without reading its weights."""
     for name in ("config.json", "preprocessor_config.json"):
         if not (Path(folder) / name).is_file():
             raise ValueError(f"`training.start_from` {folder} holds no model (no {name}); wanted a model folder.")

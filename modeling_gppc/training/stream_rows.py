@@ -45,11 +45,7 @@ def open_stream(
     world_size: int = 1,
 ):
     """The training pairs of process `rank`, batch after batch of model inputs without end, each batch drawn from
-    `pool_shards` shards: a [`~data_scripts.batches.stream_pairs.PairStream`].
-
-    Raises:
-        ValueError: If the store makes fewer shards than there are readers.
-    """
+    `pool_shards` shards; `ValueError` if the store makes fewer shards than there are readers."""
     # Reads cells, with the libraries that this takes.
     from data_scripts.batches.stream_pairs import PairStream
 
