@@ -4,11 +4,10 @@
     python benchmarks/bench_census_pairs.py --store STORE
     python benchmarks/bench_census_pairs.py --smoke
 
-Every way runs in a process of its own, so that peak memory is its own; ways alternate over the rounds and the best
-round of each counts, since other work on the machine only ever slows a round down.
+Every way runs in a process of its own, so that peak memory is its own; the best of its rounds counts, since other work
+on the machine only ever slows a round down.
 """
 
-import argparse
 import tempfile
 import time
 from collections.abc import Callable
@@ -30,10 +29,15 @@ ORGANISM = "homo_sapiens"
 DRAIN_CONFIG = {"soma.init_buffer_bytes": 128 * 1024**2}
 
 
-def clock() -> Callable[[], dict[str, float]]:
-    """A function that returns wall and CPU seconds (all threads) from now on."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    return lambda: {"seconds": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+def clock() -> tuple[float, float]:
+    """Wall and CPU seconds (all threads) of this process."""
+    return time.perf_counter(), time.process_time()
+
+
+def since(start: tuple[float, float]) -> dict[str, float]:
+    """Seconds since another look at the clock."""
+    wall, cpu = clock()
+    return {"seconds": wall - start[0], "cpu": cpu - start[1]}
 
 
 def cells_query(census, n_cells: int):
@@ -45,11 +49,11 @@ def cells_query(census, n_cells: int):
 def drain(store: str, n_cells: int, **_) -> dict:
     """Merely reads `X("raw").tables()`, all genes."""
     with cellxgene_census.open_soma(uri=store, tiledb_config=DRAIN_CONFIG) as census:
-        read = clock()
+        start = clock()
         with cells_query(census, n_cells) as query:
             for _table in query.X("raw").tables():
                 pass
-        return {"cells": n_cells, **read()}
+        return {"cells": n_cells, **since(start)}
 
 
 def ours(store: str, n_cells: int, **options) -> dict:
@@ -57,13 +61,12 @@ def ours(store: str, n_cells: int, **options) -> dict:
     query = {"uri": store, "obs_filter": f"soma_joinid < {n_cells}"}
     options = from_mapping(PairOptions, {"query": query, "splits": {"rules": []}, **options})
     with tempfile.TemporaryDirectory(dir=Path(store).parent) as folder:
-        read = clock()
+        start = clock()
         pairs = build_pairs(options, Path(folder) / "out", progress=False)
-        measured = read()
+        measured = since(start)
         shards = [shard for entry in pairs.manifest["splits"].values() for shard in entry["shards"]]
         per_pair = sum(shard["n_bytes"] for shard in shards) / sum(shard["n_rows"] for shard in shards)
-        of_dense = per_pair / (2 * 4 * len(pairs.gene_ids))
-        return {"cells": n_cells, **measured, "bytes_per_pair": per_pair, "of_dense": of_dense}
+        return {"cells": n_cells, **measured, "bytes_per_pair": per_pair}
 
 
 def origin(store: str, n_cells: int, panel: dict, **_) -> dict:
@@ -74,7 +77,7 @@ def origin(store: str, n_cells: int, panel: dict, **_) -> dict:
     with cellxgene_census.open_soma(uri=store) as census:
         var = census["census_data"][ORGANISM].ms["RNA"].var.read(column_names=["feature_id"]).concat().to_pandas()
         columns = np.flatnonzero(var["feature_id"].isin(Path(panel["file"]).read_text().split()))
-        read, n_seen = clock(), 0
+        start, n_seen = clock(), 0
         with cells_query(census, n_cells) as query:
             for counts, _obs in ExperimentDataset(
                 query, layer_name="raw", obs_column_names=["soma_joinid", "dataset_id"], batch_size=128, shuffle=True
@@ -86,7 +89,7 @@ def origin(store: str, n_cells: int, panel: dict, **_) -> dict:
                         gene = rng.choice(differing)
                         _row = (before, after, gene, after[gene] - before[gene])
                 n_seen += len(values)
-        return {"cells": n_seen, **read()}
+        return {"cells": n_seen, **since(start)}
 
 
 def panel_file(store: str, n_genes: int) -> dict:
@@ -99,10 +102,11 @@ def panel_file(store: str, n_genes: int) -> dict:
     return {"file": str(path)}
 
 
-def best(rounds: list[dict], label: str) -> dict:
-    """The fastest round, with the least CPU time and the most memory of all; printed."""
-    result = min(rounds, key=lambda result: result["seconds"])
-    result |= {"cpu": min(r["cpu"] for r in rounds), "peak_rss_gb": max(r["peak_rss_gb"] for r in rounds)}
+def best(label: str, way: Callable, rounds: int, **arguments) -> dict:
+    """The fastest of some rounds, with the least CPU time and the most memory of all; printed."""
+    found = [in_child(way, **arguments) for _ in range(rounds)]
+    result = min(found, key=lambda result: result["seconds"])
+    result |= {"cpu": min(r["cpu"] for r in found), "peak_rss_gb": max(r["peak_rss_gb"] for r in found)}
     wall, cpu = result["cells"] / result["seconds"], result["cells"] / result["cpu"]
     size = f", {result['bytes_per_pair']:,.0f} bytes a pair" if "bytes_per_pair" in result else ""
     print(
@@ -111,56 +115,33 @@ def best(rounds: list[dict], label: str) -> dict:
     return result
 
 
-def run_all(store: str, arguments: argparse.Namespace) -> None:
+def run_all(store: str, n_cells: int, n_genes: int, shard_cells: int, pairs_per_cell: int, rounds: int) -> None:
     """Prints every way, then growth with cells and the size of all genes."""
-    panel = in_child(panel_file, store=store, n_genes=arguments.genes)["file"]
-    common = {"store": store, "n_cells": arguments.cells, "panel": {"rule": "file", "file": panel}}
-    common |= {"file_format": "arrow", "shard_cells": arguments.shard_cells}
-    common |= {"matching": {"pairs_per_cell": arguments.pairs_per_cell}}
-    ways = {
-        "drain X('raw').tables()": drain,
-        f"ours, {arguments.genes} genes": ours,
-        "origin's way": origin,
-    }
-    results: dict[str, list[dict]] = {label: [] for label in ways}
-    for _ in range(arguments.rounds):
-        for label, way in ways.items():
-            results[label].append(in_child(way, **common))
-    found = [best(rounds, label) for label, rounds in results.items()]
-    for unit, key in (("wall time", "seconds"), ("CPU time", "cpu")):
-        reading, own, old = (result["cells"] / result[key] for result in found)
-        print(
-            f"by {unit}: ours / origin's way {own / old:.1f} (wanted >= 5), ours / draining {own / reading:.2f} "
-            "(wanted >= 0.60)"
-        )
-    parts = [int(arguments.cells * share) for share in (1 / 16, 1 / 4, 1 / 2, 1)]
-    times = []
-    for part in parts:
-        rounds = [in_child(ours, **common | {"n_cells": part}) for _ in range(arguments.rounds)]
-        times.append(best(rounds, f"ours, {part:,} cells")["cpu"])
-    print(f"exponent of CPU time over cells: {exponent(parts, times):.3f}  (wanted <= 1.05)")
-    wide = {"n_cells": min(arguments.cells, 20_000), "panel": {"rule": "all"}}
-    found = best([in_child(ours, **common | wide | {"file_format": "parquet"})], "all genes, parquet")
-    print(f"    {found['of_dense']:.4f} of dense float32 (wanted <= 0.125)")
+    panel = {"rule": "file", "file": in_child(panel_file, store=store, n_genes=n_genes)["file"]}
+    common = {"store": store, "panel": panel, "file_format": "arrow", "shard_cells": shard_cells}
+    common |= {"matching": {"pairs_per_cell": pairs_per_cell}}
+    best("drain X('raw').tables()", drain, rounds, n_cells=n_cells, **common)
+    best("origin's way", origin, rounds, n_cells=n_cells, **common)
+    parts = [n_cells // share for share in (16, 4, 2, 1)]
+    times = [best(f"ours, {part:,} cells", ours, rounds, n_cells=part, **common)["cpu"] for part in parts]
+    print(f"exponent of CPU time over cells: {exponent(parts, times):.3f}")
+    wide = common | {"panel": {"rule": "all"}, "file_format": "parquet"}
+    best("all genes, parquet", ours, 1, n_cells=min(n_cells, 20_000), **wide)
 
 
 def main() -> None:
     parser = parser_of(__doc__)
-    parser.add_argument("--store", type=Path)
-    parser.add_argument("--cells", type=int, default=100_000)
-    parser.add_argument("--genes", type=int, default=2_000)
+    parser.add_argument("--store", help="of 100,000 cells, see above")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--shard-cells", type=int, default=16_384)
     parser.add_argument("--pairs-per-cell", type=int, default=2, help="the origin's way makes half a pair a cell")
     arguments = parser.parse_args()
     if arguments.smoke:
-        arguments.cells, arguments.genes, arguments.rounds, arguments.shard_cells = 600, 50, 1, 300
         with tempfile.TemporaryDirectory() as folder:
             store = Path(folder) / "store"
             write_synthetic(store, SyntheticConfig(form="count", n_cells=600, n_genes=120), progress=False)
-            run_all(str(store), arguments)
+            run_all(str(store), 600, 50, 300, arguments.pairs_per_cell, 1)
     elif arguments.store is not None:
-        run_all(str(arguments.store), arguments)
+        run_all(arguments.store, 100_000, 2_000, 16_384, arguments.pairs_per_cell, arguments.rounds)
     else:
         parser.error("give --store STORE (see above) or --smoke")
 

@@ -3,7 +3,6 @@
     python benchmarks/bench_training.py --pairs runs/pbmc/pairs --config pbmc --workers 0 1
     python benchmarks/bench_training.py --pairs runs/pbmc/pairs --config pbmc --workers 1 --processes 1 2
     python benchmarks/bench_training.py --stream cells.soma --config pbmc --steps 400 --workers 0 1
-    python benchmarks/bench_training.py --smoke        # tiny synthetic pairs, to see that the benchmark runs
 
 Each line is a run of its own, one thread a process; two processes share the batch of one. The figures are medians of the
 run's own log, whose first entries are left out: they hold the start of the workers. With `--stream` training reads from
@@ -23,10 +22,6 @@ from pathlib import Path
 from gppc.run_options import parse_options
 
 KEYS = ("cells_per_second", "tokens_per_second", "data_wait_share", "tflop_per_second", "peak_memory_gb")
-SMOKE = {
-    "data.synthetic": "{form: linear, n_genes: 30, n_regulators: 4, n_cells: 600, n_donors: 20, n_datasets: 2}",
-    "model": "{hidden_size: 16, num_attention_heads: 2, num_factors: 4, num_components: 2}",
-}
 
 
 def flags_of(arguments: argparse.Namespace) -> dict[str, object]:
@@ -34,8 +29,6 @@ def flags_of(arguments: argparse.Namespace) -> dict[str, object]:
     every = {f"training.{name}_steps": arguments.steps for name in ("max", "eval", "save")}
     every |= {"training.logging_steps": max(arguments.steps // 6, 1), "training.use_cpu": str(arguments.cpu).lower()}
     every["training.max_validation_pairs"] = 256
-    if arguments.smoke:
-        return every | SMOKE
     if arguments.pairs:
         return every | {"data.pairs": arguments.pairs}
     return every | {"data.stream": "true", "pairs.shard_cells": 2048, "pairs.query.uri": arguments.stream}
@@ -66,15 +59,12 @@ def main() -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--pairs", help="pairs folder")
     source.add_argument("--stream", metavar="URI", help="store to stream from")
-    source.add_argument("--smoke", action="store_true", help="tiny synthetic pairs, few steps")
     parser.add_argument("--config", default="default", help="YAML file or the name of a shipped one")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1], help="collating processes of a process")
     parser.add_argument("--processes", type=int, nargs="+", default=[1], help="training processes")
     parser.add_argument("--cpu", action="store_true", help="on the CPU even where a GPU is")
     arguments = parser.parse_args()
-    if arguments.smoke:
-        arguments.config, arguments.steps, arguments.workers, arguments.cpu = "linear", 12, [0], True
     flags = flags_of(arguments)
     batch = parse_options(arguments.config, []).training.per_device_train_batch_size
     print(f"{'processes':>9} {'workers':>7} {'cells/s':>9} {'tokens/s':>11} {'data wait':>9} {'TFLOP/s':>8} {'GB':>6}")

@@ -15,15 +15,7 @@ def write_atomically(path: str | Path) -> Iterator[Path]:
     """Gives the name of a new file beside `path`, which takes its place when the block ends without an error.
 
     A reader sees the old file, the new one or none, never a part of one. The file gets the permissions of the umask,
-    whatever its writer gave it: safetensors leaves files that nobody but their owner can read.
-
-    Args:
-        path (`str` or `Path`): Where the file will be; its folder is made.
-
-    Example:
-
-        with write_atomically("cells.csv") as temporary:
-            table.to_csv(temporary)
+    whatever its writer gave it: safetensors leaves files that nobody but their owner can read. The folder is made.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -123,6 +123,16 @@ def nested(name: str, value) -> dict:
     return value
 
 
+def differences(old: Mapping, new: Mapping, where: str = "") -> Iterator[tuple[str, typing.Any, typing.Any]]:
+    """Dotted name and both values of every entry in which two nested mappings differ; a missing one is `None`."""
+    for key in sorted({*old, *new}):
+        name, before, after = f"{where}{key}", old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            yield from differences(before, after, f"{name}.")
+        elif before != after:
+            yield name, before, after
+
+
 def merge(base: Mapping, changes: Mapping) -> dict:
     """`base` with `changes` laid over it, mapping by mapping."""
     merged = copy.deepcopy(dict(base))

@@ -129,14 +129,9 @@ def run_sweep(sweep: SweepOptions, resume: bool) -> Path:
     """Runs the trials that are still to do, and writes `sweep.md` and `best.yaml`.
 
     The first trial is the run as it is configured: the table tells whether its options hold. Every trial is in a
-    database as soon as it ends; one that was interrupted does not count.
-
-    Args:
-        sweep ([`SweepOptions`]): What is searched.
-        resume (`bool`): Whether to go on with the sweep that the folder holds; more trials may be asked for.
-
-    Raises:
-        ValueError: If the folder holds another sweep, or this one and `resume` is not set, and what a run raises.
+    database as soon as it ends; one that was interrupted does not count. With `resume` the sweep that the folder holds
+    goes on, also with more trials. Raises `ValueError` if the folder holds another sweep, or this one without
+    `resume`, and what a run raises.
     """
     out = Path(sweep.output_dir)
     out.mkdir(parents=True, exist_ok=True)

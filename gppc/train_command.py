@@ -22,8 +22,9 @@ class LaunchOptions:
         push_to_hub (`str`, *optional*): Hub repository that the finished model is pushed to.
         hub_strategy (`str`, *optional*, defaults to `"end"`): Push at the end only, or the model of every saved
             checkpoint as well.
-        folds (`str` or `int`, *optional*): Of a screen, models that did not see one fold of its perturbations, for
-            `gppc evaluate`: `all` for one model folder a fold, or a fold, counted from 0. The same as `screen.fold`.
+        folds (`str` or `int`, *optional*): Leave perturbations of a screen out, so that `gppc evaluate` can score the
+            model on them: `all` fits one model a fold, in folders of their own; a number fits the model without that
+            fold, counted from 0. The same as `screen.fold`.
         sweep (`str`, *optional*): Search options instead of training once: a YAML file, or the name of a shipped one;
             `--sweep NAME --help` lists its options.
     """
@@ -37,18 +38,9 @@ class LaunchOptions:
 
 
 def read_command(words: Sequence[str], description: str):
-    """What the words of a command line ask for.
-
-    Args:
-        words (`Sequence[str]`): Flags.
-        description (`str`): What stands above the options in the help text.
-
-    Returns:
-        The help text, where it is asked for; else a tuple of [`LaunchOptions`] and [`RunOptions`], or `SweepOptions`
-        where a sweep is asked for.
-
-    Raises:
-        ValueError: For an unknown file, option or value, naming the option and close matches.
+    """What the words of a command line ask for: the help text, or [`LaunchOptions`] and [`RunOptions`] (`SweepOptions`
+    where a sweep is asked for). Raises `ValueError` for an unknown file, option or value, naming the option and close
+    matches.
     """
     kind = RunOptions
     if any(word.partition("=")[0] == "--sweep" for word in words):
@@ -60,6 +52,9 @@ def read_command(words: Sequence[str], description: str):
     changes = read_flags(words, LaunchOptions, kind)
     launch, changes = from_mapping(LaunchOptions, part_of(changes, LaunchOptions)), part_of(changes, kind)
     if launch.sweep is not None:
+        for name in ("folds", "push_to_hub"):
+            if getattr(launch, name) is not None:
+                raise ValueError(f"`--{name}` is given with `--sweep`, which keeps no model; leave one of them out.")
         return launch, read_sweep(launch.sweep, changes)
     if launch.push_to_hub is None and launch.hub_strategy != "end":
         raise ValueError(f"`--hub_strategy` {launch.hub_strategy} needs `--push_to_hub REPO`.")

@@ -1,10 +1,10 @@
 """Uploads a set of files as one commit: resumable, repeatable, nothing half done."""
 
 import logging
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import sleep
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
@@ -23,14 +23,6 @@ TRANSIENT = {408, 409, 412, 425, 429, 500, 502, 503, 504}
 LONGEST_WAIT = 60.0  # seconds between two attempts
 # Files the Hub itself, or its form for new repositories, puts into an empty repository.
 NEUTRAL_FILES = (".gitattributes", "README.md")
-
-
-@dataclass(frozen=True)
-class Retries:
-    """How often and how patiently to try again after dropped connections, 429 and 5xx."""
-
-    attempts: int = 6
-    sleep: Callable[[float], None] = time.sleep
 
 
 @dataclass(frozen=True)
@@ -78,7 +70,7 @@ class Push:
         patterns (`tuple[str, ...]`): The allow-list; remote files that match it and are no longer local are removed.
         marker (`str`): File by which a repository is known to be of this sort; others that hold content are refused.
         left_out (`list[str]`, *optional*): Names of the files that stay, for the report.
-        private, revision, tag, create, message, token, endpoint, retries: See [`~push.push_model`].
+        private, revision, tag, create, message, token, endpoint, attempts: See [`~push.push_model`].
     """
 
     files: Mapping[str, Path | bytes]
@@ -94,7 +86,7 @@ class Push:
     message: str = "Upload with gppc push"
     token: str | None = None
     endpoint: str | None = None
-    retries: Retries = field(default_factory=Retries)
+    attempts: int = 6
 
     def run(self) -> PushReport:
         """Checks the files, then uploads them.
@@ -130,7 +122,7 @@ class Push:
     def attempt(self, step: Callable):
         """Runs a step, again after failures that pass, and turns the others into one line."""
         wait = 1.0
-        for number in range(1, self.retries.attempts + 1):
+        for number in range(1, self.attempts + 1):
             try:
                 return step()
             except (HTTP_ERROR, OSError, RuntimeError) as error:
@@ -140,7 +132,7 @@ class Push:
                 answer = cause.response if isinstance(cause, HfHubHTTPError) else None
                 if answer is not None and answer.status_code not in TRANSIENT:
                     raise ValueError(self.explain(cause, answer.status_code)) from error
-                if number == self.retries.attempts:
+                if number == self.attempts:
                     raise ConnectionError(
                         f"the Hub at {self.api.endpoint} did not take the upload in {number} attempts (last: "
                         f"{one_line(cause)}); nothing is lost: run the same command again."
@@ -148,7 +140,7 @@ class Push:
                 asked = "" if answer is None else answer.headers.get("Retry-After", "")
                 pause = min(max(wait, float(asked) if asked.isdigit() else 0.0), LONGEST_WAIT)
                 logger.warning("%s; attempt %d in %.0f s", one_line(cause), number + 1, pause)
-                self.retries.sleep(pause)
+                sleep(pause)
                 wait *= 2
 
     def open_repository(self) -> None:

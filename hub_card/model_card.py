@@ -34,17 +34,8 @@ TRANSFER = {
     "matched_minus_shuffled": "correlation beyond shuffled targets",
     "coverage90": "share inside the predicted 90 % interval",
 }
-# What `run.json` must say: key -> (type, what it is). `None` is allowed where a fact was not measured.
-RUN_FACTS = {
-    "store": (str, "name or version of the store of cells, such as a Census version"),
-    "filters": ((str, list, dict, type(None)), "the query's filters; null for none"),
-    "cells": (int, "number of cells read"),
-    "genes": (int, "number of genes of the vocabulary"),
-    "seconds": ((int, float), "wall-clock seconds of training"),
-    "flop": ((int, float, type(None)), "floating-point operations of training; null where not counted"),
-    "seed": (int, "the seed"),
-    "command": (str, "the command that started the run"),
-}
+# What `run.json` must say; `null` stands where there was no filter, or where operations were not counted.
+RUN_FACTS = ("store", "filters", "cells", "genes", "seconds", "flop", "seed", "command")
 OPTIONAL_FACTS = {
     "pairs": "training pairs",
     "pairings": "pairings",
@@ -88,15 +79,6 @@ def _read_results(path: Path) -> dict:
         if missing := {"n_pairs", "n_genes", "methods"} - set(content):
             raise ValueError(f"`{path.name}`: split `{split}` lacks `{min(missing)}`; train again.")
     return results
-
-
-def _check_run(run: Mapping) -> None:
-    """Refuses a `run.json` that lacks a fact of [`RUN_FACTS`] or states it in another type."""
-    for key, (kind, meaning) in RUN_FACTS.items():
-        if key not in run:
-            raise ValueError(f"`run.json` lacks `{key}` ({meaning}){close_matches(key, run)}")
-        if not isinstance(run[key], kind) or isinstance(run[key], bool):
-            raise ValueError(f"`run.json`: `{key}` is {run[key]!r}; wanted {meaning}.")
 
 
 def shown(value: float | int | None) -> str:
@@ -213,26 +195,21 @@ def transfer_text(folder: Path) -> str:
 
 
 def render_model_card(folder: str | Path) -> str:
-    """Renders the card of a run folder.
+    """Renders the card of a model folder: Markdown text with its metadata block.
 
-    Args:
-        folder (`str` or `Path`): Holds `config.json`, `preprocessor_config.json` and `run.json` (the facts of
-            [`RUN_FACTS`], and those of [`OPTIONAL_FACTS`] that are known); where that says `unfinished` (`step`,
-            `max_steps` and, if known, `eval_mse`, `eval_linear_mse`, `eval_r2`), the card says how far training is.
-            A finished model that was scored has `results.json` (scores and floors by split), and `transfer.json`
-            where screens were scored; see [`add_transfer`].
-
-    Returns:
-        `str`: The Markdown text with its metadata block.
-
-    Raises:
-        ValueError: If a file is missing or a fact is missing or malformed, naming it.
+    The folder holds `config.json`, `preprocessor_config.json` and `run.json` (the facts of [`RUN_FACTS`], and those of
+    [`OPTIONAL_FACTS`] that are known); where that says `unfinished` (`step`, `max_steps` and, if known, `eval_mse`,
+    `eval_linear_mse`, `eval_r2`), the card says how far training is. A finished model that was scored has
+    `results.json` (scores and floors by split), and `transfer.json` where screens were scored; see [`add_transfer`].
+    Raises `ValueError` naming a file or fact that is missing or malformed.
     """
     folder = Path(folder)
     config = read_json(folder / "config.json")
     preprocessor = read_json(folder / "preprocessor_config.json")
     run = read_json(folder / "run.json")
-    _check_run(run)
+    for fact in RUN_FACTS:
+        if fact not in run:
+            raise ValueError(f"`run.json` lacks `{fact}`{close_matches(fact, run)}")
     scored = not run.get("unfinished") and (folder / "results.json").is_file()
     results = _read_results(folder / "results.json") if scored else None
     name = portable(str(run.get("name") or "GPPC"))

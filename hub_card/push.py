@@ -23,8 +23,8 @@ def push_model(folder: str | Path, repo_id: str, **options) -> PushReport:
         **options: `private` (`bool`, `True` by default): visibility of a new repository; `revision` (`str`, `"main"`
             by default): branch, created when absent; `tag` (`str`) for the result; `message` (`str`): title of the
             commit; `create` (`bool`, `True` by default): create the repository when it is absent; `token` (`str`), by
-            default that of `hf auth login` or `HF_TOKEN`; `endpoint` (`str`), by default `HF_ENDPOINT`; `retries`
-            ([`~hub_upload.Retries`]).
+            default that of `hf auth login` or `HF_TOKEN`; `endpoint` (`str`), by default `HF_ENDPOINT`; `attempts`
+            (`int`, 6 by default): after dropped connections, 429 and 5xx.
 
     Returns:
         [`~hub_upload.PushReport`]

@@ -71,7 +71,6 @@ def run(arguments: PushOptions) -> None:
     if arguments.evaluation and kind != "model":
         raise ValueError(f"`--evaluation` is for the card of a model; this is a {kind}.")
     # Only now: importing takes seconds, a mistyped argument should not.
-    from hub_card.hub_upload import Retries
     from hub_card.model_card import add_transfer
     from hub_card.push import push_dataset, push_demo, push_metric, push_model
 
@@ -81,7 +80,7 @@ def run(arguments: PushOptions) -> None:
         "tag": arguments.tag,
         "create": not arguments.no_create,
         "message": arguments.message,
-        "retries": Retries(attempts=arguments.attempts),
+        "attempts": arguments.attempts,
     }
     if arguments.evaluation:
         add_transfer(folder, arguments.evaluation)

@@ -11,7 +11,6 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from data_scripts.files import write_json
-from hub_card.hub_upload import Retries
 from hub_card.model_card import write_model_card
 from hub_card.push import push_model
 from modeling_gppc import GppcFeatureExtractor, GppcForPerturbationPrediction
@@ -70,7 +69,7 @@ class HubPush(TrainerCallback):
 
     def _push(self, folder: Path, step: int) -> None:
         try:
-            push_model(folder, self.repo_id, message=f"Training, step {step}", retries=Retries(attempts=2))
+            push_model(folder, self.repo_id, message=f"Training, step {step}", attempts=2)
         except (ValueError, OSError) as error:
             logger.warning("step %d was not pushed (training goes on, the next push brings it): %s", step, error)
 

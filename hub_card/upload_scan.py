@@ -43,15 +43,8 @@ def select_files(folder: Path, patterns: Iterable[str]) -> tuple[dict[str, Path]
 
 
 def scan_files(files: Mapping[str, Path | bytes], secrets: Iterable[str] = ()) -> None:
-    """Refuses files that would give away a machine or a secret, and files that are not what they are called.
-
-    Args:
-        files (`Mapping[str, Path | bytes]`): Path in the repository -> file or content.
-        secrets (`Iterable[str]`, *optional*): Texts that must not occur anywhere, such as the user's own token.
-
-    Raises:
-        ValueError: Naming the file, the line and what is wrong with it.
-    """
+    """Raises `ValueError`, naming file and line, for files (path in the repository -> file or content) that would give
+    away a machine or a secret, such as the user's own token, and for files that are not what they are called."""
     for name, source in files.items():
         suffix = Path(name).suffix
         if suffix in TEXT_SUFFIXES:

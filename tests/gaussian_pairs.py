@@ -72,7 +72,7 @@ def started(train: pa.Table, validation: pa.Table, components: int) -> GppcForPe
 
 def errors(model, table: pa.Table) -> dict[str, float]:
     """Mean squared error of each pairing over the genes that were not revealed."""
-    pairs = PairArrays.from_table(table, np.ones((1, GENES), dtype=bool), GENES)
+    pairs = PairArrays.from_table(table, np.ones((1, GENES), dtype=bool))
     predicted, _ = model_predictor(model)(pairs)
     squared = np.where(pairs.scored, (predicted - pairs.target) ** 2, 0)
     return {
@@ -83,7 +83,7 @@ def errors(model, table: pa.Table) -> dict[str, float]:
 def optimum_error(table: pa.Table) -> dict[str, float]:
     """The same for E[B | A, b_S] of the true joint Gaussian."""
     loadings = np.random.default_rng(1).normal(size=(GENES, RANK))
-    pairs = PairArrays.from_table(table, np.ones((1, GENES), dtype=bool), GENES)
+    pairs = PairArrays.from_table(table, np.ones((1, GENES), dtype=bool))
     sigma = loadings @ loadings.T + 0.25 * np.eye(GENES)
     output = {}
     for name, share in (("same_type", 0.5), ("same_dataset", 0.0)):

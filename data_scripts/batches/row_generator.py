@@ -30,10 +30,6 @@ class RowGenerator:
     def random(self, size) -> np.ndarray:
         """Uniform numbers in [0, 1), shape `(B,)` or `(B, n)`."""
         shape = (size,) if isinstance(size, (int, np.integer)) else tuple(size)
-        if shape[0] != len(self._keys) or len(shape) > 2:
-            raise ValueError(
-                f"`size` is {size}; wanted ({len(self._keys)},) or ({len(self._keys)}, n): a row's draws."
-            )
         width = shape[1] if len(shape) == 2 else 1
         steps = (np.arange(1, width + 1, dtype=np.uint64) + np.uint64(self._draws)) * _GAMMA
         bits = _mix(self._keys[:, None] + steps[None, :])

@@ -11,39 +11,15 @@ import pyarrow as pa
 import torch
 
 from data_scripts.files import write_json
-from data_scripts.options import Count, Seed, check_numbers
 from data_scripts.pairs.build_tasks import open_plan
 from data_scripts.pairs.pair_plan import PairPlan, digest_of
 from data_scripts.pairs.pair_shard import ShardRows, read_shard_values
 from data_scripts.pairs.schema import PAIR_SCHEMA, SPLITS
 from data_scripts.store.cell_stream import read_ahead
 
+TRAIN = SPLITS.index("train")
 PREFETCHED = 4  # batches that each worker keeps ready
 EPOCH_STRIDE = 1_000_003  # between the seeds of epochs; epoch 0 draws the rows that a build would write
-
-
-@dataclasses.dataclass(frozen=True)
-class StreamOptions:
-    """
-    How a stream is cut up.
-
-    Args:
-        split (`str`, *optional*, defaults to `"train"`): Whose pairs.
-        batch_size (`int`, *optional*, defaults to 128): Pairs in a batch; the last one of a round may be smaller.
-        pool_shards (`int`, *optional*, defaults to 2): Shards, drawn from the whole store, that a batch draws its rows
-            from; the rows of about half of them are in memory.
-        seed (`int`, *optional*, defaults to 0): Of the orders of shards and rows.
-    """
-
-    split: str = "train"
-    batch_size: Count = 128
-    pool_shards: Count = 2
-    seed: Seed = 0
-
-    def __post_init__(self):
-        check_numbers(self)
-        if self.split not in SPLITS:
-            raise ValueError(f"`split` is {self.split!r}; wanted one of {', '.join(SPLITS)}.")
 
 
 class _Reader(torch.utils.data.IterableDataset):
@@ -53,18 +29,18 @@ class _Reader(torch.utils.data.IterableDataset):
         self.stream = stream
 
     def __iter__(self) -> Iterator[tuple[int, tuple[int, int, int], object]]:
-        stream, options, worker = self.stream, self.stream.options, torch.utils.data.get_worker_info()
+        stream, worker = self.stream, torch.utils.data.get_worker_info()
         own = (stream.next_reader + (worker.id if worker else 0)) % stream.n_readers
         plan = open_plan(stream.out, stream.identity)
         first_batch = stream.positions[own][2]
         for epoch, number, rows in read_ahead(self._rounds(own, plan)):
-            shuffled = np.random.default_rng([options.seed, epoch, own, number]).permutation(rows.num_rows)
-            n_batches = -(-rows.num_rows // options.batch_size)
+            shuffled = np.random.default_rng([stream.seed, epoch, own, number]).permutation(rows.num_rows)
+            n_batches = -(-rows.num_rows // stream.batch_size)
             for batch in range(first_batch, n_batches):
                 # Where this reader stands once the batch has been used.
                 after = (epoch, number, batch + 1) if batch + 1 < n_batches else (epoch, number + 1, 0)
-                begin = batch * options.batch_size
-                table = rows.take(pa.array(shuffled[begin : begin + options.batch_size]))
+                begin = batch * stream.batch_size
+                table = rows.take(pa.array(shuffled[begin : begin + stream.batch_size]))
                 yield own, after, table if stream.transform is None else stream.transform(table)
             first_batch = 0
 
@@ -73,36 +49,33 @@ class _Reader(torch.utils.data.IterableDataset):
 
         Of each shard it holds what is left for later rounds, and nothing else.
         """
-        stream, options = self.stream, self.stream.options
-        shards = streamed_shards(plan, options.split)
+        stream, shards = self.stream, streamed_shards(plan)
         reader, n_readers = stream.rank * stream.n_readers + own, stream.world_size * stream.n_readers
         first_epoch, first_round, _ = stream.positions[own]
         for epoch in itertools.count(first_epoch) if stream.endless else (first_epoch,):
-            order = np.random.default_rng([options.seed, epoch]).permutation(len(shards))
+            order = np.random.default_rng([stream.seed, epoch]).permutation(len(shards))
             # One further each epoch: where the shards do not divide evenly, every reader has the longer share in turn.
             mine = shards[order[(reader + epoch) % n_readers :: n_readers]].tolist()
             waiting: dict[int, dict[int, pa.Table]] = {}
-            for number in range(first_round, n_rounds(len(mine), options.pool_shards)):
+            for number in range(first_round, n_rounds(len(mine), stream.pool_shards)):
                 for place, shard in enumerate(mine):
-                    rounds = rounds_of(place, len(mine), options.pool_shards)
+                    rounds = rounds_of(place, len(mine), stream.pool_shards)
                     if number in rounds and place not in waiting:
-                        waiting[place] = _spread(plan, options, epoch, shard, rounds, number)
+                        waiting[place] = _spread(plan, stream.seed, epoch, shard, rounds, number)
                 parts = [tables.pop(number) for tables in waiting.values() if number in tables]
                 # Many chunks would have to be searched for every row: one is gathered from directly.
                 yield epoch, number, pa.concat_tables(parts).combine_chunks()
             first_round = 0
 
 
-def _spread(
-    plan: PairPlan, options: StreamOptions, epoch: int, shard: int, rounds: range, first: int
-) -> dict[int, pa.Table]:
+def _spread(plan: PairPlan, seed: int, epoch: int, shard: int, rounds: range, first: int) -> dict[int, pa.Table]:
     """The rows of a shard, drawn for its rounds, from round `first` on."""
     drawn_anew = dataclasses.replace(plan.options, seed=plan.options.seed + EPOCH_STRIDE * epoch)
     cells = plan.shard_cells(shard)
     values = read_shard_values(plan.matrix, cells, drawn_anew, plan.vocabulary, plan.gene_lengths)
     rows = ShardRows(cells, values, plan.panels, drawn_anew, shard)
-    table = pa.Table.from_batches(rows.batches(SPLITS.index(options.split)), PAIR_SCHEMA).combine_chunks()
-    order = np.random.default_rng([options.seed, epoch, shard]).permutation(table.num_rows)
+    table = pa.Table.from_batches(rows.batches(TRAIN), PAIR_SCHEMA).combine_chunks()
+    order = np.random.default_rng([seed, epoch, shard]).permutation(table.num_rows)
     parts = dict(zip(rounds, np.array_split(order, len(rounds))))
     # Copies, so that what was used can be forgotten.
     return {number: table.take(pa.array(part)) for number, part in parts.items() if number >= first}
@@ -119,12 +92,11 @@ def rounds_of(shard: int, n_shards: int, pool_shards: int) -> range:
     return range(max(0, min(shard - pool_shards + 1, last)), min(shard, last) + 1)
 
 
-def streamed_shards(plan: PairPlan, split: str) -> np.ndarray:
-    """Shards that hold cells of a split, int64 of shape `(n_streamed,)`."""
+def streamed_shards(plan: PairPlan) -> np.ndarray:
+    """Shards that hold training cells, int64 of shape `(n_streamed,)`."""
     cells = plan.cells.column("split").to_numpy()
     bounds = plan.content["bounds"]
-    wanted = SPLITS.index(split)
-    held = [index for index in range(plan.n_shards) if (cells[bounds[index] : bounds[index + 1]] == wanted).any()]
+    held = [index for index in range(plan.n_shards) if (cells[bounds[index] : bounds[index + 1]] == TRAIN).any()]
     return np.array(held, dtype=np.int64)
 
 
@@ -147,6 +119,10 @@ class PairStream(torch.utils.data.IterableDataset):
 
     Args:
         out (`str` or `Path`): Folder that [`plan_pairs`] prepared, or that `build_pairs(train_rows=...)` wrote.
+        batch_size (`int`, *optional*, defaults to 128): Pairs in a batch; the last one of a round may be smaller.
+        pool_shards (`int`, *optional*, defaults to 2): Shards, drawn from the whole store, that a batch draws its rows
+            from; the rows of about half of them are in memory.
+        seed (`int`, *optional*, defaults to 0): Of the orders of shards and rows.
         num_workers (`int`, *optional*, defaults to 0): Background processes; 0 reads in a thread of this one.
         rank, world_size (`int`, *optional*): This process among those that train.
         transform (`Callable[[pa.Table], Any]`, *optional*): Applied to each batch where it is read; must be picklable
@@ -158,7 +134,9 @@ class PairStream(torch.utils.data.IterableDataset):
     def __init__(
         self,
         out: str | Path,
-        options: StreamOptions | None = None,
+        batch_size: int = 128,
+        pool_shards: int = 2,
+        seed: int = 0,
         num_workers: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -170,12 +148,12 @@ class PairStream(torch.utils.data.IterableDataset):
         plan = PairPlan(out)
         if not (plan.work / "genes.npy").is_file():
             raise ValueError(f"`out` {out} has no gene panel yet; prepare it with `plan_pairs`.")
-        self.out, self.options = str(out), options or StreamOptions()
+        self.out, self.batch_size, self.pool_shards, self.seed = str(out), batch_size, pool_shards, seed
         self.identity = digest_of(plan.content["identity"])
         self.num_workers, self.rank, self.world_size, self.transform = num_workers, rank, world_size, transform
         self.endless, self.n_readers = endless, max(1, num_workers)
         if endless:
-            n_shards = len(streamed_shards(plan, self.options.split))
+            n_shards = len(streamed_shards(plan))
             if n_shards < world_size * self.n_readers:
                 raise ValueError(
                     f"the store makes {n_shards} shard(s) for {world_size * self.n_readers} readers ({world_size} "
@@ -213,7 +191,9 @@ class PairStream(torch.utils.data.IterableDataset):
     def _shape(self) -> dict:
         return {
             "identity": self.identity,
-            "options": dataclasses.asdict(self.options),
+            "batch_size": self.batch_size,
+            "pool_shards": self.pool_shards,
+            "seed": self.seed,
             "num_workers": self.num_workers,
             "world_size": self.world_size,
         }

@@ -53,9 +53,9 @@ def run(build: BuildOptions, options: PairOptions) -> None:
     """Builds the folder and says what it holds."""
     # Imported late: these take seconds, and bad options should be named at once.
     if build.dry_run:
-        from data_scripts.pairs.dry_run import estimate, tell
+        from data_scripts.pairs.dry_run import describe_estimate, estimate
 
-        print(tell(estimate(options, build.num_proc)))
+        print(describe_estimate(estimate(options, build.num_proc)))
         return
     from data_scripts.pairs.census_pairs import build_pairs
 

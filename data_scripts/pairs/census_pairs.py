@@ -65,8 +65,6 @@ def build_pairs(
         ValueError: For bad options, a bad store or a folder of another run; before long work where it can be known.
     """
     out = Path(out) if dask is None else Path(out).resolve()
-    if num_proc < 1:
-        raise ValueError(f"`num_proc` is {num_proc}; wanted at least 1.")
     with planned(options, out, num_proc, progress, dask, train_rows) as plan:
         if plan is not None:
             todo = [index for index in range(plan.n_shards) if not shard_done(plan, index)]

@@ -97,7 +97,7 @@ def _sample(query: CellQuery, options: PairOptions, cells: pa.Table) -> dict:
     }
 
 
-def tell(numbers: dict) -> str:
+def describe_estimate(numbers: dict) -> str:
     """The estimate as lines for a person."""
     source = numbers["source"].get("uri") or f"Census {numbers['source'].get('census_version')}"
     cells = numbers["cells"]

@@ -90,22 +90,11 @@ def select_genes(
     selected: np.ndarray,
     options: PanelOptions,
 ) -> tuple[np.ndarray, dict[str, int]]:
-    """Applies the rule `common` or `variable`.
+    """Applies the rule `common` or `variable`: chosen genes, ascending, and how many genes each step kept.
 
-    Data sets are folded into the scores as soon as all their cells have been seen, so memory is bounded by the data
-    sets that are open at a time, not by their number.
-
-    Args:
-        parts (`Iterable[PanelPart]`): Statistics of the training cells, in any partition.
-        cells_per_dataset (`np.ndarray`): Training cells of each data set, shape `(n_datasets,)`.
-        measured (`np.ndarray`): Genes each data set measured, bool of shape `(n_datasets, n_vars)`.
-        selected (`np.ndarray`): Genes that may be chosen, bool of shape `(n_vars,)`.
-
-    Returns:
-        Tuple of the chosen genes in ascending order and a `dict` of how many genes each step kept.
-
-    Raises:
-        ValueError: If no gene is left.
+    Data sets are folded into the scores as soon as all their training cells (`cells_per_dataset`, `(n_datasets,)`)
+    have been seen, so memory is bounded by those that are open at a time. `measured` `(n_datasets, n_vars)` says what
+    each data set measured, `selected` `(n_vars,)` what may be chosen. Raises `ValueError` if no gene is left.
     """
     n_vars = measured.shape[1]
     n_measured = cells_per_dataset @ measured

@@ -134,12 +134,8 @@ def guard_fold(
 def model_leaks(run: Mapping | None, screen: str, cells_digest: str, mode: str) -> list[str]:
     """Reasons why a model folder may not be scored on a screen in a mode; an empty list is clean.
 
-    Args:
-        run (`Mapping`, *optional*): Content of the folder's `run.json`; `None`, or without `datasets`: not stated,
-            which is no leak that can be shown.
-        screen (`str`): Name of the screen's file.
-        cells_digest (`str`): Of the cells' names.
-        mode (`str`): `"zero-shot"`, `"in-context"` or `"fine-tuned"`.
+    `run` is the content of the folder's `run.json`; where it does not state what the model has seen, no leak can be
+    shown.
     """
     run = run or {}
     adapted = run.get("screen")

@@ -17,7 +17,6 @@ from data_scripts.pairs.shard_files import file_digest, read_decoded, read_table
 from modeling_gppc.normalization_gppc import close_matches
 
 MANIFEST = "manifest.json"
-FILE_FORMATS = ("arrow", "parquet")
 DECODED_IN_MEMORY = 64 * 1024**2  # bytes of parquet in a split up to which it is simply decoded into memory
 
 
@@ -131,13 +130,6 @@ class PairFolder:
         # The bar appears only where decoding takes its time.
         bar = tqdm(shards, desc=f"decoding {name}", unit="shard", delay=2)
         return pa.concat_tables([read_decoded(self.path / shard["file"], shard["digest"]) for shard in bar])
-
-    def dataset(self, name: str):
-        """The same rows as a `datasets.Dataset` over the same memory."""
-        import datasets  # slow to import, and only wanted here
-        from datasets.table import InMemoryTable
-
-        return datasets.Dataset(InMemoryTable(self.split(name)), split=datasets.NamedSplit(name))
 
     def verify(self) -> None:
         """Reads every shard; raises `ValueError` if its digest is not that of the manifest."""

@@ -12,7 +12,7 @@ import pandas as pd
 import pyarrow as pa
 
 from data_scripts.files import write_arrays, write_json
-from data_scripts.options import from_mapping
+from data_scripts.options import differences, from_mapping
 from data_scripts.pairs.gene_selection import gene_lengths_of, read_gene_list
 from data_scripts.pairs.pair_folder import MANIFEST, write_table_atomically
 from data_scripts.pairs.pair_options import PairOptions
@@ -71,18 +71,6 @@ def plan_identity(options: PairOptions, source: dict) -> dict:
     }
 
 
-def differences(old: dict, new: dict, where: str = "") -> list[str]:
-    """Dotted names of the entries in which two nested mappings differ, with both values."""
-    found = []
-    for key in sorted(set(old) | set(new)):
-        name = f"{where}.{key}" if where else key
-        if isinstance(old.get(key), dict) and isinstance(new.get(key), dict):
-            found += differences(old[key], new[key], name)
-        elif json.dumps(old.get(key)) != json.dumps(new.get(key)):
-            found.append(f"{name.removeprefix('options.')} was {old.get(key)!r}, is {new.get(key)!r}")
-    return found
-
-
 def check_folder(path: Path, identity: dict) -> str:
     """What an output folder holds: `"new"`, `"unfinished"` or `"finished"`; anything else is a `ValueError`."""
     for file, state in ((path / MANIFEST, "finished"), (path / WORK / PLAN, "unfinished")):
@@ -96,8 +84,11 @@ def check_folder(path: Path, identity: dict) -> str:
             ) from error
         if digest_of(old) == digest_of(identity):
             return state
-        found = "; ".join(differences(old, identity)[:3])
-        raise ValueError(f"`out` {path} holds another run ({found}); choose another folder or delete it.")
+        found = differences(old, json.loads(json.dumps(identity)))
+        shown = [f"{name.removeprefix('options.')} was {before!r}, is {after!r}" for name, before, after in found]
+        raise ValueError(
+            f"`out` {path} holds another run ({'; '.join(shown[:3])}); choose another folder or delete it."
+        )
     if path.exists() and (not path.is_dir() or any(entry.name not in (".lock", WORK) for entry in path.iterdir())):
         raise ValueError(f"`out` {path} is not empty and holds no pairs; choose another folder.")
     return "new"

@@ -71,14 +71,10 @@ def match_partners(
     """Finds `pairs_per_cell` partners for every cell, ordered by draw and source.
 
     Each draw of a cell is given to a pairing, by weight; where that pairing has no partner for the cell the next one
-    is tried, so that a cell is lost only when no context has room for it.
-
-    Args:
-        groups (`list[np.ndarray]`): For every pairing the context of each cell, negative where it is not known.
-        different (`list[np.ndarray | None]`): For every pairing a code that must differ between partners, or `None`.
-        panel (`np.ndarray`): Panel of each cell, int of shape `(n_cells,)`.
-        shared_genes (`np.ndarray`): Number of genes measured in both, int of shape `(n_panels, n_panels)`.
-        values (`sp.csr_matrix`, *optional*): Normalised values `(n_cells, n_genes)`; for `nearest` and `farthest`.
+    is tried, so that a cell is lost only when no context has room for it. `groups` holds for every pairing the context
+    of each cell, negative where it is not known, `different` a code that must differ between partners; `panel`
+    `(n_cells,)` and `shared_genes` `(n_panels, n_panels)` say how many genes two cells share; `nearest` and `farthest`
+    compare `values`.
     """
     n_cells, n_draws = len(panel), options.pairs_per_cell
     contexts = [_Context(group, code) for group, code in zip(groups, different)]

@@ -66,13 +66,10 @@ def sample_by_rejection(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Uniform draws of differing genes without looking at the genes that are not drawn.
 
-    Places in the two lists of expressed genes are drawn; a place counts if its gene is measured in both cells, differs,
-    and, in the target's list, is not in the source's too. Every differing gene has one such place, so the first
-    distinct ones are uniform without replacement.
-
-    Returns:
-        Tuple of `rows`, `genes` and `changes` of the drawn genes in the order of rows, and whether each row found as
-        many as wished, bool of shape `(B,)`; rows that did not have none.
+    Places in the two lists of expressed genes are drawn; a place counts if its gene is measured in both cells,
+    differs, and, in the target's list, is not in the source's too. Every differing gene has one such place, so the
+    first distinct ones are uniform without replacement. Returns `rows`, `genes` and `changes` of the drawn genes in
+    the order of rows, and whether each row found as many as wished, `(B,)`; rows that did not have none.
     """
     n_source = np.diff(source.indptr)
     total = (n_source + np.diff(target.indptr)).astype(np.int64)[:, None]
@@ -113,10 +110,7 @@ def draw_imposed(
 
     Args:
         source, target (`sp.csr_matrix`): Values of the cells, sorted indices, no stored zeros, shape `(B, V)`.
-        panels (`np.ndarray`): Measured genes, bool of shape `(P, V)`.
-        source_panel, target_panel (`np.ndarray`): Panel of each cell, shape `(B,)`.
-        options (`PerturbationOptions`): How many.
-        rng (`np.random.Generator`): Source of randomness.
+        panels (`np.ndarray`): Measured genes, bool `(P, V)`; `source_panel` and `target_panel` are its rows.
         attempts (`int`): Places tried for each row.
         rng_of_rest (`Callable`, *optional*): From the rows whose candidates are listed to the source of their
             randomness; defaults to `rng`.

@@ -155,11 +155,8 @@ def normalize_block(
 ) -> np.ndarray:
     """Log values of a block's entries, float32 of shape `(n_entries,)`.
 
-    Args:
-        block (`CellBlock`): Its cells; all genes of them for `log_tpm`.
-        options (`QueryOptions`): Layer and recipe.
-        library_size (`np.ndarray`): Counts over all genes of all cells of the stream, shape `(n_cells,)`.
-        gene_lengths (`np.ndarray`): Bases of every gene of the store, shape `(n_vars,)`; for `log_tpm`.
+    `library_size` holds the counts over all genes of all cells of the stream, `gene_lengths` the bases of every gene
+    of the store, for `log_tpm`, which needs a block of all genes.
     """
     library = library_size[block.start : block.start + block.n_cells].astype(np.float64)
     lengths = None
@@ -181,17 +178,11 @@ def normalize_block(
 def read_values(
     stream: CellStream, library_size: np.ndarray, gene_lengths: np.ndarray | None, vocabulary: np.ndarray
 ) -> sp.csr_matrix:
-    """Normalised values of the stream's cells at the genes of the vocabulary.
+    """Normalised values of the stream's cells at the genes of the vocabulary, float32 of shape `(n_cells, n_genes)`.
 
-    Args:
-        stream (`CellStream`): The cells.
-        library_size (`np.ndarray`): Counts over all genes, shape `(n_cells,)`.
-        gene_lengths (`np.ndarray`, *optional*): Bases of every gene of the store.
-        vocabulary (`np.ndarray`): Vocabulary id of every gene of the store, -1 where left out; ascending ids must
-            follow ascending genes. Shape `(n_vars,)`, int32.
-
-    Returns:
-        `sp.csr_matrix` of float32, shape `(n_cells, n_genes of the vocabulary)`, sorted indices, no stored zeros.
+    `vocabulary` holds the id of every gene of the store, -1 where left out, ascending as the genes do, int32
+    `(n_vars,)`; for `library_size` and `gene_lengths` see [`normalize_block`]. Indices are sorted and zeros not
+    stored.
     """
     # Rates are over all genes, so there the choice of genes comes after them.
     all_genes = stream.options.normalization == "log_tpm"

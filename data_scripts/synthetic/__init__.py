@@ -1,1 +1,1 @@
-"""Cells from a known gene network, its interventions and its best possible predictors."""
+"""Cells from a known gene network, and their best possible predictor."""

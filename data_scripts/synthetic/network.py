@@ -1,8 +1,7 @@
-"""A known gene network: regulators, targets, cell types, donors, data sets and interventions."""
+"""A known gene network: regulators, targets, cell types, donors and data sets."""
 
 import dataclasses
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +15,6 @@ from data_scripts.files import write_atomically
 from data_scripts.synthetic.network_config import SyntheticConfig
 from modeling_gppc.normalization_gppc import close_matches
 
-TARGET_SUM = 10_000.0
-# Log rate of a gene that is knocked out: exp(-30) molecules are none, and 0 * -30 is not NaN.
-SILENT = -30.0
 # State dimensions along which cell types differ, and along which donors differ.
 TYPE_PROGRAMS = 2
 DONOR_PROGRAMS = 2
@@ -50,7 +46,6 @@ class GeneNetwork:
         donor_dataset (`np.ndarray`): Data set of each donor, shape `(n_donors,)`.
         donor_cov, within_cov (`np.ndarray`): Shape `(R, R)`.
         measured (`np.ndarray` of bool): Genes measured by each data set, shape `(K, G)`.
-        interventions (`dict`): Gene index -> (`"level"` or `"shift"`, number in units of `eta`).
     """
 
     config: SyntheticConfig
@@ -69,7 +64,6 @@ class GeneNetwork:
     donor_cov: np.ndarray
     within_cov: np.ndarray
     measured: np.ndarray
-    interventions: dict = dataclasses.field(default_factory=dict)
 
     @property
     def gene_ids(self) -> list[str]:
@@ -95,16 +89,11 @@ class GeneNetwork:
         return np.array([lookup[name] for name in names], dtype=np.int64)
 
     def activities(self, innovations: np.ndarray) -> np.ndarray:
-        """Regulator activities `(n, R)` of innovations `(n, R)`; interventions cut the incoming edges."""
+        """Regulator activities `(n, R)` of innovations `(n, R)`."""
         activity = np.array(innovations, dtype=np.float64)
         signal = np.zeros_like(activity)
-        for rank, gene in enumerate(self.regulators.tolist()):
-            activity[:, rank] += signal @ self.coupling[rank]
-            kind, amount = self.interventions.get(gene, ("shift", 0.0))
-            if kind == "level":
-                activity[:, rank] = amount - self.base[gene]
-            else:
-                activity[:, rank] += amount
+        for rank, weights in enumerate(self.coupling):
+            activity[:, rank] += signal @ weights
             signal[:, rank] = activity[:, rank] if self.config.form == "linear" else np.tanh(activity[:, rank])
         return activity
 
@@ -120,18 +109,10 @@ class GeneNetwork:
     def eta(self, innovations: np.ndarray, genes: np.ndarray | slice = slice(None)) -> np.ndarray:
         """Log values without noise (linear) or log rates (count), float32 `(n, G)`, of innovations `(n, R)`."""
         features = self.features(self.activities(innovations)).astype(np.float32)
-        eta = features @ self.weights[genes].T.astype(np.float32) + self.base[genes].astype(np.float32)
-        columns = np.arange(self.config.n_genes)[genes]
-        for gene, (kind, amount) in self.interventions.items():
-            if gene not in self.regulators:
-                at = columns == gene
-                eta[:, at] = amount if kind == "level" else eta[:, at] + amount
-        return eta
+        return features @ self.weights[genes].T.astype(np.float32) + self.base[genes].astype(np.float32)
 
     def loadings(self) -> np.ndarray:
-        """Linear form: change of each log value per unit of innovation, `(G, R)`, interventions applied."""
-        if self.config.form != "linear":
-            raise ValueError("`loadings` exist in the linear form only; this network's form is 'count'.")
+        """Linear form: change of each log value per unit of innovation, `(G, R)`."""
         n = len(self.regulators)
         zero = self.eta(np.zeros((1, n)))
         return (self.eta(np.eye(n)) - zero).T.astype(np.float64)
@@ -159,59 +140,14 @@ class GeneNetwork:
             donors = self.donor_effects[donor]
         return self.dataset_effects[dataset] + self.type_effects[cell_type] + donors + draw
 
-    def intervene(self, changes: Mapping[str, str | float | tuple[str, float]]) -> "GeneNetwork":
-        """The network under the do-operator: the genes take new values, everything downstream follows.
-
-        Args:
-            changes (`Mapping`): Gene (id or symbol) -> `"ko"`, a log level (`float`), `("level", x)`, or `("factor",
-                f)` (the gene's own rate times `f`, on top of what its regulators say). Levels are log values: of the
-                linear form directly, of the count form log(1 + molecules per 10,000).
-
-        Raises:
-            ValueError: For unknown genes (close matches) or changes.
-        """
-        columns = self.gene_index(list(changes))
-        interventions = dict(self.interventions)
-        for gene, (name, change) in zip(columns.tolist(), changes.items()):
-            interventions[gene] = self._parse_change(name, change)
-        return dataclasses.replace(self, interventions=interventions)
-
-    def _parse_change(self, name: str, change) -> tuple[str, float]:
-        if change == "ko" or isinstance(change, (int, float)):
-            change = ("level", 0.0 if change == "ko" else change)
-        if not isinstance(change, tuple) or len(change) != 2 or change[0] not in ("level", "factor"):
-            raise ValueError(f"`changes[{name}]` is {change!r}; wanted 'ko', a level, ('level', x) or ('factor', f).")
-        kind, amount = change
-        if amount < 0 and (kind == "factor" or self.config.form == "count"):
-            what = "factor" if kind == "factor" else "log count level"
-            raise ValueError(f"`changes[{name}]` is {change!r}; a {what} is not negative.")
-        if kind == "factor" and amount > 0:
-            return "shift", float(np.log(amount))
-        if self.config.form == "linear":
-            return "level", float(amount)
-        if amount == 0:
-            return "level", SILENT
-        return "level", float(np.log(np.expm1(amount) / TARGET_SUM * self.reference_total()))
-
-    def reference_total(self) -> float:
-        """Count form: the summed rate of an average cell, the unit in which levels are fractions."""
-        rng = np.random.default_rng([self.config.seed, 3])
-        dataset, cell_type, donor = self.sample_labels(rng, 512)
-        network = dataclasses.replace(self, interventions={})
-        return float(np.exp(network.eta(self.sample_innovations(rng, dataset, cell_type, donor))).sum(axis=1).mean())
-
     def save(self, path: str | Path) -> None:
         """Writes the network as one safetensors file: arrays, and the config as JSON in the header."""
         arrays = {
             field.name: np.ascontiguousarray(getattr(self, field.name))
             for field in dataclasses.fields(self)
-            if field.name not in ("config", "interventions")
+            if field.name != "config"
         }
-        interventions = {str(gene): change for gene, change in self.interventions.items()}
-        header = {
-            "config": json.dumps(dataclasses.asdict(self.config), sort_keys=True),
-            "interventions": json.dumps(interventions, sort_keys=True),
-        }
+        header = {"config": json.dumps(dataclasses.asdict(self.config), sort_keys=True)}
         with write_atomically(path) as temporary:
             save_file(arrays, temporary, metadata=header)
 
@@ -229,11 +165,10 @@ def load_network(path: str | Path) -> GeneNetwork:
         raise ValueError(f"`path` {path} does not exist; `gppc make-synthetic` writes it beside the store it makes.")
     with safe_open(path, framework="np") as file:
         header = file.metadata() or {}
-        if "config" not in header or "interventions" not in header:
+        if "config" not in header:
             raise ValueError(f"`path` {path} holds no gene network; wanted a file written by `gppc make-synthetic`.")
         arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    interventions = {int(gene): tuple(change) for gene, change in json.loads(header["interventions"]).items()}
-    return GeneNetwork(config=SyntheticConfig(**json.loads(header["config"])), interventions=interventions, **arrays)
+    return GeneNetwork(config=SyntheticConfig(**json.loads(header["config"])), **arrays)
 
 
 def make_network(config: SyntheticConfig) -> GeneNetwork:

@@ -76,17 +76,8 @@ def covariance_of_imposed(covariance: np.ndarray, ids: np.ndarray, real: np.ndar
 
 
 def condition_on_imposed(mean: np.ndarray, covariance: np.ndarray, pairs: PairArrays, block: int = 512) -> np.ndarray:
-    """mean_j + C_jS C_SS^-1 (b_S - mean_S) for each pair.
-
-    Args:
-        mean (`np.ndarray`): Expectation before anything is imposed, shape `(n, V)`.
-        covariance (`np.ndarray`): C, shape `(V, V)`.
-        pairs (`PairArrays`): With the imposed genes; any number, padded.
-        block (`int`, *optional*, defaults to 512): Pairs at a time.
-
-    Returns:
-        `np.ndarray` of shape `(n, V)`.
-    """
+    """mean_j + C_jS C_SS^-1 (b_S - mean_S) for each pair, `(n, V)`, from expectations `mean` `(n, V)` before anything is
+    imposed and the covariance C `(V, V)`."""
     if pairs.revealed_ids.shape[1] == 0:
         return mean
     columns = covariance.astype(mean.dtype)
@@ -136,28 +127,23 @@ class LinearJointFloor(Floor):
 
     def use_ridge(self, ridge: float) -> None:
         """Regresses with so much of the variances added to Sigma's diagonal."""
-        self.penalised = self.moments.covariance + ridge * np.diag(np.diag(self.moments.covariance))
-        self._weights: dict[int, np.ndarray] = {}
-        self._residuals: dict[int, np.ndarray] = {}
+        penalised = self.moments.covariance + ridge * np.diag(np.diag(self.moments.covariance))
+        self.weights = functools.cache(functools.partial(self._weights, penalised))
+        self.residual_covariance = functools.cache(self._residual_covariance)
 
-    def weights(self, panel: int) -> np.ndarray:
+    def _weights(self, penalised: np.ndarray, panel: int) -> np.ndarray:
         """W of one panel, shape `(V, V)`, zero columns at its unmeasured genes."""
-        if panel not in self._weights:
-            measured = np.ones(len(self.penalised), dtype=bool) if panel == ALL_GENES else self.panels[panel]
-            weights = np.zeros_like(self.penalised)
-            solved = np.linalg.solve(self.penalised[np.ix_(measured, measured)], self.moments.cross[:, measured].T)
-            weights[:, measured] = solved.T
-            self._weights[panel] = weights
-        return self._weights[panel]
+        measured = np.ones(len(penalised), dtype=bool) if panel == ALL_GENES else self.panels[panel]
+        weights = np.zeros_like(penalised)
+        solved = np.linalg.solve(penalised[np.ix_(measured, measured)], self.moments.cross[:, measured].T)
+        weights[:, measured] = solved.T
+        return weights
 
-    def residual_covariance(self, panel: int) -> np.ndarray:
+    def _residual_covariance(self, panel: int) -> np.ndarray:
         """Cov(B - E[B | A]) under the moments, Sigma - W T' - T W' + W Sigma W'; positive for any weights."""
-        if panel not in self._residuals:
-            weights, moments = self.weights(panel), self.moments
-            explained = weights @ moments.cross.T
-            left = moments.covariance - explained - explained.T + weights @ moments.covariance @ weights.T
-            self._residuals[panel] = left
-        return self._residuals[panel]
+        weights, covariance = self.weights(panel), self.moments.covariance
+        explained = weights @ self.moments.cross.T
+        return covariance - explained - explained.T + weights @ covariance @ weights.T
 
     def predict(self, pairs: PairArrays) -> np.ndarray:
         centred = centre(pairs.source, pairs.source_panel, pairs.panels, self.moments.source_mean)
@@ -210,13 +196,13 @@ class ConditionalGaussianFloor(Floor):
         return self
 
     def predict(self, pairs: PairArrays) -> np.ndarray:
-        return self.predict_moments(pairs, with_variance=False)[0]
+        return self.predict_moments(pairs)[0]
 
-    def predict_moments(self, pairs: PairArrays, with_variance: bool = True) -> tuple[np.ndarray, np.ndarray | None]:
+    def predict_moments(self, pairs: PairArrays) -> tuple[np.ndarray, np.ndarray]:
         """Expectation and variance of every gene of the target, each `(n, V)`."""
         source = Cells(pairs.source, pairs.source_panel, pairs.panels)
         imposed = (pairs.revealed_ids, pairs.revealed_levels, pairs.revealed_mask)
-        return predict_factor_model(self.model, self.coupling, source, *imposed, with_variance)
+        return predict_factor_model(self.model, self.coupling, source, *imposed)
 
 
 class LabelledGaussianFloor(Floor):

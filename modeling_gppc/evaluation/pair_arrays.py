@@ -22,7 +22,6 @@ class PairArrays:
         pairing, cell_type, target_cell_type, dataset, donor (`np.ndarray` of str): Shape `(n,)`; `cell_type` and
             `donor` are the source's.
         source_id, target_id (`np.ndarray`): Join ids of the cells, shape `(n,)`.
-        library_size (`np.ndarray`): Counts of the source cell over all genes, shape `(n,)`.
     """
 
     source: np.ndarray
@@ -40,24 +39,16 @@ class PairArrays:
     donor: np.ndarray
     source_id: np.ndarray
     target_id: np.ndarray
-    library_size: np.ndarray
 
     @classmethod
-    def from_table(cls, table: pa.Table, panels: np.ndarray, n_genes: int) -> "PairArrays":
-        """Reads rows in `PAIR_SCHEMA`; the result takes 8 bytes a gene and row.
-
-        Raises:
-            ValueError: If `panels` does not have one column a gene.
-        """
-        panels = np.asarray(panels, dtype=bool)
-        if panels.ndim != 2 or panels.shape[1] != n_genes:
-            raise ValueError(f"`panels` has shape {panels.shape}; wanted (n_panels, {n_genes}), a column a gene.")
+    def from_table(cls, table: pa.Table, panels: np.ndarray) -> "PairArrays":
+        """Reads rows in `PAIR_SCHEMA`; the result takes 8 bytes a gene and row."""
         names = text_column(table, "pairing")
         flat = PairDataset(table, np.unique(names).tolist()).__getitems__(np.arange(table.num_rows))
         source_panel, target_panel = flat.panels["source_panel"], flat.panels["target_panel"]
         lengths, *_ = revealed = flat.lists["perturbation"]
         ids, changes, mask = pad(*revealed, width=int(lengths.max(initial=0)))
-        source, target = (scatter(*flat.lists[side], n_genes) for side in ("source", "target"))
+        source, target = (scatter(*flat.lists[side], panels.shape[1]) for side in ("source", "target"))
         # What stands at an unmeasured gene is no measurement: it must not reach any floor.
         source[~panels[source_panel]] = 0.0
         target[~panels[target_panel]] = 0.0
@@ -77,7 +68,6 @@ class PairArrays:
             donor=text_column(table, "donor_id"),
             source_id=table.column("source_soma_joinid").to_numpy(),
             target_id=table.column("target_soma_joinid").to_numpy(),
-            library_size=table.column("source_library_size").to_numpy(),
         )
 
     def __len__(self) -> int:

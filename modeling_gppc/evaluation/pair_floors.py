@@ -16,7 +16,6 @@ from modeling_gppc.evaluation.gaussian_floors import (
 )
 from modeling_gppc.evaluation.mean_floors import ContextMeanFloor, Floor, MeanFloor, NoChangeFloor, masked_mean
 from modeling_gppc.evaluation.pair_arrays import PairArrays, sample_rows
-from modeling_gppc.normalization_gppc import close_matches
 
 # Dense covariances up to this many genes; above, the linear floors use a factor model's covariance.
 MAX_DENSE_GENES = 2_000
@@ -89,21 +88,11 @@ FLOORS = {
 def fit_floors(
     train: PairArrays, validation: PairArrays, names: Iterable[str] | None = None, progress: bool = True
 ) -> dict[str, Floor]:
-    """Fits the named floors, by default all, on training pairs and chooses their settings on validation pairs.
-
-    Raises:
-        ValueError: For an unknown floor or no training pairs.
-    """
-    names = list(FLOORS if names is None else names)
-    for name in names:
-        if name not in FLOORS:
-            raise ValueError(f"`floors` names `{name}`, which is none{close_matches(name, FLOORS)}.")
-    if not len(train):
-        raise ValueError("`train` holds no pairs; floors are fitted on training pairs.")
+    """Fits the named floors, by default all, on training pairs and chooses their settings on validation pairs."""
     validation = validation.select(sample_rows(len(validation), 1_500, seed=0))
     kinds = FLOORS
     if train.n_genes > MAX_DENSE_GENES:
         revealed = functools.partial(ConditionalGaussianFloor, with_coupling=False)
         kinds = {**FLOORS, "linear_revealed": revealed, "linear_joint": ConditionalGaussianFloor}
-    bar = tqdm(names, desc="floors", unit="floor", disable=not progress)
+    bar = tqdm(FLOORS if names is None else names, desc="floors", unit="floor", disable=not progress)
     return {name: kinds[name]().fit(train, validation) for name in bar}

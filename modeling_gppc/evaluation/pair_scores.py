@@ -25,15 +25,12 @@ RESULTS_VERSION = 1
 
 
 def score_predictions(predict: Predictor, pairs: PairArrays, batch_size: int = 1_024) -> dict[str, np.ndarray]:
-    """Runs a predictor over all pairs, batch by batch, and scores it over measured genes that are not imposed.
+    """Runs a predictor over all pairs and scores it over measured genes that are not imposed; arrays `(n,)` by name.
 
-    Returns:
-        What is kept of the predictions, each of shape `(n,)`: `squared_error` summed over the scored genes,
-        `n_scored`, their number, `pearson_delta`, the correlation of predicted with true change (NaN where it is not
-        defined), and where there are variances `covered`, scored genes inside the 90 % interval, and `crps`, summed.
-
-    Raises:
-        ValueError: If predictions have another shape than `(n, V)` or are not finite where they are scored.
+    `squared_error` is summed over the scored genes, `n_scored` is their number, `pearson_delta` the correlation of
+    predicted with true change (NaN where it is not defined); where there are variances `covered`, scored genes inside
+    the 90 % interval, and `crps`, summed. Raises `ValueError` for predictions of another shape, or not finite where
+    they are scored.
     """
     parts = []
     for batch in pairs.batches(batch_size):
@@ -66,7 +63,6 @@ def score_split(
     floors: Mapping[str, Floor] | None = None,
     seed: int = 0,
     n_resamples: int = 1_000,
-    with_gain: bool = True,
     progress: bool = True,
 ) -> dict:
     """Scores a model and its floors on the same pairs.
@@ -75,13 +71,9 @@ def score_split(
     and every method with the same draws, so differences are paired.
 
     Args:
-        pairs (`PairArrays`): The pairs of one split.
         methods (`Mapping[str, Predictor]`): Predictors by name; `gppc` is the model, `optimum` the best possible.
         floors (`Mapping[str, Floor]`, *optional*): Fitted floors to score as well, from [`fit_floors`].
-        seed, n_resamples (`int`, *optional*): Of the bootstrap; 0 and 1,000 by default.
-        with_gain (`bool`, *optional*, defaults to `True`): Whether to also predict with nothing imposed, which says
-            what the imposed genes are worth to each method.
-        progress (`bool`, *optional*, defaults to `True`): Whether to show a bar.
+        seed, n_resamples (`int`, *optional*): Of the bootstrap.
 
     Returns:
         `dict` with `n_pairs`, `n_targets`, `n_genes`, `best_floor`, `best_label_free_floor`, `floor_settings` and
@@ -90,19 +82,14 @@ def score_split(
         better), `gain_from_revealed` (`mse`, `ci95`: how far the error falls when the genes are imposed), and, where
         the method predicts a variance, `coverage90` and `crps` with `_ci95`, and `crps_difference` from the
         conditional Gaussian (`crps`, `ci95`: negative is better).
-
-    Raises:
-        ValueError: If there are no pairs.
     """
-    if not len(pairs):
-        raise ValueError("`pairs` is empty; a split needs at least one pair to be scored.")
     floors = floors or {}
     predictors = {**methods, **{name: floor.predict_moments for name, floor in floors.items()}}
     scores, blind = {}, {}
-    with_gain = with_gain and bool(pairs.revealed_mask.any())
+    imposes = bool(pairs.revealed_mask.any())
     for name, predict in tqdm(predictors.items(), desc="scoring", unit="method", disable=not progress):
         scores[name] = score_predictions(predict, pairs)
-        if with_gain and name != OPTIMUM and (name not in floors or floors[name].uses_revealed):
+        if imposes and name != OPTIMUM and (name not in floors or floors[name].uses_revealed):
             blind[name] = score_predictions(_without_revealed(predict), pairs)
     summary = _summarise(pairs, scores, blind, seed, n_resamples)
     return {**summary, "floor_settings": {name: floor.settings for name, floor in floors.items()}}

@@ -47,9 +47,9 @@ def table_rows(split: dict) -> list[list[str]]:
 
 def verdict(split: dict) -> str:
     """One sentence on what the intervals of a split allow to be said of the model."""
-    entry = split["methods"].get(MODEL_METHOD)
-    if entry is None or split.get("best_floor") is None:
-        return "There is no model to compare with the floors." if entry is None else "There are no floors to beat."
+    entry = split["methods"][MODEL_METHOD]
+    if split["best_floor"] is None:
+        return "There are no floors to beat."
     parts = []
     for key, readers in (("best_floor", ""), ("best_label_free_floor", " without labels")):
         difference = entry.get(f"difference_from_{key}")
@@ -73,7 +73,7 @@ def verdict(split: dict) -> str:
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Plain aligned text: first column left, the others right."""
+    """Aligned text: first column left, the others right."""
     widths = [max(len(str(row[column])) for row in [header, *rows]) for column in range(len(header))]
 
     def line(cells):
@@ -93,8 +93,7 @@ def render_results(results: dict) -> str:
     """The whole of `results.json` as text: one table and one sentence a split, and a legend."""
     parts = []
     for name, split in results["splits"].items():
-        targets = split.get("n_targets", "?")
-        heading = f"{name}: {split['n_pairs']} pairs, {targets} target cells, {split['n_genes']} genes"
+        heading = f"{name}: {split['n_pairs']} pairs, {split['n_targets']} target cells, {split['n_genes']} genes"
         parts.append(f"{heading}\n{text_table(COLUMNS, table_rows(split))}\n{verdict(split)}")
     legend = (
         "* best floor; + reads cell-type labels, which the model does not. Scores leave out imposed genes and genes "

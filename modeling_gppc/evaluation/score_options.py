@@ -1,9 +1,8 @@
 """What is scored at the end of a run, checked before anything is trained."""
 
 from dataclasses import dataclass
-from typing import Annotated
 
-from data_scripts.options import Count, Range, check_numbers
+from data_scripts.options import Count, check_numbers
 from modeling_gppc.normalization_gppc import close_matches
 
 
@@ -17,8 +16,6 @@ class EvaluationOptions:
         max_floor_pairs (`int`): Training pairs that floors are fitted on, at most; they are dense in memory.
         n_resamples (`int`): Bootstrap resamples.
         floors (`list[str]`, *optional*): Names of floors; defaults to all.
-        optimum_pairs (`int`): Pairs on which the best predictor of count-form synthetic cells is estimated.
-        optimum_samples (`int`): States drawn for each cell of that estimate.
         splits (`list[str]`, *optional*): Names of the splits to score, as `results.json` calls them; defaults to all.
         perturbation (`str`, *optional*): The first prediction's perturbation; defaults to a knock-out of a gene that
             is commonly expressed and varies.
@@ -28,8 +25,6 @@ class EvaluationOptions:
     max_floor_pairs: Count = 12_000
     n_resamples: Count = 1_000
     floors: list[str] | None = None
-    optimum_pairs: Count = 150
-    optimum_samples: Annotated[int, Range(16)] = 512
     splits: list[str] | None = None
     perturbation: str | None = None
 

@@ -32,12 +32,8 @@ MIN_TABLE_PAIRS = 50  # fewer test pairs than this do not make a table of their 
 
 
 def check_scoring(folder: PairFolder, options: EvaluationOptions) -> None:
-    """Finds out whether a model of these pairs can be trained and scored as asked, before it is trained.
-
-    Raises:
-        ValueError: If a split holds no pairs, `options.splits` names an unknown one, or `options.perturbation` cannot
-            be shown.
-    """
+    """Raises `ValueError`, before training, if a split holds no pairs, `options.splits` names an unknown one,
+    or `options.perturbation` cannot be shown."""
     for name in SPLITS:
         if name not in folder.splits:
             raise ValueError(
@@ -54,11 +50,8 @@ def check_scoring(folder: PairFolder, options: EvaluationOptions) -> None:
 def score_model(
     model, folder: PairFolder, options: EvaluationOptions, out: Path, seed: int, network: GeneNetwork | None
 ) -> str:
-    """Scores a model and makes its first prediction: writes `results.json` and `figures` into `out`, its folder.
-
-    Returns:
-        The scores and the first prediction for people. Arguments and errors are those of [`evaluate_run`].
-    """
+    """Scores a model and makes its first prediction: writes `results.json` and `figures` into `out`, its folder, and
+    returns both for people. Arguments and errors are those of [`evaluate_run`]."""
     results = evaluate_run(model, folder, options, seed, network)
     write_results(results, out / "results.json")
     plot_scores(results, out / "figures" / "scores.png")
@@ -78,19 +71,8 @@ def evaluate_run(
 ) -> dict:
     """Scores a model on the test pairs of a folder, beside floors fitted on `train` and chosen on `validation`.
 
-    Args:
-        model ([`GppcForPerturbationPrediction`]), folder ([`PairFolder`]), options ([`EvaluationOptions`]): The
-            trained model, its pairs, and what is scored.
-        seed (`int`, *optional*, defaults to 0): Of the bootstrap and of the choice of rows.
-        network ([`GeneNetwork`], *optional*): The truth behind synthetic cells; adds the method `optimum`, for the
-            count form on a sample of each split, named `<split>/ceiling`.
-        progress (`bool`, *optional*, defaults to `True`): Whether to show bars.
-
-    Returns:
-        The content of `results.json`.
-
-    Raises:
-        ValueError: As [`check_scoring`].
+    Returns the content of `results.json`. `seed` is that of the bootstrap and of the choice of rows; `network`, the
+    one behind linear synthetic cells, adds the method `optimum`. Raises `ValueError` as [`check_scoring`].
     """
     check_scoring(folder, options)
     test = folder.split("test")
@@ -102,15 +84,10 @@ def evaluate_run(
         pairs = _dense(folder, test, rows)
         fitted_on = [_pairs_like(folder, split, pairs, options.max_floor_pairs, seed) for split in SPLITS[:2]]
         floors = fit_floors(*fitted_on, options.floors, progress)
-        form = None if network is None else network.config.form
         methods: dict[str, Predictor] = {MODEL_METHOD: model_predictor(model)}
-        with_optimum = methods.copy()
-        if form is not None:
-            with_optimum[OPTIMUM] = best_predictor(network, folder.gene_ids, options.optimum_samples, progress)
-        results[name] = score_split(pairs, methods if form == "count" else with_optimum, floors=floors, **settings)
-        if form == "count":  # where the best predictor is estimated, pair by pair
-            few = pairs.select(sample_rows(len(pairs), options.optimum_pairs, seed))
-            results[f"{name}/ceiling"] = score_split(few, with_optimum, floors=floors, with_gain=False, **settings)
+        if network is not None:
+            methods[OPTIMUM] = best_predictor(network, folder.gene_ids)
+        results[name] = score_split(pairs, methods, floors=floors, **settings)
     return {"schema_version": RESULTS_VERSION, "seed": int(seed), "splits": results}
 
 
@@ -131,7 +108,7 @@ def parts_of(table: pa.Table) -> dict[str, np.ndarray]:
 
 
 def _dense(folder: PairFolder, table: pa.Table, rows: np.ndarray) -> PairArrays:
-    return PairArrays.from_table(table.take(pa.array(rows)), folder.panels, folder.genes.num_rows)
+    return PairArrays.from_table(table.take(pa.array(rows)), folder.panels)
 
 
 def _pairs_like(folder: PairFolder, split: str, pairs: PairArrays, at_most: int, seed: int) -> PairArrays:
@@ -146,29 +123,26 @@ def _pairs_like(folder: PairFolder, split: str, pairs: PairArrays, at_most: int,
     return _dense(folder, table, rows[sample_rows(len(rows), at_most, seed)])
 
 
-def best_predictor(network: GeneNetwork, gene_ids: list[str], n_samples: int, progress: bool) -> Predictor:
-    """The best possible predictor of a network's cells: exact for the linear form, estimated for counts."""
+def best_predictor(network: GeneNetwork, gene_ids: list[str]) -> Predictor:
+    """The best possible predictor of a linear network's cells."""
     from data_scripts.synthetic.best_predictor import optimum
-    from data_scripts.synthetic.sampled_best_predictor import monte_carlo_optimum
 
-    def predict(pairs: PairArrays) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+    def predict(pairs: PairArrays) -> tuple[np.ndarray, np.ndarray]:
         imposed = np.full(pairs.source.shape, np.nan)
         row, column = np.nonzero(pairs.revealed_mask)
         imposed[row, pairs.revealed_ids[row, column]] = pairs.revealed_levels[row, column]
         given = (pairs.source_measured, imposed, list(pairs.pairing))
-        if network.config.form == "linear":
-            mean, variance = optimum(network, pairs.source, *given, gene_ids=gene_ids)
-            return mean, np.maximum(variance, 1e-12)
-        sampling = {"gene_ids": gene_ids, "n_samples": n_samples, "progress": progress}
-        return monte_carlo_optimum(network, pairs.source, pairs.library_size, *given, **sampling)[0]
+        mean, variance = optimum(network, pairs.source, *given, gene_ids=gene_ids)
+        return mean, np.maximum(variance, 1e-12)
 
     return predict
 
 
 def load_network_of(output_dir: str | Path) -> GeneNetwork | None:
-    """The network behind the cells that a run made, where it made some."""
+    """The network behind the cells that a run made, where its best predictor is known: the linear form."""
     from data_scripts.synthetic.network import load_network
     from data_scripts.synthetic.network_store import network_path
 
     path = network_path(Path(output_dir) / "cells")
-    return load_network(path) if path.is_file() else None
+    network = load_network(path) if path.is_file() else None
+    return network if network is not None and network.config.form == "linear" else None

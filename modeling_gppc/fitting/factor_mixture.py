@@ -51,14 +51,9 @@ class FactorMixture:
 
 
 def fit_factor_mixture(model: FactorModel, cells: Cells, n_components: int, seed: int = 0) -> FactorMixture:
-    """
-    Fits the mixture by EM in the space of the factors, starting from k-means; genes enter through `L' D^-1 x` alone.
+    """Fits the mixture by EM in the space of the factors, from k-means on; genes enter through `L' D^-1 x` alone.
 
-    Args:
-        model (`FactorModel`): Fitted on the same cells.
-        cells ([`Cells`]): The cells.
-        n_components (`int`): C; fewer where there are fewer cells. With 1 the mixture is the factor model itself.
-        seed (`int`, *optional*, defaults to 0): Of k-means.
+    Components are fewer where there are fewer cells; with one the mixture is `model` itself, fitted on the same cells.
     """
     rank, n_cells, panel_index = model.loadings.shape[1], len(cells), cells.panel_index
     if min(n_components, n_cells) <= 1:
@@ -108,16 +103,10 @@ def _start(points: np.ndarray, n_components: int, seed: int) -> np.ndarray:
 
 
 def fit_mixture_coupling(mixture: FactorMixture, source: Cells, target: Cells) -> tuple[np.ndarray, np.ndarray]:
-    """
-    How the target's state follows from the source's: between components, and within them.
+    """How the target's state follows from the source's: between components, and within them.
 
-    Args:
-        mixture (`FactorMixture`): Fitted on training cells.
-        source, target ([`Cells`]): Paired cells, of the same panels.
-
-    Returns:
-        Transition probabilities P(target's component | source's) `(C, C)`, and the covariance of the two cells'
-        factors around their components' means `(r, r)`.
+    Returns transition probabilities P(target's component | source's) `(C, C)`, and the covariance of the two cells'
+    factors around their components' means `(r, r)`, of paired cells of the same panels.
     """
     n_pairs, prior = len(source), np.outer(mixture.weights, mixture.weights)
     likelihoods = [mixture.log_likelihood(cells) for cells in (source, target)]

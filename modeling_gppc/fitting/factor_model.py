@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Protocol
 
 import numpy as np
 
@@ -22,22 +21,11 @@ class Cells:
         values (`np.ndarray`): Normalised values, shape `(n, V)`; what was not measured is not read.
         panel_index (`np.ndarray`): Row of `panels` of each cell, shape `(n,)`.
         panels (`np.ndarray` of bool): Measured-gene sets, shape `(P, V)`.
-
-    Raises:
-        ValueError: For shapes that disagree.
     """
 
     values: np.ndarray
     panel_index: np.ndarray
     panels: np.ndarray
-
-    def __post_init__(self):
-        shape, width = self.values.shape, self.panels.shape[1]
-        if shape != (len(self.panel_index), width):
-            raise ValueError(
-                f"`values` has shape {shape} and `panel_index` {len(self.panel_index)} entries; wanted (n, {width}) and "
-                "n, the width of `panels`."
-            )
 
     def __len__(self) -> int:
         return len(self.values)
@@ -55,15 +43,6 @@ class Cells:
             # Most often all cells measure all genes: nothing is copied then.
             rows = self.values if members.all() else self.values[members]
             yield panel, members, rows if self.panels[panel].all() else rows[:, self.panels[panel]]
-
-
-class CellBlocks(Protocol):
-    """Cells that need not fit in memory: like [`Cells`], they hand out blocks as often as they are asked."""
-
-    panels: np.ndarray
-
-    def blocks(self) -> Iterator[Cells]:
-        """The cells, some at a time."""
 
 
 @dataclasses.dataclass
@@ -114,23 +93,14 @@ def factor_posterior_mean(model: FactorModel, cells: Cells) -> np.ndarray:
     return output
 
 
-def fit_factor_model(cells: CellBlocks, n_factors: int, n_iterations: int = 30, seed: int = 0) -> FactorModel:
+def fit_factor_model(cells: Cells, n_factors: int, n_iterations: int = 30, seed: int = 0) -> FactorModel:
     """Maximum-likelihood factor analysis by parameter-expanded EM (Liu, Rubin and Wu, Biometrika 1998).
 
     Genes that a cell's panel does not measure are missing, not zero: its posterior uses the panel's own precision, and
-    the regression of a gene uses the second moments of the cells that measure it. Costs n V r a pass.
-
-    Args:
-        cells ([`Cells`], or [`CellBlocks`] that do not fit in memory): The cells.
-        n_factors (`int`): r, at least 1 and less than V.
-        n_iterations (`int`, *optional*, defaults to 30): Passes over the cells.
-        seed (`int`, *optional*, defaults to 0): Chooses the cells of the starting point.
-
-    Returns:
-        `FactorModel` in float64, its factors orthogonal in the noise-weighted metric and signed.
-
-    Raises:
-        ValueError: For fewer than two cells or an impossible `n_factors`.
+    the regression of a gene uses the second moments of the cells that measure it. Costs n V r a pass over the cells,
+    of which there are `n_iterations`. `cells` may also be what has `panels` and hands out `blocks` of cells as often
+    as asked; `seed` chooses the cells of the starting point. The factors of the result, in float64, are orthogonal
+    in the noise-weighted metric and signed. Raises `ValueError` for fewer than two cells or an impossible `n_factors`.
     """
     n_genes = cells.panels.shape[1]
     if not 1 <= n_factors < n_genes:
@@ -182,7 +152,7 @@ class _Moments:
         return np.maximum(LEAST_NOISE * self.variance, 1e-6)
 
 
-def _first_pass(cells: CellBlocks, n_factors: int, seed: int) -> tuple[_Moments, np.ndarray]:
+def _first_pass(cells: Cells, n_factors: int, seed: int) -> tuple[_Moments, np.ndarray]:
     """Moments of the genes, and some centred cells for the starting point, zero where not measured."""
     n_panels, n_genes = cells.panels.shape
     wanted = int(min(max(1_000, 4 * n_factors), max(2 * n_factors, 4e7 // n_genes)))
@@ -224,7 +194,7 @@ def _starting_loadings(sample: np.ndarray, variance: np.ndarray, n_factors: int)
     return loadings * np.sqrt(0.5)
 
 
-def _em_step(model: FactorModel, cells: CellBlocks, moments: _Moments) -> None:
+def _em_step(model: FactorModel, cells: Cells, moments: _Moments) -> None:
     """One pass: expectation of z a cell, regression of every gene on z, expansion of z absorbed. Updates in place."""
     rank, center = model.loadings.shape[1], moments.center
     posterior, _ = posterior_by_panel(model, cells.panels)
@@ -279,15 +249,8 @@ def fit_pair_coupling(model: FactorModel, source: Cells, target: Cells) -> np.nd
     """Covariance of the true factors of two paired cells, free of the attenuation that posterior means suffer.
 
     EM over the pairs with joint prior N(0, K) of (z_A, z_B); K is rescaled so that either cell has unit covariance.
-    Needs one pass over the cells, after which only sums over pairs of panels are kept.
-
-    Args:
-        model (`FactorModel`): Fitted on the cells of the pairs.
-        source, target ([`Cells`]): The n pairs, of the same panels.
-
-    Returns:
-        `np.ndarray`: Cov(z_target, z_source) of shape `(r, r)`, singular values below 1, so that
-        z_B | z_A ~ N(C z_A, I - C C').
+    Needs one pass over the cells, after which only sums over pairs of panels are kept. Returns C = Cov(z_target,
+    z_source) `(r, r)`, singular values below 1, so that z_B | z_A ~ N(C z_A, I - C C').
     """
     rank = model.loadings.shape[1]
     _, information = posterior_by_panel(model, source.panels)
@@ -329,22 +292,12 @@ def predict_factor_model(
     imposed_ids: np.ndarray,
     imposed_values: np.ndarray,
     imposed_mask: np.ndarray,
-    with_variance: bool = True,
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """E and Var of every gene of the target given the source cell and the imposed target values, exactly.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Exact mean and variance of every gene of the target, `(n, V)`, given source cells and imposed target values.
 
-    z_B | A ~ N(C E[z_A|A], I - C C' + C Var[z_A|A] C'), conditioned on b_S = mean_S + L_S z_B + e_S.
-
-    Args:
-        model (`FactorModel`): Fitted.
-        coupling (`np.ndarray`): C, from [`fit_pair_coupling`].
-        source ([`Cells`]): The n source cells.
-        imposed_ids, imposed_values, imposed_mask (`np.ndarray`): Gene, *value in the target* (source + change) and
-            whether the entry is real; shape `(n, K)`, K may be 0.
-        with_variance (`bool`, *optional*, defaults to `True`): Whether to return variances, which cost n K V more.
-
-    Returns:
-        Mean and variance, each `(n, V)`, in the precision of the source's values; the variance includes the gene's noise.
+    z_B | A ~ N(C E[z_A|A], I - C C' + C Var[z_A|A] C'), conditioned on b_S = mean_S + L_S z_B + e_S. C is the coupling
+    of [`fit_pair_coupling`]; `imposed_ids`, `imposed_values` (*in the target*: source + change) and `imposed_mask`
+    (whether the entry is real) have shape `(n, K)`, K may be 0. The variance includes the gene's noise.
     """
     dtype = np.result_type(source.values.dtype, np.float32)
     posterior, _ = posterior_by_panel(model, source.panels)
@@ -364,8 +317,6 @@ def predict_factor_model(
     whitened = np.linalg.solve(lower, residual[..., None])[..., 0]
     z = z + np.einsum("nkr,nk->nr", half, whitened)
     mean = (model.mean + z @ model.loadings.T).astype(dtype)
-    if not with_variance:
-        return mean, None
     variance = np.einsum("vr,prs,vs->pv", model.loadings, prior, model.loadings, optimize=True) + model.noise
     variance = variance[source.panel_index]
     for position in range(ids.shape[1]):

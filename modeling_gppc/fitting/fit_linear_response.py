@@ -48,20 +48,12 @@ def initialize_linear_response(
     n_iterations: int = 30,
     seed: int = 0,
 ) -> None:
-    """
-    Fits gene means, loadings, noise, cell states and the coupling of every pairing on the training pairs; no gradient.
+    """Fits gene means, loadings, noise, cell states and couplings of pairings on the training pairs, in closed form.
 
     Cell states are kept only where they pay: the single conditional Gaussian is fitted first. The average of its
-    response and that of the states is taken if it raises the squared error on the validation pairs of no pairing.
-
-    Args:
-        model ([`GppcForPerturbationPrediction`]): Changed in place.
-        dataset ([`PairDataset`]): Training pairs.
-        validation ([`PairDataset`]): Validation pairs.
-        panels (`np.ndarray` of bool): Measured-gene sets, shape `(P, V)`.
-        max_cells (`int`, *optional*, defaults to 20,000): Cells, and pairs of each pairing, that are read.
-        n_iterations (`int`, *optional*, defaults to 30): Passes over the cells.
-        seed (`int`, *optional*, defaults to 0): Chooses them.
+    response and that of the states is taken if it raises the squared error on the validation pairs of no pairing. The
+    model is changed in place; `max_cells` cells, and pairs of each pairing, are read `n_iterations` times; `seed`
+    chooses them.
     """
     device, config, response = model.device, model.config, model.model.linear_response
     model.cpu()  # where the cells are; a Trainer may have moved the model already
@@ -168,15 +160,8 @@ def linear_errors(
 
 
 def keep_network_if_it_pays(model: GppcForPerturbationPrediction, log_history: list[dict]) -> bool:
-    """Switches the network off where the best checkpoint's validation error is not below the linear one's.
-
-    Args:
-        model ([`GppcForPerturbationPrediction`]): The best checkpoint's; its configuration is changed in place.
-        log_history (`list[dict]`): The trainer's log, with `eval_mse` and `eval_linear_mse` of every evaluation.
-
-    Returns:
-        `bool`: Whether the network is kept.
-    """
+    """Switches the network off, in the model's configuration, where the best checkpoint's validation error (`eval_mse`
+    of the trainer's log) is not below the linear response's; returns whether it is kept."""
     evaluations = [entry for entry in log_history if "eval_linear_mse" in entry]
     if model.config.use_network and evaluations:
         best = min(evaluations, key=lambda entry: entry["eval_mse"])

@@ -12,11 +12,7 @@ from modeling_gppc.training.arguments import DataOptions
 
 
 def check_files(data: DataOptions, pairs: PairOptions) -> None:
-    """Looks at the files that the options name, without reading cells.
-
-    Raises:
-        ValueError: For a missing file, two files of one name, or a list of genes that names none.
-    """
+    """Raises `ValueError` for a missing file, two files of one name, or a list of genes that names none."""
     for option, files in (("screen", [data.screen] if data.screen else []), ("files", data.files or [])):
         for file in files:
             if not Path(file).exists():
@@ -39,13 +35,8 @@ def prepare_pairs(
     train_rows: int | None = None,
     progress: bool = True,
 ) -> PairFolder:
-    """Opens the pairs of a run, after writing `cells` and `pairs` into its folder `out` where that is still to do.
-
-    Beside a stream only about `train_rows` training rows are written.
-
-    Raises:
-        ValueError: For missing files, bad counts, a query without cells and so on, before long work.
-    """
+    """Opens the pairs of a run, after writing `cells` and `pairs` into its folder `out` where that is to do; beside
+    a stream only about `train_rows` training rows."""
     if data.pairs is not None:
         return open_pairs(data.pairs)
     out = Path(out)
@@ -69,11 +60,7 @@ def prepare_pairs(
 
 
 def open_pairs(path: str | Path) -> PairFolder:
-    """Opens finished pairs, whoever wrote them.
-
-    Raises:
-        ValueError: If it is no such folder, or two of its splits share a cell.
-    """
+    """Opens finished pairs; raises `ValueError` if it is no such folder, or two of its splits share a cell."""
     folder = PairFolder(path)
     try:
         guard_splits({name: folder.split(name) for name in folder.splits})

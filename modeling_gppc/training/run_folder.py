@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from data_scripts.files import write_json
+from data_scripts.options import differences
 
 OPTIONS_FILE = "options.json"
 WORKERS = "training.dataloader_num_workers"
@@ -65,10 +66,9 @@ def holds_work(folder: Path) -> bool:
     )
 
 
-def first_difference(theirs, mine, free: tuple[str, ...] = FREE, where: str = "") -> str | None:
+def first_difference(theirs: Mapping, mine: Mapping, free: tuple[str, ...] = FREE) -> str | None:
     """The first option that differs, as text, leaving out what moves no number."""
-    if isinstance(theirs, dict) and isinstance(mine, dict):
-        names = {key: f"{where}.{key}" if where else key for key in sorted({*theirs, *mine})}
-        found = (first_difference(theirs.get(k), mine.get(k), free, n) for k, n in names.items() if n not in free)
-        return next((difference for difference in found if difference is not None), None)
-    return None if theirs == mine else f"`{where}` is {theirs!r} there and {mine!r} here"
+    for name, there, here in differences(theirs, mine):
+        if not any(name == left_out or name.startswith(f"{left_out}.") for left_out in free):
+            return f"`{name}` is {there!r} there and {here!r} here"
+    return None

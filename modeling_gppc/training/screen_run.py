@@ -25,21 +25,12 @@ from modeling_gppc.training.screen_run_options import EVERY_FOLD, ScreenRunOptio
 def fit_screen_run(
     path: str | Path, reading: ScreenOptions, options: ScreenRunOptions, output_dir: str | Path
 ) -> Iterator[Path]:
-    """
-    Fits a screen and writes one model folder, or one a fold; folders that are there already are kept.
+    """Fits a screen and yields one model folder (`model` in `output_dir`), or one a fold (`fold_1/model` and so on);
+    folders that are there already are kept.
 
-    Args:
-        path (`str` or `Path`): AnnData file of the screen.
-        reading ([`ScreenOptions`]): How it is read.
-        options ([`ScreenRunOptions`]): What is fitted on it.
-        output_dir (`str` or `Path`): `model` is written into it, or `fold_1/model` and so on.
-
-    Yields:
-        Folder of the model, with the facts of its run in `run.json`; `screen` there is what leak guards ask for (`name`,
-        `cells_digest`, `controls_digest`, `train_on`, `train_perturbations`, `held_out_perturbations`).
-
-    Raises:
-        ValueError: For a screen that cannot be used, before anything is fitted.
+    `run.json` of a folder holds the facts of its run; `screen` there is what leak guards ask for (`name`,
+    `cells_digest`, `controls_digest`, `train_on`, `train_perturbations`, `held_out_perturbations`). Raises
+    `ValueError` for a screen that cannot be used, before anything is fitted.
     """
     screen = read_screen(path, reading)
     print(screen.summary(), flush=True)

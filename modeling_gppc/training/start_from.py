@@ -30,11 +30,7 @@ FITTED_ANEW = ("linear_response", "state_proj", "factor_proj")
 
 
 def check_start(folder: str) -> None:
-    """Refuses a folder that holds no GPPC model, without reading its weights.
-
-    Raises:
-        ValueError: Naming what is missing.
-    """
+    """Raises `ValueError` for a folder that holds no GPPC model, without reading its weights."""
     for name in ("config.json", "preprocessor_config.json"):
         if not (Path(folder) / name).is_file():
             raise ValueError(f"`training.start_from` {folder} holds no model (no {name}); wanted a model folder.")
@@ -55,7 +51,7 @@ def start_from(
     The folder is one that `train.py` left. Widths and depths of `config` are replaced by the earlier model's.
 
     Raises:
-        ValueError: If the folder holds no model, or one that knows none of the genes.
+        ValueError: If the folder holds no model, or one with none of the genes.
     """
     check_start(folder)
     earlier = GppcForPerturbationPrediction.from_pretrained(folder)
@@ -69,7 +65,7 @@ def start_from(
     known = [row for row, gene in enumerate(genes) if gene >= 0]
     if not known:
         raise ValueError(
-            f"`training.start_from` {folder} knows none of the {len(gene_ids)} genes; use a model of the same species."
+            f"`training.start_from` {folder} has none of the {len(gene_ids)} genes; use a model of the same species."
         )
     names = earlier.config.pairings
     pairings = [(row, names.index(name)) for row, name in enumerate(config.pairings) if name in names]

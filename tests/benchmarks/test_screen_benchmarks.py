@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pandas as pd
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -18,17 +17,4 @@ def test_smoke():
         command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "## smoke, fine-tuned, features: 6 rows" in done.stdout
-
-
-def test_annotation_becomes_features_of_symbols(monkeypatch):
-    """Tables in NCBI's layout: species and gene id in both, terms in one, symbols in the other."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    from screen_tables import annotation_table
-
-    gene2go = pd.DataFrame({"#tax_id": 9606, "GeneID": [1, 1, 2, 3], "GO_ID": ["x", "x", "x", "y"]})
-    gene_info = pd.DataFrame({"#tax_id": 9606, "GeneID": [1, 2], "Symbol": ["A", "B"]})
-    found = annotation_table(gene2go, gene_info)
-    assert found.to_dict("list") == {"gene": ["A", "B"], "term": ["x", "x"]}
-    with pytest.raises(ValueError, match="`names` has none of the columns"):
-        annotation_table(gene2go, gene_info.drop(columns="Symbol"))
+    assert "## smoke, fine-tuned_features\n\nsmoke, fine-tuned: 6 perturbations" in done.stdout

@@ -51,6 +51,7 @@ def in_process(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     huggingface_hub.utils.disable_progress_bars()
     monkeypatch.setattr(huggingface_hub.utils._http, "time", SimpleNamespace(sleep=lambda seconds: None))
+    monkeypatch.setattr("hub_card.hub_upload.sleep", lambda seconds: None)
 
 
 @pytest.fixture

@@ -245,8 +245,6 @@ def test_a_missing_fact_is_named(folder, key):
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
-        ("run", {"cells": "many"}, "`cells` is 'many'"),
-        ("run", {"seed": True}, "`seed` is True"),
         ("results", {"schema_version": 2}, "schema_version"),
         ("results", {"splits": {}}, "splits"),
         ("results", {"splits": {"test": {"n_pairs": 1, "n_genes": 1}}}, "lacks `methods`"),

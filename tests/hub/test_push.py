@@ -8,7 +8,6 @@ import pytest
 from huggingface_hub import HfApi, ModelCard
 from tiny_model import write_model_folder
 
-from hub_card.hub_upload import Retries
 from hub_card.push import push_model
 
 TOKEN = "hf_test_token"
@@ -25,14 +24,14 @@ EXPECTED = CODE | OTHERS
 
 
 @pytest.fixture
-def push(hub, in_process):
+def push(hub, in_process, monkeypatch):
     """Pushes to the loopback Hub; waiting is recorded in `waits`, not done."""
 
-    def run(folder, repo_id="tester/model", attempts=6, token=TOKEN, **options):
-        retries = Retries(attempts=attempts, sleep=run.waits.append)
-        return push_model(folder, repo_id, token=token, endpoint=hub.url, retries=retries, **options)
+    def run(folder, repo_id="tester/model", token=TOKEN, **options):
+        return push_model(folder, repo_id, token=token, endpoint=hub.url, **options)
 
     run.waits = []
+    monkeypatch.setattr("hub_card.hub_upload.sleep", run.waits.append)
     return run
 
 

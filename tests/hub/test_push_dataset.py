@@ -11,7 +11,6 @@ from tiny_pairs import write_pairs_folder
 from data_scripts.pairs.pair_folder import PairFolder
 from data_scripts.pairs.schema import PAIR_SCHEMA
 from hub_card.dataset_card import stage_dataset
-from hub_card.hub_upload import Retries
 from hub_card.push import push_dataset
 
 TOKEN = "hf_test_token"
@@ -30,8 +29,7 @@ def push(hub, in_process):
     """Pushes pairs to the loopback Hub without waiting."""
 
     def run(folder, **options):
-        retries = Retries(sleep=lambda seconds: None)
-        return push_dataset(folder, "tester/pairs", token=TOKEN, endpoint=hub.url, retries=retries, **options)
+        return push_dataset(folder, "tester/pairs", token=TOKEN, endpoint=hub.url, **options)
 
     return run
 

@@ -13,8 +13,6 @@ from safetensors.torch import load
 from tiny_runs import arguments, distance, last_weights, logged, train_module, write_run_pairs
 
 from data_scripts.files import write_json
-from hub_card import push_during_training as hub_push
-from hub_card.hub_upload import Retries
 from hub_card.model_card import render_model_card
 from hub_card.push_during_training import STAGED, HubPush
 from hub_card.upload_scan import ABSOLUTE_PATH, SECRETS
@@ -54,7 +52,6 @@ def train(hub, in_process, pairs, tmp_path, monkeypatch):
 
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     monkeypatch.setattr(HubPush, "on_save", on_save)
-    monkeypatch.setattr(hub_push, "Retries", lambda attempts: Retries(attempts, sleep=lambda seconds: None))
 
     def run(*more, token="hf_test_token"):
         monkeypatch.setenv("HF_TOKEN", token)

@@ -11,7 +11,6 @@ from huggingface_hub import SpaceCard
 from tiny_model import GENES, SYMBOLS, tiny_pipeline
 
 import hub_card
-from hub_card.hub_upload import Retries
 from hub_card.push import push_demo, push_metric
 from modeling_gppc.evaluation.metrics import row_pearson
 
@@ -104,7 +103,7 @@ def test_the_demo_says_what_is_wrong(demo, tmp_path, text, message):
 
 
 def test_spaces_are_pushed_under_any_name(hub, in_process):
-    options = {"token": "hf_test_token", "endpoint": hub.url, "retries": Retries(sleep=lambda seconds: None)}
+    options = {"token": "hf_test_token", "endpoint": hub.url}
     push_metric("tester/gppc_metrics", **options)
     push_metric("tester/scores", **options)
     push_demo("tester/demo", model="tester/model", **options)

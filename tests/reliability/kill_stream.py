@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from data_scripts.batches.stream_pairs import PairStream, StreamOptions
+from data_scripts.batches.stream_pairs import PairStream
 from data_scripts.files import write_json
 
 SAVE_EVERY = 5
@@ -16,7 +16,7 @@ SAVE_EVERY = 5
 
 def main() -> None:
     plan, saved, n_batches = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-    stream = PairStream(plan, StreamOptions(batch_size=16, pool_shards=2))
+    stream = PairStream(plan, batch_size=16, pool_shards=2)
     done, learned = 0, ""
     if saved.exists():
         checkpoint = json.loads(saved.read_text())

@@ -42,6 +42,8 @@ def pairs(tmp_path_factory):
 BLOOD = "cell_type == 'T cell'"
 # What is given -> what the line says. STORE, PAIRS and EMPTY stand for paths.
 BAD = {
+    "folds of a sweep": (["--sweep", "default", "--folds", "all"], ["`--folds` is given with `--sweep`"]),
+    "push of a sweep": (["--sweep", "default", "--push_to_hub", "me/x"], ["`--push_to_hub` is given with `--sweep`"]),
     "folds without a screen": (["--pairs.query.uri", "STORE", "--folds", "all"], ["`--folds` all", "`--data.screen"]),
     "a fold that is not there": (
         ["--data.screen", "EMPTY/x.h5ad", "--folds", "5"],
@@ -225,7 +227,6 @@ NUMBERS = {
     "training.dataloader_num_workers": ("-1",),
     "evaluation.max_pairs": ("0", "nan"),
     "evaluation.n_resamples": ("-1", "0"),
-    "evaluation.optimum_samples": ("0",),
     "data.num_proc": ("0",),
     "seed": ("-1", "4294967296", "x"),
     "pairs.seed": ("-1",),

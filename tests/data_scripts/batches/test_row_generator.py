@@ -93,9 +93,3 @@ def test_types_and_bounds():
     values = generator.random((1000, 3))
     assert values.min() >= 0 and values.max() < 1
     assert generator.integers(0, 3, 1000).dtype == np.int64
-
-
-@pytest.mark.parametrize("size", [4, (4, 2), (3, 2, 2)])
-def test_other_shapes_are_refused(size):
-    with pytest.raises(ValueError, match="`size` is"):
-        RowGenerator(0, 0, np.arange(3)).random(size)

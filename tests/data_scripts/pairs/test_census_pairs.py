@@ -12,7 +12,7 @@ import pytest
 import scipy.sparse as sp
 from pair_store import DATASETS, GENES, dense_counts, make_cells, make_store
 
-from data_scripts.batches.stream_pairs import PairStream, StreamOptions
+from data_scripts.batches.stream_pairs import PairStream
 from data_scripts.options import from_mapping
 from data_scripts.pairs.census_pairs import CensusPairs, build_pairs, plan_pairs
 from data_scripts.pairs.dry_run import estimate
@@ -356,4 +356,4 @@ def test_a_relative_store_outlives_a_change_of_the_working_directory(tmp_path, m
     query = query_for(plan.options)
     monkeypatch.chdir(elsewhere)
     assert query.presence(["A"]).all() and query.matrix.shape == plan.matrix.shape
-    assert list(PairStream(plan.out, StreamOptions()))
+    assert list(PairStream(plan.out))

@@ -107,7 +107,7 @@ def test_policies_on_real_cells(real_data, tmp_path):
             folder = build_pairs(from_mapping(PairOptions, mapping), out, progress=False)
             report = folder.manifest["report"]["splits"]["train"]
             assert report["cells_paired"] > 0.99 * report["cells"]
-            pairs = PairArrays.from_table(folder.split("train"), folder.panels, len(folder.gene_ids))
+            pairs = PairArrays.from_table(folder.split("train"), folder.panels)
             both = pairs.source_measured & pairs.target_measured
             explained[policy] = 1 - ((pairs.source - pairs.target) ** 2)[both].mean() / pairs.target[both].var()
         assert explained["nearest"] > explained["random"] > explained["farthest"]

@@ -42,7 +42,6 @@ def test_round_trip(tmp_path, file_format):
     )
     assert folder.splits == ["train", "test"]
     assert folder.split("train").equals(rows)
-    assert folder.dataset("test")[1]["source_gene_ids"] == [0]
     assert folder.gene_ids == ["G0", "G1", "G2"]
     np.testing.assert_array_equal(folder.panels, PANELS)
     assert folder.manifest["target_sum"] == 10_000.0 and folder.pairings == ["p"]

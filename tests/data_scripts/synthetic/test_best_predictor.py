@@ -2,13 +2,11 @@
 
 import numpy as np
 import pytest
-from known_responses import make_screen, true_means
-from scipy.special import gammaln
+from known_responses import ExpectedLogValue, make_screen, true_means
 
-from data_scripts.synthetic.best_predictor import PAIRINGS, ExpectedLogValue, optimum
+from data_scripts.synthetic.best_predictor import PAIRINGS, optimum
 from data_scripts.synthetic.network import SyntheticConfig, make_network, matrix_root
 from data_scripts.synthetic.network_cells import sample_counts
-from data_scripts.synthetic.sampled_best_predictor import monte_carlo_optimum
 
 # Two data sets, four types, and donors that matter.
 LINEAR = SyntheticConfig(
@@ -132,14 +130,9 @@ def test_bad_questions_are_refused(arguments, message):
         optimum(make_network(LINEAR), np.zeros((3, 8)), **arguments)
 
 
-def test_each_form_names_the_other_forms_predictor():
-    linear, count = make_network(LINEAR), make_network(COUNT)
-    with pytest.raises(ValueError, match="use `monte_carlo_optimum`"):
-        optimum(count, np.zeros((1, 40)))
-    with pytest.raises(ValueError, match="`optimum` is exact"):
-        monte_carlo_optimum(linear, np.zeros((1, 8)), np.ones(1), np.ones((1, 8), bool))
-    with pytest.raises(ValueError, match="`n_samples` is 1"):
-        monte_carlo_optimum(count, np.zeros((1, 40)), np.ones(1), np.ones((1, 40), bool), n_samples=1)
+def test_there_is_none_for_counts():
+    with pytest.raises(ValueError, match="known for the form `linear` only"):
+        optimum(make_network(COUNT), np.zeros((1, 40)))
 
 
 # ------------------------------------------------------------------------------------------------ count form
@@ -154,100 +147,6 @@ def test_expected_log_value_equals_the_average_of_samples(dispersion):
         values = np.log1p(1e4 * counts / library)
         expected = expectation(log_means, np.array(index))
         np.testing.assert_allclose(expected, values.mean(axis=0), atol=5 * values.std(axis=0).max() / 60_000**0.5)
-
-
-def draw_count_pairs(network, rng, n, pairing, share):
-    states = draw_states(network, rng, n, pairing, share, dataset=0)
-    config, measured = network.config, network.measured[0]
-    result = []
-    for side in (0, 1):
-        library = config.mean_library * np.exp(
-            config.library_spread * rng.standard_normal(n) - 0.5 * config.library_spread**2
-        )
-        log_means = ExpectedLogValue(network).log_means(network.eta(states[side]), measured, library)
-        counts = sample_counts(rng, log_means, config.dispersion, config.dropout).toarray() * measured
-        result += [counts, counts.sum(axis=1)]
-    return result
-
-
-@pytest.mark.parametrize("pairing", PAIRINGS)
-def test_monte_carlo_ceiling_beats_linear_regression_and_knows_its_error(pairing):
-    network = make_network(COUNT)
-    measured = network.measured[0]
-    rng = np.random.default_rng(5)
-    fit = draw_count_pairs(network, rng, 20_000, pairing, 0.05)
-    pairs = draw_count_pairs(network, rng, 200, pairing, 0.05)
-    fit_source, fit_target, source, target = (
-        np.log1p(1e4 * side[0] / np.maximum(side[1], 1)[:, None]) for side in (fit[:2], fit[2:], pairs[:2], pairs[2:])
-    )
-    genes = np.flatnonzero(measured)
-    hidden = np.setdiff1d(genes, network.regulators[:3])
-    shown = network.regulators[:3]
-    revealed = np.full(source.shape, np.nan)
-    revealed[:, shown] = target[:, shown]
-    masks = np.tile(measured, (len(source), 1))
-    mean, error = monte_carlo_optimum(network, source, pairs[1], masks, revealed, pairing, n_samples=256)
-    design = [
-        np.column_stack([np.ones(len(a)), a[:, genes], b[:, shown]])
-        for a, b in ((fit_source, fit_target), (source, target))
-    ]
-    linear = design[1] @ np.linalg.lstsq(design[0], fit_target[:, hidden], rcond=None)[0]
-    mse = ((target - mean)[:, hidden] ** 2).mean()
-    assert mse < ((target[:, hidden] - linear) ** 2).mean()
-    assert mse < 0.97 * ((target - fit_target.mean(axis=0))[:, hidden] ** 2).mean()
-    # The stated standard error is the real one: another seed differs by sqrt(2) of it.
-    again, other = monte_carlo_optimum(
-        network, source[:60], pairs[1][:60], masks[:60], revealed[:60], pairing, n_samples=256, seed=1
-    )
-    difference = np.sqrt(((again - mean[:60])[:, hidden] ** 2).mean())
-    stated = np.sqrt((error[:60, hidden] ** 2).mean() + (other[:, hidden] ** 2).mean())
-    assert difference == pytest.approx(stated, rel=0.4)
-    np.testing.assert_array_equal(mean[:, shown], revealed[:, shown])
-
-
-def test_monte_carlo_equals_brute_force_where_that_is_possible():
-    """Few genes and regulators: plain importance sampling from the prior of both cells works too."""
-    config = SyntheticConfig(
-        form="count", n_genes=12, n_regulators=2, n_cell_types=3, n_donors=4, n_datasets=1, library_mean=60, seed=3
-    )
-    network = make_network(config)
-    measured = network.measured[0]
-    rng = np.random.default_rng(0)
-    counts, library, target, target_library = draw_count_pairs(network, rng, 3, "same_type", 0.25)
-    source = np.log1p(1e4 * counts / library[:, None])
-    values = np.log1p(1e4 * target / target_library[:, None])
-    shown = network.regulators[:1]
-    revealed = np.full(source.shape, np.nan)
-    revealed[:, shown] = values[:, shown]
-    masks = np.tile(measured, (3, 1))
-    mean, _ = monte_carlo_optimum(network, source, library, masks, revealed, "same_type", n_samples=4_000)
-    n = 120_000
-    states = draw_states(network, rng, n, "same_type", 0.25, dataset=0)
-    table = ExpectedLogValue(network)
-    index = rng.integers(0, len(table.libraries), n)  # the target's library is not known
-    after = table.log_means(network.eta(states[1]), measured, table.libraries[index])
-    expected_values = table(after, index)
-    for row in range(3):
-        before = table.log_means(network.eta(states[0]), measured, np.full(n, library[row]))
-        log_weight = log_chance(counts[row], np.exp(before))[:, measured].sum(axis=1)
-        # The density of a revealed value: the count that it stands for at each library, as a continuous number.
-        seen = np.expm1(revealed[row, shown]) * table.libraries[index][:, None] / 1e4
-        log_weight += log_chance(seen, np.exp(after[:, shown])).sum(axis=1)
-        log_weight += np.where(revealed[row, shown] > 0, np.log(table.libraries[index])[:, None], 0.0).sum(axis=1)
-        log_weight[((seen > 0) & (seen < 0.75)).any(axis=1)] -= 30.0  # less than a molecule cannot be
-        weight = np.exp(log_weight - log_weight.max())
-        weight /= weight.sum()
-        assert 1 / (weight**2).sum() > 100
-        hidden = np.isnan(revealed[row])
-        np.testing.assert_allclose(mean[row, hidden], (weight @ expected_values)[hidden], atol=0.12)
-
-
-def log_chance(observed, mean):
-    """Negative binomial of dispersion 0.1 with a tenth of the counts lost, for counts that need not be whole."""
-    log_size = np.log1p(0.1 * mean) / 0.1
-    positive = gammaln(observed + 10) - gammaln(observed + 1) - gammaln(10)
-    positive = positive + observed * (np.log(0.1 * mean) - np.log1p(0.1 * mean)) - log_size
-    return np.where(observed == 0, np.log(0.1 + 0.9 * np.exp(-log_size)), np.log(0.9) + positive)
 
 
 # ------------------------------------------------------------------------------------------------ interventions
@@ -274,6 +173,6 @@ def test_true_means_equal_those_of_cells(config, change):
 def test_linear_response_is_the_total_effect_along_all_paths():
     network = make_network(SyntheticConfig(n_genes=20, n_regulators=5, coupling=1.0, seed=4))
     gene = network.regulators[0]
-    control, perturbed = true_means(network, {"REG1": ("level", 6.0)})
+    control, perturbed = true_means(network, {"REG1": 6.0})
     total = np.linalg.inv(np.eye(5) - network.coupling)[:, 0]  # of the first regulator on every regulator
     np.testing.assert_allclose(perturbed - control, network.weights @ total * (6.0 - control[gene]), atol=1e-4)

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 from known_network import affects, confounded_pairs
+from known_responses import intervene
 
 from data_scripts.synthetic.network import SyntheticConfig, load_network, make_network
 
@@ -17,9 +18,7 @@ def small(form: str = "linear", **changes) -> SyntheticConfig:
 
 def arrays(network) -> dict:
     return {
-        field.name: getattr(network, field.name)
-        for field in dataclasses.fields(network)
-        if field.name not in ("config", "interventions")
+        field.name: getattr(network, field.name) for field in dataclasses.fields(network) if field.name != "config"
     }
 
 
@@ -32,12 +31,11 @@ def test_same_seed_same_network_other_seed_other_network(form):
 
 
 @pytest.mark.parametrize("form", ["linear", "count"])
-def test_save_and_load_keep_every_array_and_intervention(tmp_path, form):
-    network = make_network(small(form)).intervene({"REG1": "ko", "TGT2": ("factor", 2.0)})
+def test_save_and_load_keep_every_array(tmp_path, form):
+    network = make_network(small(form))
     network.save(tmp_path / "cells.network.safetensors")
     loaded = load_network(tmp_path / "cells.network.safetensors")
     assert loaded.config == network.config
-    assert loaded.interventions == network.interventions
     for name, array in arrays(network).items():
         np.testing.assert_array_equal(array, getattr(loaded, name), err_msg=name)
     assert [path.name for path in tmp_path.iterdir()] == ["cells.network.safetensors"]
@@ -85,12 +83,12 @@ def test_do_cuts_incoming_edges_and_recomputes_downstream(form):
     gene = network.regulators[below]
     rng = np.random.default_rng(0)
     states = network.sample_innovations(rng, *network.sample_labels(rng, 50))
-    fixed = network.intervene({symbols[gene]: 2.0})
+    fixed = intervene(network, {symbols[gene]: 2.0})
     assert np.ptp(fixed.eta(states)[:, gene]) < 1e-5  # whatever its regulators say
     # Changing the regulator above moves it in the intact network only.
     pushed = {symbols[network.regulators[above]]: ("factor", 3.0)}
-    assert np.abs(network.intervene(pushed).eta(states) - network.eta(states))[:, gene].max() > 0.1
-    assert np.abs(fixed.intervene(pushed).eta(states) - fixed.eta(states))[:, gene].max() < 1e-5
+    assert np.abs(intervene(network, pushed).eta(states) - network.eta(states))[:, gene].max() > 0.1
+    assert np.abs(intervene(fixed, pushed).eta(states) - fixed.eta(states))[:, gene].max() < 1e-5
     # Only what the regulator reaches moves, and nothing upstream.
     moved = np.abs(fixed.eta(states) - network.eta(states)).max(axis=0) > 1e-5
     reached = affects(network)[below]
@@ -102,9 +100,8 @@ def test_changing_a_target_changes_nothing_else():
     network = make_network(small())
     rng = np.random.default_rng(0)
     states = network.sample_innovations(rng, *network.sample_labels(rng, 10))
-    changed = network.intervene({"TGT3": "ko"}).eta(states) != network.eta(states)
+    changed = intervene(network, {"TGT3": "ko"}).eta(states) != network.eta(states)
     assert np.flatnonzero(changed.any(axis=0)).tolist() == network.gene_index(["TGT3"]).tolist()
-    assert not network.interventions
 
 
 @pytest.mark.parametrize("form", ["linear", "count"])
@@ -120,7 +117,7 @@ def test_confounded_pairs_correlate_without_effect(form):
         assert abs(correlation) >= 0.3
         assert np.corrcoef(eta[:, i], eta[:, j])[0, 1] == pytest.approx(correlation, abs=0.1)
         assert affects(network)[:, [i, j]].all(axis=1).any()  # a common cause
-        knocked = network.intervene({first: "ko"}).eta(states)
+        knocked = intervene(network, {first: "ko"}).eta(states)
         np.testing.assert_array_equal(knocked[:, j], eta[:, j])
 
 
@@ -160,20 +157,6 @@ def test_data_sets_measure_different_genes_and_mostly_the_regulators():
 def test_bad_configs_are_refused_with_a_hint(changes, message):
     with pytest.raises(ValueError, match=message):
         SyntheticConfig(**{**SMALL, **changes})
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"REG1": "knockout"}, r"`changes\[REG1\]` is 'knockout'; wanted 'ko', a level"),
-        ({"REG1": ("factor", -1.0)}, r"a factor is not negative"),
-        ({"REG1": -1.0}, r"a log count level is not negative"),
-        ({"RGE1": "ko"}, r"gene `RGE1` is not in the network.*`REG1`"),
-    ],
-)
-def test_bad_changes_are_refused(changes, message):
-    with pytest.raises(ValueError, match=message):
-        make_network(small("count")).intervene(changes)
 
 
 def test_loading_something_else_is_an_error(tmp_path):
