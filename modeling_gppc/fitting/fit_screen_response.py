@@ -27,7 +27,7 @@ UNEXPLAINED = 1.0
 # Weight of what features of the target explain, relative to what they do not; 0 where they do not help.
 FEATURE_WEIGHTS = (0.0, 0.3, 1.0)
 # Least size of a response relative to the predicted direction: where no size is shown there is a direction all the same.
-LEAST_SCALE = 0.005
+LEAST_SCALE = 0.05
 Z90 = 1.6448536
 
 
