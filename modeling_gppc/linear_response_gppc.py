@@ -24,7 +24,7 @@ SHARE = 1 / 3
 # mean over three public screens. No response is taken to be much longer where nothing better is known.
 USUAL_DRIFT = 0.06
 # Probability that the sign of a response is right: sigmoid(first x |correlation|^second), fitted on simulated systems.
-DIRECTION = (7.4, 0.82)
+DIRECTION = (7.7, 0.85)
 
 
 @dataclass

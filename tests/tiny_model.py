@@ -73,7 +73,7 @@ def response_by_hand(
         "linear": linear.copy(),
         "change": share * linear / np.sqrt(1 + (length / drift) ** 2),
         "variance": (drift * deviation) ** 2 + linear**2,
-        "direction": expit(7.4 * np.abs(correlation) ** 0.82),
+        "direction": expit(7.7 * np.abs(correlation) ** 0.85),
     }
     for gene, change in changes.items():
         output["change"][gene], output["variance"][gene], output["direction"][gene] = change, 0, 1
