@@ -30,7 +30,7 @@ def read(path: str) -> tuple[np.ndarray, np.ndarray | None, np.ndarray, np.ndarr
     and the responses `(P, V)`."""
     adata = anndata.read_h5ad(path)
     values = np.asarray(adata.X.toarray() if hasattr(adata.X, "toarray") else adata.X, dtype=np.float32)
-    names = list(adata.var["symbol"] if "symbol" in adata.var else adata.var_names)
+    names = list(adata.var.get("symbol", adata.var_names))
     label = adata.obs["perturbation"].astype(str).to_numpy()
     if "kind" in adata.obs:
         kind = adata.obs["kind"].astype(str).to_numpy()
