@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import initialization as init
 
 from .configuration_gppc import GppcConfig
 
@@ -13,14 +14,25 @@ MAX_EVIDENCE = 4.0
 
 
 class GppcClosedForm(nn.Module):
-    """A module of buffers that are fitted in closed form, never by gradient. Fresh ones hold `START`, or zero."""
+    """A module of buffers that are fitted in closed form, never by gradient. Fresh ones hold `START`, those of
+    `IDENTITIES` the identity, others zero."""
 
     START: dict[str, float] = {}
+    IDENTITIES: tuple[str, ...] = ()
 
     def add_buffers(self, **shapes: tuple[int, ...]) -> None:
         """Registers fresh buffers of these shapes."""
         for name, shape in shapes.items():
-            self.register_buffer(name, torch.full(shape, self.START.get(name, 0.0)))
+            self.register_buffer(name, torch.empty(shape))
+        self.reset()
+
+    def reset(self) -> None:
+        """Fills the buffers afresh; those that were loaded keep what they hold."""
+        for name, buffer in self.named_buffers(recurse=False):
+            if name in self.IDENTITIES:
+                init.eye_(buffer)
+            else:
+                init.constant_(buffer, self.START.get(name, 0.0))
 
     def _apply(self, fn, recurse=True):
         """Moves the buffers and keeps their precision: matrices are factorised here, whatever `half()` asks for."""

@@ -15,6 +15,16 @@ from .factors_gppc import (
     rows_of,
 )
 from .familiarity_gppc import GppcFamiliarity
+from .layers_gppc import where_imposed
+
+# Of the three explanations of a correlation one is an effect of the imposed gene: it acts on the gene, the gene acts on
+# it, or something acts on both (Reichenbach 1956).
+SHARE = 1 / 3
+# How far pseudobulks of control cells of one batch lie from those of all, in units of a gene's standard deviation: the
+# mean over three public screens. No response is taken to be much longer where nothing better is known.
+USUAL_DRIFT = 0.06
+# Probability that the sign of a response is right: sigmoid(first x |correlation|^second), fitted on simulated systems.
+DIRECTION = (7.7, 0.85)
 
 
 @dataclass
@@ -65,25 +75,27 @@ class GppcLinearResponse(GppcClosedForm):
     seen: the response is the average of both, the single one with weight `single_share`, and returns to the single one
     as far as the levels are not familiar. Its own factors u are seen as `single_root` u.
 
+    All that is what such levels say about a cell. What imposing them *does* to a cell is another question (`respond`):
+    its state is held, and only what varies within a state responds. There factors have the covariance
+    `within_root` `within_root`'.
+
     The buffers are fitted from training cells without labels, see `fitting/fit_linear_response.py`. Any set of measured
     genes and any number of imposed genes is exact. Cost a cell: O(V r) for the state, O(k r^2 + k^3 + C k r) for k
     imposed genes, V genes, r factors and C states.
     """
 
-    START = {"noise": 1.0}
+    START = {"noise": 1.0, "share": SHARE, "drift": USUAL_DRIFT}
+    IDENTITIES = ("within_root",)
 
     def __init__(self, config: GppcConfig):
         super().__init__()
         size, factors = config.vocab_size, config.num_factors
         self.add_buffers(gene_mean=(size,), loadings=(size, factors), noise=(size,))
         self.add_buffers(single_root=(factors, factors), single_share=())
+        self.add_buffers(within_root=(factors, factors), share=(), drift=())
         self.states = GppcFactorMixture(config, config.num_components)
         self.single = GppcFactorMixture(config, 1)
         self.familiarity = GppcFamiliarity(config)
-
-    def deviation(self) -> torch.Tensor:
-        """Standard deviation of every gene among all cells, `(vocab_size,)`."""
-        return self.variance(self.states.distribution().merged())[0].sqrt()
 
     def encode(
         self, centred: torch.Tensor, measured: torch.Tensor, panel_index: torch.Tensor | None = None
@@ -152,6 +164,65 @@ class GppcLinearResponse(GppcClosedForm):
             factors=merged.averaged(single, 1 - familiarity * (1 - self.single_share)),
             familiarity=familiarity,
         )
+
+    def within_state(
+        self, ids: torch.Tensor, changes: torch.Tensor, mask: torch.Tensor, held: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        Linear response of cells that stay in their state: with loadings L within a state and noise N, W = L L',
+        change_j = W_jS (W_SS + N_S)^-1 (imposed change at the genes S).
+
+        Args:
+            ids, changes, mask (`torch.Tensor` of shape `(P, K)`): Imposed genes, changes of their log values and 1 for a
+                gene, 0 for padding. Ids beyond the vocabulary are genes that are not measured: they say nothing.
+            held (`torch.FloatTensor` of shape `(vocab_size,)`, *optional*): How firmly genes that are not imposed stay
+                where they are, relative to their noise: they are observed at no change with noise / `held`.
+
+        Returns:
+            The response `(P, vocab_size)`, its correlation with what is imposed `(P, vocab_size)`, zero where no change is
+            imposed, and the standard deviation of every gene within a state `(vocab_size,)`, in double precision.
+        """
+        loadings, noise = self.loadings.double() @ self.within_root.double(), self.noise.double()
+        measured = mask.bool() & (ids < len(loadings))
+        ids = ids.where(measured, 0)
+        design = loadings[ids] * measured[:, :, None]
+        projected = design.mT
+        if held is not None:
+            firmness = held.double() / noise
+            precision = torch.eye(loadings.shape[1]).to(loadings) + (loadings * firmness[:, None]).T @ loadings
+            # A gene that is imposed is not held.
+            precision = precision - (design * firmness[ids][:, :, None]).mT @ design
+            projected = torch.linalg.solve(precision, projected)
+        spread = design @ projected + torch.diag_embed(noise[ids].where(measured, 1.0))
+        imposed = changes.double().where(measured, 0.0)[:, :, None]
+        weights = torch.linalg.solve(spread, imposed)
+        linear = (projected @ weights)[:, :, 0] @ loadings.T
+        deviation = (loadings.square().sum(1) + noise).sqrt()
+        strength = (imposed * weights).sum(1).clamp(min=1e-24).sqrt()
+        return linear, linear / (strength * deviation), deviation
+
+    def respond(
+        self, ids: torch.Tensor, changes: torch.Tensor, mask: torch.Tensor, held: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        What imposed changes do to cells that stay in their state; arguments as in [`within_state`].
+
+        The linear response is sized by what no perturbed cell was needed for: a `share` of it, levelling off where its
+        root mean square over the genes that are not imposed reaches `drift` standard deviations within a state. The true
+        change may be as large as the whole of it: variance = (drift x deviation)^2 + (linear response)^2.
+
+        Returns:
+            Change of every gene, variance of the true change about it, and the probability that its sign is right if the
+            gene changes, each `(P, vocab_size)`.
+        """
+        linear, correlation, deviation = self.within_state(ids, changes, mask, held)
+        others = ~where_imposed(ids, mask, None, len(deviation)).any(1)
+        length = (linear.square() * others).sum(1, keepdim=True) / (deviation.square() * others).sum(1, keepdim=True)
+        change = self.share * linear / (1 + length / self.drift.double().square()).sqrt()
+        variance = (self.drift * deviation).square() + linear.square()
+        factor, power = DIRECTION
+        direction = torch.sigmoid(factor * correlation.abs() ** power)
+        return tuple(part.to(self.loadings.dtype) for part in (change, variance, direction))
 
     def expected(self, factors: GppcFactorDistribution, query_ids: torch.Tensor | None = None) -> torch.Tensor:
         """Expected log values `(B, Q)` of genes `query_ids` `(Q,)`, or of all."""

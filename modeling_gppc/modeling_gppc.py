@@ -66,10 +66,7 @@ class GppcPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
-        elif isinstance(module, GppcClosedForm):
-            for name, buffer in module.named_buffers(recurse=False):
-                init.constant_(buffer, module.START.get(name, 0.0))
-        elif isinstance(module, GppcScreenResponse):
+        elif isinstance(module, (GppcClosedForm, GppcScreenResponse)):
             module.reset()
         elif isinstance(module, GppcEncoder):
             init.normal_(module.latents, mean=0.0, std=spread)

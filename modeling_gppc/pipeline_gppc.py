@@ -9,7 +9,9 @@ from transformers import Pipeline
 from .normalization_gppc import close_matches
 
 OPTIONS = ("top_k", "batch_size")
-INPUTS = ("counts", "gene_ids", "perturbation", "library_size", "measured", "pairing")
+# What is predicted of every gene.
+FIGURES = ("expression", "change", "std", "direction")
+INPUTS = ("counts", "gene_ids", "perturbation", "library_size", "measured")
 
 
 class PerturbationPredictionPipeline(Pipeline):
@@ -29,16 +31,15 @@ class PerturbationPredictionPipeline(Pipeline):
     - `perturbation` (`str`, mapping or list, *optional*): such as `"STAT1=ko"` or `"STAT1=kd:0.8+IRF1=x3"`, one for all
       cells, one a cell, or several for one cell; absent or `"control"` changes nothing;
     - `library_size` (`float` or `list[float]`, *optional*): counts over *all* genes of each cell;
-    - `measured` (`list[bool]`, *optional*): which columns were measured;
-    - `pairing` (`str`, *optional*): the context that the cell before and the cell after share, one of the model's
-      `config.pairings`.
+    - `measured` (`list[bool]`, *optional*): which columns were measured.
 
     The result of one cell and one perturbation is a `dict`, of several a `list` of them:
 
     - `gene_ids`, `gene_symbols` (`list[str]`): the genes of the model;
-    - `expression` (`np.ndarray` of shape `(vocab_size,)`): expected log values afterwards;
+    - `expression` (`np.ndarray` of shape `(vocab_size,)`): log values of the cell afterwards;
     - `change` (`np.ndarray` of shape `(vocab_size,)`): their change by the perturbation;
-    - `std` (`np.ndarray` of shape `(vocab_size,)`): standard deviation of that change, zero where it was imposed.
+    - `std` (`np.ndarray` of shape `(vocab_size,)`): standard deviation of that change, zero where it was imposed;
+    - `direction` (`np.ndarray` of shape `(vocab_size,)`): probability that its sign is right if the gene changes at all.
 
     These are the numbers of `gppc predict`.
     """
@@ -73,10 +74,10 @@ class PerturbationPredictionPipeline(Pipeline):
             inputs (mapping, or list of mappings): See the class.
             batch_size (`int`, *optional*, defaults to 64): Cells that the model sees at once.
             top_k (`int`, *optional*): Return instead the records (`gene_id`, `gene_symbol`, `expression`, `change`,
-                `std`) of the `top_k` genes that change most.
+                `std`, `direction`) of the `top_k` genes that change most.
 
         Raises:
-            ValueError: For unknown keys, genes or contexts and for values that are not raw counts.
+            ValueError: For unknown keys or genes and for values that are not raw counts.
         """
         if isinstance(inputs, list) and not inputs:
             return []
@@ -115,17 +116,10 @@ class PerturbationPredictionPipeline(Pipeline):
         )
         for spec in {repr(spec): spec for spec in specs}.values():
             self.feature_extractor.parse_perturbation(spec)
-        pairings, pairing = self.model.config.pairings, inputs.get("pairing")
-        pairing = self.model.config.default_pairing if pairing is None else pairing
-        if pairing not in pairings:
-            raise ValueError(
-                f"`pairing` is {pairing!r}, which this model was not trained on{close_matches(pairing, pairings)}"
-            )
         return {
             "state": dict(features),
             "state_index": torch.from_numpy(state_index),
             "perturbations": specs,
-            "pairing": pairings.index(pairing),
             "single": single,
         }
 
@@ -141,24 +135,23 @@ class PerturbationPredictionPipeline(Pipeline):
             output = self.model.respond(
                 encoded,
                 **{name: tensor.to(index.device) for name, tensor in features.items()},
-                pairing_ids=torch.full_like(index, model_inputs["pairing"]),
                 state_index=index,
             )
-            parts.append((output.expression.float(), output.change.float(), output.variance.float().sqrt()))
-        expression, change, std = (torch.cat(part) for part in zip(*parts))
-        return {"expression": expression, "change": change, "std": std, "single": model_inputs["single"]}
+            parts.append((output.expression, output.change, output.variance.sqrt(), output.direction))
+        figures = {name: torch.cat(part).float() for name, part in zip(FIGURES, zip(*parts))}
+        return {**figures, "single": model_inputs["single"]}
 
     def postprocess(self, model_outputs, top_k: int | None = None):
         """Arrays a cell, or records of the genes that change most."""
-        expression, change, std = (model_outputs[name].numpy() for name in ("expression", "change", "std"))
+        figures = {name: model_outputs[name].numpy() for name in FIGURES}
         ids, symbols = self.feature_extractor.gene_ids, self.feature_extractor.gene_symbols
         results = []
-        for row in range(len(expression)):
-            values = {"expression": expression[row], "change": change[row], "std": std[row]}
+        for row in range(len(figures["change"])):
+            values = {name: array[row] for name, array in figures.items()}
             if top_k is None:
                 results.append({"gene_ids": ids, "gene_symbols": symbols, **values})
                 continue
-            order = np.argsort(-np.abs(change[row]), kind="stable")[:top_k].tolist()
+            order = np.argsort(-np.abs(values["change"]), kind="stable")[:top_k].tolist()
             numbers = [{name: float(array[gene]) for name, array in values.items()} for gene in order]
             results.append(
                 [

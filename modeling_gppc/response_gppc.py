@@ -1,14 +1,13 @@
-"""What changes when expression is imposed: the only place where predictions are subtracted."""
+"""What imposed expression does to cells."""
 
 import torch
 
 from .layers_gppc import impose, where_imposed
 from .outputs_gppc import GppcEncoderOutput
-from .screen_response_gppc import GppcResponseOutput
+from .screen_response_gppc import CORRELATION, GppcResponseOutput
 
-# How far pseudobulks of control cells of one batch lie from those of all, in units of a gene's standard deviation: the mean
-# over three public screens. So far true responses are expected to lie from predicted ones where nothing better is known.
-USUAL_DRIFT = 0.06
+# Rows that are computed at once: memory grows with rows x genes and rows x factors^2.
+CHUNK = 512
 
 
 class GppcResponseMixin:
@@ -28,100 +27,80 @@ class GppcResponseMixin:
         return torch.where(encoded.measured, encoded.state_values, expected.to(encoded.state_values.dtype))
 
     @torch.no_grad()
-    def unperturbed(
-        self,
-        encoded: GppcEncoderOutput,
-        pairing_ids: torch.LongTensor | None = None,
-        query_ids: torch.LongTensor | None = None,
-    ) -> torch.Tensor:
-        """
-        Predictions for encoded cells without a perturbation, at no familiarity and at full: `(2, B, Q)`.
-
-        Familiarity enters a prediction linearly, so these two tell that at any. Give them to [`respond`] where it is
-        called often for the same cells.
-        """
-        asked = {"pairing_ids": pairing_ids, "query_ids": query_ids, "with_variance": False}
-        none = encoded.state_values.new_zeros(len(encoded.state_values))
-        return torch.stack([self.decode(encoded, familiarity=share, **asked).logits for share in (none, none + 1)])
-
-    @torch.no_grad()
     def respond(
         self,
         encoded: GppcEncoderOutput | None = None,
         perturbation_ids: torch.LongTensor | None = None,
         perturbation_values: torch.FloatTensor | None = None,
         perturbation_mask: torch.Tensor | None = None,
-        pairing_ids: torch.LongTensor | None = None,
         query_ids: torch.LongTensor | None = None,
         state_index: torch.LongTensor | None = None,
-        before: torch.Tensor | None = None,
     ) -> GppcResponseOutput:
         """
-        What changes when expression is imposed: the prediction with the imposed levels minus that without.
+        What changes when expression is imposed on cells.
 
-        The only place that subtracts. Both predictions are asked for in one frame, at the same familiarity. A model of
-        a CRISPR screen answers with what its perturbations were seen to do, see [`GppcScreenResponse`]; its answer does
-        not depend on the cells, beyond the level of the imposed genes in them.
+        `decode` says what cells with such levels look like: a monocyte without CST3 is hardly one. Here the cell stays in
+        its state, and only what varies within states responds, in closed form (see [`GppcLinearResponse.respond`]). The
+        answer depends on the cell through the change of the imposed genes alone: where their level is what it was,
+        nothing changes. A model of a CRISPR screen answers with what its perturbations were seen to do, see
+        [`GppcScreenResponse`].
 
         Args:
-            encoded ([`GppcEncoderOutput`], *optional*): Cells, from `encode`. Only a model of a screen answers without,
-                for its own control cells.
+            encoded ([`GppcEncoderOutput`], *optional*): Cells, from `encode`, to tell their expression afterwards.
             perturbation_ids (`torch.LongTensor` of shape `(B, K)`): Genes whose expression is imposed. A model of a
                 screen also knows ids beyond the vocabulary, see [`GppcFeatureExtractor.target_index`].
             perturbation_values (`torch.FloatTensor` of shape `(B, K)`): Change of their log values.
-            perturbation_mask, pairing_ids, query_ids, state_index: As in `decode`.
-            before (`torch.FloatTensor` of shape `(2, B, Q)`, *optional*): From [`unperturbed`], for the same pairing and
-                queries. Computed for every row when absent.
+            perturbation_mask, query_ids, state_index: As in `decode`.
 
         Returns:
             [`GppcResponseOutput`]
 
         Raises:
-            ValueError: If nothing is asked, or cells are missing where they are needed.
+            ValueError: If nothing is asked, or rows do not fit the encoded cells.
 
         Example:
 
         ```python
-        features = extractor.perturbation_features("STAT1=ko", model.levels())  # in the mean control cell of a screen
+        features = extractor.perturbation_features("STAT1=ko", model.levels())  # in the mean cell
         model.respond(**features).change  # of the log value of every gene, (1, vocab_size)
         ```
         """
         if perturbation_ids is None or perturbation_values is None:
             raise ValueError("`perturbation_ids` and `perturbation_values` are missing; wanted both, of shape (B, K).")
-        if encoded is None and self.screen_response is None:
-            raise ValueError("`encoded` is missing; only a model of a screen knows the cells that it answers for.")
         mask = torch.ones_like(perturbation_ids) if perturbation_mask is None else perturbation_mask
-        if before is None and encoded is not None and self.screen_response is not None:
-            before = self.unperturbed(encoded, query_ids=query_ids)
-        if before is not None and state_index is not None:
-            before = before[:, state_index]
-        if self.screen_response is not None:
-            output = self.screen_response(self.model.linear_response, perturbation_ids, perturbation_values, mask)
-            if query_ids is not None:
-                output.change, output.variance = output.change[:, query_ids], output.variance[:, query_ids]
-            if before is not None:
-                output.expression = before[1] + output.change
-            return output
-        asked = {
-            "pairing_ids": pairing_ids,
-            "query_ids": query_ids,
-            "state_index": state_index,
-            "with_variance": False,
-        }
-        after = self.decode(encoded, perturbation_ids, perturbation_values, mask, **asked)
-        if before is None:
-            nothing = perturbation_ids[:, :0], perturbation_values[:, :0]
-            without = self.decode(encoded, *nothing, familiarity=after.familiarity, **asked).logits
+        parts = [part.split(CHUNK) for part in (perturbation_ids, perturbation_values, mask.bool())]
+        outputs = [self._respond(*rows, query_ids) for rows in zip(*parts)]
+        output = GppcResponseOutput(**{name: torch.cat([one[name] for one in outputs]) for name in outputs[0]})
+        if encoded is not None:
+            levels = self.levels(encoded)
+            levels = levels if query_ids is None else levels[:, query_ids]
+            levels = levels if state_index is None else levels[state_index]
+            if len(levels) not in (1, len(output.change)):
+                raise ValueError(
+                    f"`perturbation_ids` has {len(output.change)} rows for {len(levels)} encoded states; wanted one row a "
+                    "state, a single state, or `state_index`."
+                )
+            output["expression"] = levels + output.change
+        return output
+
+    def _respond(self, ids, values, mask, query_ids) -> GppcResponseOutput:
+        """The response of some rows, without `expression`."""
+        linear_response, screen = self.model.linear_response, self.screen_response
+        if screen is not None and len(screen.own):
+            output = screen(linear_response, ids, values, mask)
         else:
-            without = torch.lerp(*before, after.familiarity[:, None])
-        variance = (USUAL_DRIFT * self.model.linear_response.deviation()) ** 2
-        variance = variance if query_ids is None else variance[query_ids]
+            held = None if screen is None else screen.held
+            change, variance, direction = linear_response.respond(ids, values, mask, held)
+            source = torch.full_like(ids[:, 0], CORRELATION)
+            output = GppcResponseOutput(change=change, variance=variance, direction=direction, source=source)
+        if query_ids is not None:
+            for name in ("change", "variance", "direction"):
+                output[name] = output[name][:, query_ids]
         # Nothing perturbed: nothing changes, surely. And what is imposed changes by what is imposed.
-        perturbed = mask.bool().any(dim=1, keepdim=True)
-        imposed = where_imposed(perturbation_ids, mask, query_ids, self.config.vocab_size)
-        return GppcResponseOutput(
-            change=impose((after.logits - without) * perturbed, perturbation_values, imposed),
-            variance=(variance * perturbed).masked_fill(imposed.any(1), 0),
-            expression=after.logits,
-            familiarity=after.familiarity,
-        )
+        perturbed = mask.any(dim=1, keepdim=True)
+        where = where_imposed(ids, mask, query_ids, self.config.vocab_size)
+        imposed = where.any(1)
+        output.change = impose(output.change * perturbed, values, where)
+        output.variance = (output.variance * perturbed).masked_fill(imposed, 0)
+        output.direction = output.direction.masked_fill(~perturbed, 0.5).masked_fill(imposed, 1)
+        return output

@@ -14,11 +14,9 @@ SOURCES = (
     "own response: this perturbation was seen in the screen",
     "members: responses of the genes of this combination that were seen alone, added up",
     "relatives: perturbations that were seen, weighted by how alike the features of their targets are",
-    "correlation: what goes with the change of the perturbed gene in control cells",
+    "correlation: what varies with the perturbed gene among unperturbed cells of one state",
     "common response: the mean of the perturbations that were seen",
 )
-# Rows that are computed at once: memory grows with rows x factors^2.
-CHUNK = 512
 
 
 @dataclass
@@ -29,18 +27,18 @@ class GppcResponseOutput(ModelOutput):
     Args:
         change (`torch.FloatTensor` of shape `(P, Q)`): Change of the log value of every queried gene.
         variance (`torch.FloatTensor` of shape `(P, Q)`): Variance of the true mean change about it; 0 where imposed.
-        expression (`torch.FloatTensor` of shape `(P, Q)`, *optional*): Expected log value afterwards, where cells were
-            given.
-        source (`torch.LongTensor` of shape `(P,)`, *optional*): Where the answer comes from, an index into `SOURCES`;
-            absent for a model that was not fitted on a screen.
-        familiarity (`torch.FloatTensor` of shape `(P,)`, *optional*): As in [`GppcOutput`]; absent for a screen.
+        direction (`torch.FloatTensor` of shape `(P, Q)`): Probability that the sign of the change is right if the gene
+            changes at all, from .5 to 1.
+        expression (`torch.FloatTensor` of shape `(P, Q)`, *optional*): Log value of the cells afterwards, where cells
+            were given.
+        source (`torch.LongTensor` of shape `(P,)`): Where the answer comes from, an index into `SOURCES`.
     """
 
     change: torch.FloatTensor | None = None
     variance: torch.FloatTensor | None = None
+    direction: torch.FloatTensor | None = None
     expression: torch.FloatTensor | None = None
     source: torch.LongTensor | None = None
-    familiarity: torch.FloatTensor | None = None
 
 
 class GppcScreenResponse(nn.Module):
@@ -54,9 +52,7 @@ class GppcScreenResponse(nn.Module):
     where `shared` is the posterior mean of a Gaussian process over perturbations: their mean response, moved towards
     those whose targets have features like g's. A perturbation that was seen answers with its own response, shrunk by
     its sampling error, and a combination with the sum of its members' own responses, where some of them were seen.
-    With none seen the response is the linear response to the change alone, sized:
-
-        share x linear / sqrt(1 + (|linear| / reach)^2)
+    With none seen all there is is [`GppcLinearResponse.respond`].
 
     Genes are numbered 0 to V - 1 if they are measured (the vocabulary), and V to V + E - 1 if they may only be asked
     about: targets that the panel does not measure, and genes of a table of features. Everything here is closed form,
@@ -71,8 +67,6 @@ class GppcScreenResponse(nn.Module):
             "counted": torch.ones(genes, dtype=torch.bool),
             # How firmly each target is held at the controls' level while another is changed, relative to its noise.
             "held": torch.zeros(genes),
-            "share": torch.ones(()),
-            "reach": torch.ones(()),
             "variance": torch.ones(genes),
             "mean": torch.zeros(genes),
             # K^-1 (responses - mean), and how like each gene that may be asked about is to each perturbation seen.
@@ -94,7 +88,7 @@ class GppcScreenResponse(nn.Module):
     def reset(self):
         """Fresh buffers: no perturbation seen, no change anywhere."""
         for name, buffer in self.named_buffers():
-            buffer.fill_({"counted": True, "seen_targets": -1, "variance": 1, "scale": 1, "share": 1}.get(name, 0))
+            buffer.fill_({"counted": True, "seen_targets": -1, "variance": 1, "scale": 1}.get(name, 0))
 
     def forward(
         self,
@@ -114,38 +108,22 @@ class GppcScreenResponse(nn.Module):
         Returns:
             [`GppcResponseOutput`] over the vocabulary.
         """
-        parts = [
-            self._rows(linear_response, ids, changes, mask.bool())
-            for ids, changes, mask in zip(
-                *(part.split(CHUNK) for part in (perturbation_ids, perturbation_values, perturbation_mask))
-            )
-        ]
-        return GppcResponseOutput(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
-
-    def _rows(self, linear_response, ids, changes, mask) -> dict[str, torch.Tensor]:
-        linear = self.linear(linear_response, ids, changes, mask)
+        mask = perturbation_mask.bool()
+        linear, _, _ = linear_response.within_state(perturbation_ids, perturbation_values, mask, self.held)
+        linear = linear.to(self.mean.dtype)
         length = linear[:, self.counted].norm(dim=1, keepdim=True)
-        source = torch.full((len(ids),), CORRELATION, device=ids.device)
-        variance = self.variance.expand_as(linear).clone()
-        if not len(self.own):
-            change = self.share * linear / (1 + (length / self.reach) ** 2).sqrt()
-        else:
-            # Padding is like nothing.
-            likeness = (self.likeness[ids.clamp(max=len(self.likeness) - 1)] * mask[:, :, None]).sum(dim=1)
-            shared = self.mean + likeness @ self.votes
-            direction = torch.where(length > 1e-12, linear / length, torch.zeros_like(linear))
-            size = shared[:, self.counted].norm(dim=1, keepdim=True)
-            change = self.scale * (shared + self.weight * size * direction)
-            source = torch.where(likeness.abs().amax(dim=1) > 0, RELATIVES, COMMON)
-            change, variance, source = self._seen(ids, mask, change, variance, source)
-        measured = mask & (ids < linear.shape[1])
-        rows, places = measured.nonzero(as_tuple=True)
-        change[rows, ids[rows, places]] = changes[rows, places].to(change.dtype)
-        variance[rows, ids[rows, places]] = 0
-        # Nothing perturbed: nothing changes, surely.
-        nothing = ~mask.any(dim=1)
-        change[nothing], variance[nothing] = 0, 0
-        return {"change": change, "variance": variance, "source": source}
+        # Padding is like nothing.
+        known = self.likeness[perturbation_ids.clamp(max=len(self.likeness) - 1)]
+        likeness = (known * mask[:, :, None]).sum(dim=1)
+        shared = self.mean + likeness @ self.votes
+        size = shared[:, self.counted].norm(dim=1, keepdim=True)
+        along = torch.where(length > 1e-12, linear / length, torch.zeros_like(linear))
+        change = self.scale * (shared + self.weight * size * along)
+        source = torch.where(likeness.abs().amax(dim=1) > 0, RELATIVES, COMMON)
+        variance = self.variance.expand_as(change).clone()
+        change, variance, source = self._seen(perturbation_ids, mask, change, variance, source)
+        direction = torch.special.ndtr(change.abs() / variance.sqrt().clamp(min=1e-12))
+        return GppcResponseOutput(change=change, variance=variance, direction=direction, source=source)
 
     def _seen(self, ids, mask, change, variance, source):
         """Puts own responses in the place of predicted ones, and sums of members' where some were seen alone."""
@@ -163,32 +141,6 @@ class GppcScreenResponse(nn.Module):
                     change[row] = sum(change[row] if index is None else self.own[index] for index in alone)
                     source[row] = MEMBERS
         return change, variance, source
-
-    def linear(
-        self, linear_response: nn.Module, ids: torch.Tensor, changes: torch.Tensor, mask: torch.Tensor
-    ) -> torch.Tensor:
-        """Linear response `(P, V)` to changes at measured genes, in the covariance of the control cells.
-
-        The screen's other targets are observed at no change, with their noise divided by `held`: Gaussian conditioning
-        of the factors, first on them, then on the imposed changes.
-        """
-        loadings, noise = linear_response.loadings.double(), linear_response.noise.double()
-        n_genes, factors = loadings.shape
-        measured = mask & (ids < n_genes)
-        ids = torch.where(measured, ids, torch.zeros_like(ids))
-        design = loadings[ids] * measured[:, :, None]
-        identity = torch.eye(factors, dtype=torch.float64, device=ids.device)
-        firmness = self.held.double() / noise
-        precision = identity + (loadings * firmness[:, None]).T @ loadings
-        # A target that is changed is not held.
-        precision = precision - (design * firmness[ids][:, :, None]).transpose(1, 2) @ design
-        covariance = torch.linalg.inv(precision)
-        projected = covariance @ design.transpose(1, 2)
-        error = torch.where(measured, noise[ids], torch.ones_like(noise[ids]))
-        spread = design @ projected + torch.diag_embed(error)
-        imposed = torch.where(measured, changes.double(), torch.zeros_like(changes, dtype=torch.float64))
-        factors_after = projected @ torch.linalg.solve(spread, imposed[:, :, None])
-        return (factors_after[:, :, 0] @ loadings.T).to(self.mean.dtype)
 
 
 __all__ = ["SOURCES", "GppcResponseOutput", "GppcScreenResponse"]

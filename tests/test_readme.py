@@ -35,6 +35,8 @@ def test_the_python_example_predicts_every_gene(beside):
     exec(compile(example, "README.md", "exec"), names)
     assert names["output"].logits.shape == names["output"].logvar.shape == (5, tiny_model().config.vocab_size)
     assert torch.isfinite(names["output"].logits).all()
+    response = names["response"]
+    assert response.change.shape == response.expression.shape == response.direction.shape == (5, len(SYMBOLS))
 
 
 def test_the_predict_command_writes_a_file(beside):

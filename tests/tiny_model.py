@@ -1,9 +1,12 @@
 """A tiny model with weights that matter, and a complete model folder around it."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
+from scipy.special import expit
 
 from hub_card.model_card import write_model_card
 from modeling_gppc import GppcConfig, GppcFeatureExtractor, GppcForPerturbationPrediction
@@ -32,11 +35,51 @@ def tiny_model(seed: int = 0, **options) -> GppcForPerturbationPrediction:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if name.endswith("familiarity.covariance"):
             tensor.data = 0.2 * torch.eye(len(tensor))
-        elif name.endswith(("noise", "width")):
+        elif name.endswith(("noise", "width", "drift")):
             tensor.data = torch.rand_like(tensor) + 0.5
         else:
             tensor.data = 0.3 * torch.randn_like(tensor)
     return model
+
+
+def response_by_hand(
+    model: GppcForPerturbationPrediction, changes: Mapping[int, float], held: Mapping[int, float] | None = None
+) -> dict[str, np.ndarray]:
+    """What imposed changes of log values do to a cell that stays in its state: dense, gene by gene, in float64.
+
+    Args:
+        model ([`GppcForPerturbationPrediction`]): Of few genes.
+        changes (`Mapping`): Gene -> change.
+        held (`Mapping`, *optional*): Gene -> firmness; observed at no change, with its noise divided by that.
+
+    Returns:
+        `linear`, the response before it is sized, `change`, `variance` and `direction`, each `(V,)`.
+    """
+    names = ("loadings", "within_root", "noise", "share", "drift")
+    loadings, root, noise, share, drift = (
+        getattr(model.model.linear_response, name).double().numpy() for name in names
+    )
+    within = loadings @ root @ root.T @ loadings.T
+    held = {gene: firmness for gene, firmness in (held or {}).items() if gene not in changes}
+    at = [*changes, *held]
+    error = [*(noise[gene] for gene in changes), *(noise[gene] / firmness for gene, firmness in held.items())]
+    observed = np.array([*changes.values(), *[0.0] * len(held)], dtype=float)
+    weights = np.linalg.solve(within[np.ix_(at, at)] + np.diag(error), observed)
+    linear, deviation = within[:, at] @ weights, np.sqrt(np.diag(within) + noise)
+    others = np.setdiff1d(np.arange(len(noise)), [*changes])
+    length = np.sqrt((linear[others] ** 2).sum() / (deviation[others] ** 2).sum())
+    correlation = linear / (deviation * np.sqrt(max(observed @ weights, 1e-24)))
+    output = {
+        "linear": linear.copy(),
+        "change": share * linear / np.sqrt(1 + (length / drift) ** 2),
+        "variance": (drift * deviation) ** 2 + linear**2,
+        "direction": expit(7.7 * np.abs(correlation) ** 0.85),
+    }
+    for gene, change in changes.items():
+        output["change"][gene], output["variance"][gene], output["direction"][gene] = change, 0, 1
+    if not changes:
+        output["variance"][:], output["direction"][:] = 0, 0.5
+    return output
 
 
 def tiny_extractor() -> GppcFeatureExtractor:

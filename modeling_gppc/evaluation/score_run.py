@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 from data_scripts.pairs.pair_folder import PairFolder
 from data_scripts.pairs.schema import SPLITS
 from data_scripts.synthetic.network import GeneNetwork
-from modeling_gppc.evaluation.first_prediction import first_prediction, perturbed_rows
+from modeling_gppc.evaluation.first_prediction import cells_to_show, first_prediction
 from modeling_gppc.evaluation.model_predictor import model_predictor
 from modeling_gppc.evaluation.pair_arrays import PairArrays, sample_rows, text_column
 from modeling_gppc.evaluation.pair_floors import fit_floors
@@ -44,7 +44,7 @@ def check_scoring(folder: PairFolder, options: EvaluationOptions) -> None:
     for name in options.splits or ():
         if name not in parts:
             raise ValueError(f"`evaluation.splits` names `{name}`{close_matches(name, parts)}")
-    perturbed_rows(feature_extractor_of(folder), folder, options.perturbation)
+    cells_to_show(feature_extractor_of(folder), folder, options.perturbation)
 
 
 def score_model(

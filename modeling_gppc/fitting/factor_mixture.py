@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+import pandas as pd
 from scipy.cluster.vq import kmeans2
 from scipy.special import softmax
 
@@ -21,6 +22,7 @@ PRIOR_WEIGHT = 1.0
 # EM steps: of the mixture, each costing n C r^2, and of the transitions between its components.
 MIXTURE_ITERATIONS = 50
 TRANSITION_ITERATIONS = 20
+WITHIN_ITERATIONS = 30
 
 
 @dataclasses.dataclass
@@ -89,6 +91,33 @@ def fit_factor_mixture(model: FactorModel, cells: Cells, n_components: int, seed
     size, axes = np.linalg.eigh(within)
     root, inverse_root = (axes * np.sqrt(size)) @ axes.T, (axes / np.sqrt(size)) @ axes.T
     return FactorMixture(FactorModel(model.mean, model.loadings @ root, model.noise), means @ inverse_root, weights)
+
+
+def fit_within_groups(model: FactorModel, cells: Cells, groups: np.ndarray) -> np.ndarray:
+    """
+    Covariance of the factors among cells of one group, shape `(r, r)`, by EM: z ~ N(mean of the group, within).
+
+    Args:
+        model (`FactorModel`): Loadings and noise of the cells.
+        cells ([`Cells`]): The cells.
+        groups (`np.ndarray`): Number of the group of each cell, shape `(n,)`.
+    """
+    _, precision = posterior_by_panel(model, cells.panels)
+    information = factor_information(model, cells)
+    share = np.bincount(cells.panel_index, minlength=len(cells.panels)) / len(cells)
+    freedom = max(len(cells) - len(np.unique(groups)), 1)
+    within, mean = np.eye(information.shape[1]), np.zeros_like(information)
+    for _ in range(WITHIN_ITERATIONS):
+        inverse = np.linalg.inv(within)
+        posterior = np.linalg.inv(precision + inverse)
+        factors = information + mean @ inverse
+        for panel in np.unique(cells.panel_index):
+            factors[cells.panel_index == panel] @= posterior[panel]
+        mean = pd.DataFrame(factors).groupby(groups).transform("mean").to_numpy()
+        rest = factors - mean
+        within = rest.T @ rest / freedom + np.tensordot(share, posterior, 1)
+        within = 0.5 * (within + within.T) + 1e-4 * np.eye(len(within))
+    return within
 
 
 def _start(points: np.ndarray, n_components: int, seed: int) -> np.ndarray:

@@ -7,11 +7,8 @@ import numpy as np
 from data_scripts.cells.screen_cells import TechnicalCovariates
 from data_scripts.cells.screens import CONTROL, Screen
 from modeling_gppc.fitting.factor_model import Cells, FactorModel, choose_rank, fit_factor_model, fit_pair_coupling
-from modeling_gppc.response_gppc import USUAL_DRIFT
+from modeling_gppc.linear_response_gppc import USUAL_DRIFT
 
-# Of the three explanations of a correlation one is an effect of the target: it acts on the gene, the gene acts on it, or
-# something acts on both (Reichenbach 1956).
-SHARE = 1 / 3
 ITERATIONS = 200
 PAIRS_PER_CELL = 4
 
@@ -24,14 +21,12 @@ class ControlFit:
     Args:
         factors ([`FactorModel`]): Of the values without what technical covariates explain.
         coupling (`np.ndarray`): Cov of the factors of two cells of one batch, shape `(r, r)`.
-        deviation (`np.ndarray`): Standard deviation of each gene, shape `(V,)`.
         covariates ([`TechnicalCovariates`]): What was taken out.
         drift (`float`): See [`batch_drift`].
     """
 
     factors: FactorModel
     coupling: np.ndarray
-    deviation: np.ndarray
     covariates: TechnicalCovariates
     drift: float
 
@@ -53,7 +48,7 @@ def fit_controls(screen: Screen, n_factors: int | None = None, seed: int = 0) ->
     factors = fit_factor_model(Cells(values, zeros, panel), n_factors, ITERATIONS, seed)
     pairs = _pairs(screen.batch[cells], np.random.default_rng(seed))
     coupling = fit_pair_coupling(factors, *(Cells(values[rows], zeros[rows], panel) for rows in pairs))
-    return ControlFit(factors, coupling, values.std(axis=0), covariates, batch_drift(screen))
+    return ControlFit(factors, coupling, covariates, batch_drift(screen))
 
 
 def _pairs(batch: np.ndarray, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

@@ -7,7 +7,12 @@ import numpy as np
 import torch
 
 from data_scripts.batches.pair_dataset import PairDataset
-from modeling_gppc.fitting.factor_mixture import FactorMixture, fit_factor_mixture, fit_mixture_coupling
+from modeling_gppc.fitting.factor_mixture import (
+    FactorMixture,
+    fit_factor_mixture,
+    fit_mixture_coupling,
+    fit_within_groups,
+)
 from modeling_gppc.fitting.factor_model import Cells, FactorModel, fit_factor_model
 from modeling_gppc.fitting.fit_familiarity import choose_width, encoded_batches, pair_cells, put_references
 from modeling_gppc.linear_response_gppc import GppcLinearResponse
@@ -21,6 +26,8 @@ EVIDENCE_SCALES = (1.0, 0.7, 0.5, 0.35, 0.25, 0.1)
 SCALE_PAIRS = 1_536
 # Of the single Gaussian in the average. Not tuned: halves.
 SINGLE_SHARE = 0.5
+# What cells of one state have in common.
+HELD = ["dataset_id", "donor_id", "cell_type"]
 PERTURBATION = ("perturbation_ids", "perturbation_values", "perturbation_mask", "pairing_ids")
 
 
@@ -63,7 +70,8 @@ def initialize_linear_response(
     block = max(1, BLOCK_VALUES // config.vocab_size)
     factors = min(config.num_factors, config.vocab_size - 1, max(len(rows) - 1, 1))
     fitted = fit_factor_model(SourceCells(dataset, rows, panels, block), factors, n_iterations, seed)
-    cells = pair_cells(dataset, "source", np.sort(_sample(rows, block, rng)), panels)
+    few = np.sort(_sample(rows, block, rng))
+    cells = pair_cells(dataset, "source", few, panels)
     pairs = [
         np.sort(_sample(np.flatnonzero(dataset.pairing_ids == pairing), min(max_cells, block), rng))
         for pairing in range(len(config.pairings))
@@ -78,8 +86,8 @@ def initialize_linear_response(
                 source, target = (pair_cells(dataset, side, chosen, panels) for side in ("source", "target"))
                 _put_coupling(response, pairing, mixture, source, target)
                 if n_components > 1:
-                    few = chosen[:: max(1, len(chosen) // SCALE_PAIRS)]
-                    _choose_evidence_scale(model, dataset, panels, pairing, few)
+                    every = max(1, len(chosen) // SCALE_PAIRS)
+                    _choose_evidence_scale(model, dataset, panels, pairing, chosen[::every])
         return linear_errors(model, validation, panels, held_out)
 
     errors = put_states(1)
@@ -87,6 +95,7 @@ def initialize_linear_response(
         state = {name: tensor.clone() for name, tensor in response.state_dict().items()}
         if (put_states(config.num_components) > errors).any():
             response.load_state_dict(state)
+    _put_within(response, dataset, few, cells)
     if config.num_references > 0:
         put_references(model, dataset, panels, pairs, rng)
         choose_width(model, validation, panels, held_out)
@@ -130,6 +139,19 @@ def _put_coupling(
     if len(mixture.weights) == 1:
         response.single.coupling[pairing] = response.states.coupling[pairing]
     _put(response.states.transition_logits[pairing], np.log(transition), UNUSED)
+
+
+@torch.no_grad()
+def _put_within(response: GppcLinearResponse, dataset: PairDataset, rows: np.ndarray, cells: Cells) -> None:
+    """How factors vary among cells of one data set, donor and cell type; within an unsupervised state, where no two types
+    are named."""
+    labels = dataset.table.select(HELD).take(rows).to_pandas()
+    within = np.eye(response.loadings.shape[1])
+    if labels["cell_type"].nunique() > 1:
+        groups = labels.groupby(HELD, dropna=False).ngroup().to_numpy()
+        fitted = (tensor.double().numpy() for tensor in (response.gene_mean, response.loadings, response.noise))
+        within = fit_within_groups(FactorModel(*fitted), cells, groups)
+    response.within_root.copy_(torch.as_tensor(np.linalg.cholesky(within)))
 
 
 def _choose_evidence_scale(

@@ -8,7 +8,7 @@ import torch
 from data_scripts.cells.screen_cells import TechnicalCovariates
 from data_scripts.cells.screens import BATCH_PREFIX, Screen
 from modeling_gppc import GppcConfig, GppcFeatureExtractor, GppcForPerturbationPrediction
-from modeling_gppc.fitting.fit_controls import SHARE, ControlFit, fit_controls
+from modeling_gppc.fitting.fit_controls import ControlFit, fit_controls
 from modeling_gppc.fitting.fit_screen_options import ScreenFitOptions
 from modeling_gppc.fitting.fit_screen_response import SeenPerturbations, fit_screen_response
 from modeling_gppc.fitting.gene_features import GeneFeatures
@@ -67,18 +67,15 @@ def fit_screen(
     held[screen.panel_targets] = options.hold_targets
     counted = np.ones(extractor.vocab_size, dtype=bool)
     counted[screen.panel_targets] = False
-    reach = controls.drift * np.linalg.norm(controls.deviation[counted])
     with torch.no_grad():
         for module, name, value in (
             (linear_response, "gene_mean", controls.factors.mean),
             (linear_response, "loadings", controls.factors.loadings),
             (linear_response, "noise", controls.factors.noise),
             (linear_response.states, "coupling", controls.coupling[None]),
+            (linear_response, "drift", controls.drift),
             (part, "held", held),
             (part, "counted", counted),
-            (part, "share", SHARE),
-            (part, "reach", max(reach, 1e-12)),
-            (part, "variance", (controls.drift * controls.deviation) ** 2),
         ):
             getattr(module, name).copy_(torch.as_tensor(value))
     if len(labels):

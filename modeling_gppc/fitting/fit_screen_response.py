@@ -100,7 +100,8 @@ def fit_screen_response(
     """
     labels, counted = seen.labels, part.counted.numpy()
     tensors = (torch.as_tensor(array) for array in (seen.ids, seen.changes, seen.mask))
-    direction = unit(part.linear(linear_response, *tensors).double().numpy(), counted)
+    linear, _, _ = linear_response.within_state(*tensors, part.held)
+    direction = unit(linear.numpy(), counted)
     observed = ObservedResponses.of(screen, labels)
     shared = options.controls == "shared"
     pairs = [(observed, observed)]

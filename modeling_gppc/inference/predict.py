@@ -35,17 +35,16 @@ def predict_anndata(
             [`GppcFeatureExtractor.parse_perturbation`].
         batch_size (`int`, *optional*, defaults to 256): Rows that the model sees at once.
         progress (`bool`, *optional*, defaults to `False`): Whether to show a progress bar.
-        **options: See [`prepare_prediction`]: `pairing`, `genes`, `device`, and those of [`ReadOptions`]:
+        **options: See [`prepare_prediction`]: `genes`, `device`, and those of [`ReadOptions`]:
             `layer`, `value_kind`, `gene_column`, `symbol_column`, `library_size_column`.
 
     Returns:
         `AnnData`, one row a perturbation and cell (perturbation by perturbation, with `obs.perturbation` and
-        `obs.source_cell`), one column a gene of the model: `X` expected log values afterwards; layers `delta` (their
-        change by the perturbation, [`~GppcForPerturbationPrediction.respond`]) and `std` (its standard deviation; zero
-        where imposed); `obs.familiarity` (from 0, nothing like the imposed levels was seen in such cells and the
-        prediction is one Gaussian's, to 1; absent for a model of a screen); `var` (`gene_symbol`, `measured` in the
-        input); `varm["mean_delta"]` (a column a perturbation); `uns["gppc"]` where it comes from and which genes of the
-        input the model does not know.
+        `obs.source_cell`), one column a gene of the model: `X` log values of the cells afterwards; layers `delta` (their
+        change by the perturbation, [`~GppcForPerturbationPrediction.respond`]), `std` (its standard deviation; zero where
+        imposed) and `direction` (probability that its sign is right if the gene changes); `var` (`gene_symbol`,
+        `measured` in the input); `varm["mean_delta"]` (a column a perturbation); `uns["gppc"]` where it comes from and
+        which genes of the input the model does not know.
 
     Raises:
         ValueError: Before the model runs, for anything that cannot be predicted; see [`prepare_prediction`].
@@ -54,11 +53,10 @@ def predict_anndata(
     for line in prediction.warnings:
         warnings.warn(line, stacklevel=2)
     layers = {name: np.empty(prediction.shape, dtype=np.float32) for name in ("X", *LAYERS)}
-    columns = {name: np.empty(prediction.shape[0], dtype=np.float32) for name in prediction.columns}
-    mean_delta = _fill(prediction, layers | columns, batch_size, progress)
+    mean_delta = _fill(prediction, layers, batch_size, progress)
     return anndata.AnnData(
         layers.pop("X"),
-        obs=prediction.obs.assign(**columns),
+        obs=prediction.obs,
         var=prediction.var,
         layers=layers,
         varm={"mean_delta": mean_delta},
@@ -102,11 +100,10 @@ def predict_file(
     prediction = prepare_prediction(model, cells, perturbations, batch_size=batch_size, **options)
     prediction.uns["cells"] = str(cells)
     with write_atomically(out) as temporary, h5py.File(temporary, "w") as file:
-        obs = prediction.obs.assign(**dict.fromkeys(prediction.columns, np.float32(0)))
         empty = {"mean_delta": np.zeros((prediction.shape[1], len(prediction.texts)), dtype=np.float32)}
-        frame = anndata.AnnData(obs=obs, var=prediction.var, varm=empty, uns={"gppc": prediction.uns})
+        frame = anndata.AnnData(obs=prediction.obs, var=prediction.var, varm=empty, uns={"gppc": prediction.uns})
         anndata.io.write_elem(file, "/", frame)
-        arrays = {name: file[f"obs/{name}"] for name in prediction.columns}
+        arrays = {}
         for name in ("X", *LAYERS):
             path = name if name == "X" else f"layers/{name}"
             if path in file:
@@ -134,7 +131,7 @@ def _fill(prediction: Prediction, arrays: dict, batch_size: int, progress: bool)
 
 @torch.inference_mode()
 def _predicted_blocks(prediction: Prediction, batch_size: int) -> Iterator[tuple[int, slice, dict[str, np.ndarray]]]:
-    """Yields (perturbation, cells, values): `X`, the layers and the columns of `prediction`, by name.
+    """Yields (perturbation, cells, values): `X` and the layers, by name.
 
     Each cell is encoded once and asked about all perturbations, `batch_size` rows at a time.
     """
@@ -143,33 +140,29 @@ def _predicted_blocks(prediction: Prediction, batch_size: int) -> Iterator[tuple
     n_cells, n_texts, vocab_size = len(prediction.cells), len(prediction.texts), extractor.vocab_size
     whole = np.array_equal(prediction.query, np.arange(vocab_size))
     query = None if whole else torch.from_numpy(prediction.query).to(device)
-    pairing = list(model.config.pairings).index(prediction.pairing)
     for start in range(0, n_cells, batch_size):
         rows = slice(start, min(start + batch_size, n_cells))
         n_rows = rows.stop - rows.start
         features = prediction.cells.features(extractor, rows)
         encoded = model.encode(**{name: tensor.to(device) for name, tensor in features.items()})
         levels = model.levels(encoded).numpy(force=True)
-        own_pairing = torch.full((n_rows,), pairing, device=device)
-        # Two predictions a cell, which pay from the third perturbation on.
-        before = model.unperturbed(encoded, own_pairing, query) if n_texts > 2 else None
         at_once = max(1, batch_size // n_rows)
         for first in range(0, n_texts, at_once):
             texts = prediction.texts[first : first + at_once]
             index = np.tile(np.arange(n_rows), len(texts))
             change = extractor.perturbation_features(np.repeat(texts, n_rows).tolist(), levels[index])
-            state_index = torch.from_numpy(index).to(device)
             output = model.respond(
                 encoded,
                 **{name: tensor.to(device) for name, tensor in change.items()},
-                pairing_ids=own_pairing[state_index],
                 query_ids=query,
-                state_index=state_index,
-                before=before,
+                state_index=torch.from_numpy(index).to(device),
             )
-            values = {"X": output.expression, "delta": output.change, "std": output.variance.sqrt()}
-            if output.familiarity is not None:
-                values["familiarity"] = output.familiarity
+            values = {
+                "X": output.expression,
+                "delta": output.change,
+                "std": output.variance.sqrt(),
+                "direction": output.direction,
+            }
             arrays = {name: tensor.float().numpy(force=True) for name, tensor in values.items()}
             for position in range(len(texts)):
                 part = slice(position * n_rows, (position + 1) * n_rows)

@@ -19,7 +19,6 @@ class PredictOptions:
             changes nothing.
         out (`str`): File to write (.h5ad).
         overwrite (`bool`, *optional*, defaults to `False`): Replace a file of that name.
-        pairing (`str`, *optional*): Context that the cell before and the cell after share; else the model's.
         genes (`list[str]`, *optional*): Predict these genes only; else all of the model.
         batch_size (`int`, *optional*, defaults to 256): Rows that the model sees at once.
         device (`str`, *optional*): cpu, cuda, ...; else the first accelerator, or the CPU.
@@ -31,7 +30,6 @@ class PredictOptions:
     perturb: list[str]
     out: str
     overwrite: bool = False
-    pairing: str | None = None
     genes: list[str] | None = None
     batch_size: Count = 256
     device: str | None = None

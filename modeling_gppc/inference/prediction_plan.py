@@ -17,12 +17,11 @@ from modeling_gppc.feature_extraction_gppc import GppcFeatureExtractor
 from modeling_gppc.inference.input_cells import InputCells, input_cells
 from modeling_gppc.inference.loading import load_model
 from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
-from modeling_gppc.normalization_gppc import close_matches
 from modeling_gppc.screen_response_gppc import SOURCES
 
 # Columns of obs that a prediction adds; columns of these names in the input are kept with `input_` in front.
-ADDED_COLUMNS = ("perturbation", "source_cell", "familiarity")
-LAYERS = ("delta", "std")
+ADDED_COLUMNS = ("perturbation", "source_cell")
+LAYERS = ("delta", "std", "direction")
 
 
 @dataclass
@@ -35,7 +34,6 @@ class Prediction:
         cells ([`InputCells`]): Its input.
         texts (`list[str]`): The perturbations as given.
         parsed (`list`): The same as lists of (vocabulary id, action, amount).
-        pairing (`str`): Context that the cell before and the cell after share.
         query (`np.ndarray`): Vocabulary ids of the genes to predict.
         obs, var, uns: Of the output.
         warnings (`list[str]`): What a person should know, a line each.
@@ -46,7 +44,6 @@ class Prediction:
     cells: InputCells
     texts: list[str]
     parsed: list[list[tuple[int, str, float]]]
-    pairing: str
     query: np.ndarray
     obs: pd.DataFrame
     var: pd.DataFrame
@@ -58,18 +55,12 @@ class Prediction:
         """Rows (perturbation by perturbation, all cells each) and genes of the output."""
         return len(self.texts) * len(self.cells), len(self.query)
 
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Columns of obs that the model computes, a number a row; a model of a screen computes none."""
-        return () if self.model.config.use_screen_response else ("familiarity",)
-
 
 def prepare_prediction(
     model: str | Path | tuple[GppcForPerturbationPrediction, GppcFeatureExtractor],
     adata: str | Path | anndata.AnnData,
     perturbations: str | Sequence[str],
     *,
-    pairing: str | None = None,
     genes: Sequence[str] | None = None,
     batch_size: int = 256,
     device: str | torch.device | None = None,
@@ -79,15 +70,13 @@ def prepare_prediction(
 
     Args:
         model, adata, perturbations, batch_size: As in [`predict_anndata`]; cells may also be a file.
-        pairing (`str`, *optional*): Context that the cell before and the cell after share, one of the model's
-            `config.pairings`; defaults to `config.default_pairing`.
         genes (`Sequence[str]`, *optional*): Genes to predict; defaults to all of the model.
         device (`str`, *optional*): See [`load_model`]; only for a model given by name.
         **reading: Where counts, gene names and counts over all genes are; see [`ReadOptions`].
 
     Raises:
-        ValueError: For a missing model, a malformed perturbation or one given twice, a gene or pairing that the model
-            does not know, an option out of range, or cells that are not raw counts of known genes.
+        ValueError: For a missing model, a malformed perturbation or one given twice, a gene that the model does not
+            know, an option out of range, or cells that are not raw counts of known genes.
     """
     reading = ReadOptions(**reading)
     if batch_size < 1:
@@ -95,12 +84,6 @@ def prepare_prediction(
     name = "a model in memory" if isinstance(model, tuple) else str(model)
     network, extractor = model if isinstance(model, tuple) else load_model(model, device)
     texts, parsed = _parse_perturbations(extractor, perturbations)
-    pairings = list(network.config.pairings)
-    pairing = network.config.default_pairing if pairing is None else pairing
-    if pairing not in pairings:
-        raise ValueError(
-            f"`pairing` is {pairing!r}, which this model was not trained on{close_matches(pairing, pairings)}"
-        )
     query = np.arange(extractor.vocab_size) if genes is None else extractor.gene_index(list(genes))
     if len(query) == 0 or len(np.unique(query)) != len(query):
         raise ValueError("`genes` names no gene, or one twice; give each gene to predict once.")
@@ -112,7 +95,6 @@ def prepare_prediction(
         "version": metadata.version("gppc"),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "perturbations": np.array(texts, dtype=object),
-        "pairing": pairing,
         "organism": extractor.organism,
         "normalization": extractor.normalization,
         "target_sum": extractor.target_sum,
@@ -131,7 +113,7 @@ def prepare_prediction(
     }
     var = pd.DataFrame(columns, index=pd.Index([extractor.gene_ids[gene] for gene in query], name="gene_id"))
     obs = _output_obs(cells.obs, texts)
-    return Prediction(network.eval(), extractor, cells, texts, parsed, pairing, query, obs, var, uns, warnings)
+    return Prediction(network.eval(), extractor, cells, texts, parsed, query, obs, var, uns, warnings)
 
 
 def _parse_perturbations(

@@ -11,10 +11,17 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-def test_smoke():
-    command = [sys.executable, str(ROOT / "benchmarks" / "screen_tables.py"), "--smoke"]
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("screen_tables", "## smoke, fine-tuned_features\n\nsmoke, fine-tuned: 6 perturbations"),
+        ("external_interventions", "| smoke | gppc | 6 | 0.9"),
+    ],
+)
+def test_smoke(name, words):
+    command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--smoke"]
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "## smoke, fine-tuned_features\n\nsmoke, fine-tuned: 6 perturbations" in done.stdout
+    assert words in done.stdout

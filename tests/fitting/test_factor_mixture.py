@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from modeling_gppc.fitting.factor_mixture import fit_factor_mixture, fit_mixture_coupling
+from modeling_gppc.fitting.factor_mixture import fit_factor_mixture, fit_mixture_coupling, fit_within_groups
 from modeling_gppc.fitting.factor_model import Cells, FactorModel, fit_factor_model
 
 GENES, RANK = 40, 3
@@ -76,3 +76,19 @@ def test_more_components_than_cells():
     mixture = fit_factor_mixture(model, cells, n_components=16)
     assert 1 <= len(mixture.weights) <= 4
     assert np.isfinite(mixture.means).all()
+
+
+def test_variation_within_groups_is_told_from_that_between_them():
+    """Known loadings: within groups factors vary by a covariance that is not that among all cells; panels differ."""
+    rng = np.random.default_rng(7)
+    loadings, root = rng.normal(size=(GENES, RANK)), np.array([[0.5, 0, 0], [0.3, 1.2, 0], [0, -0.4, 0.2]])
+    groups = rng.integers(6, size=4000)
+    factors = 2 * rng.normal(size=(6, RANK))[groups] + rng.normal(size=(4000, RANK)) @ root.T
+    panels = np.ones((2, GENES), dtype=bool)
+    panels[1, :10] = False
+    panel_index = np.arange(4000) % 2
+    values = (factors @ loadings.T + 0.5 * rng.normal(size=(4000, GENES))) * panels[panel_index]
+    cells = Cells(values.astype(np.float32), panel_index, panels)
+    model = FactorModel(np.zeros(GENES), loadings, np.full(GENES, 0.25))
+    np.testing.assert_allclose(fit_within_groups(model, cells, groups), root @ root.T, atol=0.06)
+    assert np.trace(fit_within_groups(model, cells, 0 * groups)) > 3 * np.trace(root @ root.T)

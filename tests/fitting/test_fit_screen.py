@@ -12,7 +12,7 @@ from data_scripts.cells.log_values import LogValues
 from data_scripts.cells.screen_cells import TechnicalCovariates
 from data_scripts.cells.screens import ScreenOptions, read_screen
 from modeling_gppc.fitting import fit_screen_response
-from modeling_gppc.fitting.fit_controls import SHARE, batch_drift, fit_controls
+from modeling_gppc.fitting.fit_controls import batch_drift, fit_controls
 from modeling_gppc.fitting.fit_screen import fit_screen, target_inputs, target_likeness
 from modeling_gppc.fitting.fit_screen_options import ScreenFitOptions
 from modeling_gppc.fitting.fit_screen_response import leave_one_out, process_mean
@@ -53,9 +53,9 @@ def test_a_model_of_controls_is_the_sized_conditional_gaussian(screen):
     factors = fit_controls(screen, 3).factors
     sigma = factors.loadings @ factors.loadings.T
     own = sigma[:, 0] / (sigma[0, 0] + factors.noise[0]) * -0.5
-    deviation = screen.values[screen.is_control].std(axis=0)
-    reach = batch_drift(screen) * np.linalg.norm(deviation[6:])
-    wanted = SHARE * own / np.sqrt(1 + (np.linalg.norm(own[6:]) / reach) ** 2)
+    deviation = np.sqrt(np.diag(sigma) + factors.noise)
+    reach = batch_drift(screen) * np.linalg.norm(deviation[1:])
+    wanted = own / 3 / np.sqrt(1 + (np.linalg.norm(own[1:]) / reach) ** 2)
     assert change_of((model, extractor), "G0=delta:-0.5")[1:] == pytest.approx(wanted[1:], abs=1e-5)
     held = fit_screen(screen, [], ScreenFitOptions(n_factors=3, hold_targets=1e4))
     others = slice(1, 6)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from scipy import sparse
-from tiny_model import GENES, SYMBOLS, tiny_extractor, tiny_model, tiny_pipeline
+from tiny_model import GENES, SYMBOLS, response_by_hand, tiny_extractor, tiny_model, tiny_pipeline
 from tiny_screens import make_adata
 
 from data_scripts.cells.screens import read_screen
@@ -47,24 +47,25 @@ def values_of(cells):
     return values
 
 
-def by_hand(cells, changes, model=None, pairing=0, familiarity=None):
-    """The model's own answer for a mapping gene -> change of log value, `(n, V)` array or number."""
+def by_hand(cells, changes, model=None):
+    """Levels after a mapping gene -> change of log value, `(n, V)` array or number, with `change`, `variance` and
+    `direction` of [`response_by_hand`], each `(n, V)`."""
     model = tiny_model() if model is None else model
     values = values_of(cells)
-    ids = torch.tensor([[*changes]] * len(values), dtype=torch.long).reshape(len(values), len(changes))
-    delta = np.stack([np.broadcast_to(change, len(values)) for change in changes.values()] or [[]], axis=1)
+    delta = {gene: np.broadcast_to(change, len(values)) for gene, change in changes.items()}
+    rows = [
+        response_by_hand(model, {gene: change[row] for gene, change in delta.items()}) for row in range(len(values))
+    ]
+    output = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     with torch.no_grad():
-        source = {
-            "input_ids": torch.arange(12).expand(len(values), -1),
-            "expression_values": torch.tensor(values, dtype=torch.float32),
-            "measured_mask": torch.from_numpy(MEASURED).expand(len(values), -1),
-        }
-        perturbations = {
-            "perturbation_ids": ids,
-            "perturbation_values": torch.tensor(delta, dtype=torch.float32).reshape(ids.shape),
-            "pairing_ids": torch.full((len(values),), pairing),
-        }
-        return model.decode(model.encode(**source), **perturbations, familiarity=familiarity)
+        encoded = model.encode(
+            torch.arange(12).expand(len(values), -1),
+            torch.tensor(values, dtype=torch.float32),
+            measured_mask=torch.from_numpy(MEASURED).expand(len(values), -1),
+        )
+        # Where the gene was not measured the model suggests its level.
+        before = np.where(MEASURED, values, model.levels(encoded).numpy())
+    return output | {"levels": before + output["change"]}
 
 
 def predict(cells, *perturbations, model=None, **options):
@@ -96,18 +97,11 @@ def test_equals_the_model(text):
     cells = make_cells()
     output = predict(cells, text)
     changes = CHANGES[text](values_of(cells))
-    after = by_hand(cells, changes)
-    before = by_hand(cells, {}, familiarity=after.familiarity)
-    wanted = (after.logits - before.logits).numpy()
-    for gene, change in changes.items():
-        # Where the gene was not measured the model suggests its level; the others change by what is imposed.
-        wanted[:, gene] = change
-    np.testing.assert_allclose(output.X, after.logits, atol=1e-5)
-    np.testing.assert_allclose(output.layers["delta"], wanted, atol=1e-5)
-    np.testing.assert_allclose(output.obs["familiarity"], after.familiarity, atol=1e-6)
-    still = np.isin(np.arange(12), [*changes]) | (not changes)
-    std = 0.06 * tiny_model().model.linear_response.deviation().numpy()
-    np.testing.assert_allclose(output.layers["std"], np.broadcast_to(np.where(still, 0, std), (7, 12)), atol=1e-5)
+    wanted = by_hand(cells, changes)
+    np.testing.assert_allclose(output.X, wanted["levels"], atol=1e-5)
+    np.testing.assert_allclose(output.layers["delta"], wanted["change"], atol=1e-6)
+    np.testing.assert_allclose(output.layers["std"], np.sqrt(wanted["variance"]), atol=1e-6)
+    np.testing.assert_allclose(output.layers["direction"], wanted["direction"], atol=1e-6)
     np.testing.assert_allclose(output.varm["mean_delta"][:, 0], output.layers["delta"].mean(axis=0), atol=1e-6)
 
 
@@ -161,15 +155,14 @@ def test_control_changes_nothing():
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_some_genes_and_another_context():
+def test_some_genes():
     cells = make_cells()
-    whole = predict(cells, "STAT1=ko", pairing="same_dataset")
-    np.testing.assert_allclose(whole.X, by_hand(cells, {0: -values_of(cells)[:, 0]}, pairing=1).logits, atol=1e-5)
-    part = predict(cells, "STAT1=ko", pairing="same_dataset", genes=["LYZ", "STAT1", GENES[2]])
+    whole = predict(cells, "STAT1=ko")
+    part = predict(cells, "STAT1=ko", genes=["LYZ", "STAT1", GENES[2]])
     assert part.var["gene_symbol"].tolist() == ["LYZ", "STAT1", "CD3D"]
     np.testing.assert_allclose(part.X, whole[:, part.var_names].X, atol=1e-6)
-    np.testing.assert_allclose(part.layers["std"], whole[:, part.var_names].layers["std"], atol=1e-6)
-    assert np.abs(whole.X - predict(cells, "STAT1=ko").X).max() > 1e-3
+    for name in ("delta", "std", "direction"):
+        np.testing.assert_allclose(part.layers[name], whole[:, part.var_names].layers[name], atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -185,7 +178,7 @@ def test_what_the_output_says_of_its_origin():
     uns = output.uns["gppc"]
     assert uns["perturbations"].tolist() == ["STAT1=ko", "CST3=ko"]
     assert uns["unknown_genes"].values.tolist() == [["irf1", "IRF1"], ["CST4", "CST3"]]
-    assert (uns["library_size"], uns["pairing"], uns["normalization"]) == ("n_counts_full", "same_type", "log1p")
+    assert (uns["library_size"], uns["normalization"]) == ("n_counts_full", "log1p")
     expressed = int((cells.X.toarray()[:, 0] > 0).sum())
     assert uns["perturbed_genes"].values.tolist() == [
         [GENES[0], "STAT1", True, expressed],
@@ -393,7 +386,6 @@ def command(folder, tmp_path, **changed):
         ({"gene_column": "symbl"}, r"`gene_column` is 'symbl'"),
         ({"library_size_column": "n_counts"}, r"`library_size_column` is 'n_counts'.*did you mean `n_counts_full`"),
         ({"library_size_column": "too_small"}, r"`library_size_column` 'too_small' of `cells` is 1 for cell `cell0`"),
-        ({"pairing": "same_typ"}, r"`pairing` is 'same_typ'.*did you mean `same_type`"),
         ({"genes": "LYZZ"}, r"gene `LYZZ` is not among"),
         ({"batch_size": 0}, r"`batch_size` is 0"),
     ],

@@ -4,11 +4,11 @@ import anndata
 import numpy as np
 import pytest
 import scipy.sparse
-import torch
-from tiny_model import GENES, SYMBOLS, tiny_extractor, tiny_model, tiny_pipeline, write_model_folder
+from tiny_model import GENES, SYMBOLS, response_by_hand, tiny_extractor, tiny_model, tiny_pipeline, write_model_folder
 from transformers import pipeline
 
 from modeling_gppc.inference.predict import predict_anndata
+from modeling_gppc.pipeline_gppc import FIGURES
 
 RNG = np.random.default_rng(0)
 COUNTS = RNG.poisson(1.5, size=(4, len(GENES)))
@@ -19,27 +19,17 @@ def predict():
     return tiny_pipeline()
 
 
-def by_hand(counts, perturbation, pairing=0, library_size=None, **options):
+def by_hand(counts, perturbation, library_size=None, **options):
     model, extractor = tiny_model(**options), tiny_extractor()
-    state = extractor(counts[None], library_size=library_size)
     values = np.log1p(counts[None] / (counts.sum() if library_size is None else library_size[0]) * 1e4)
-    change = extractor.perturbation_features(perturbation, values)
-    pairing_ids = torch.tensor([pairing])
-    with torch.no_grad():
-        encoded = model.encode(**state)
-        after = model.decode(encoded, **change, pairing_ids=pairing_ids)
-        before = model.decode(encoded, pairing_ids=pairing_ids, familiarity=after.familiarity)
-    delta = (after.logits - before.logits)[0].numpy()
-    real = change["perturbation_mask"].bool()
-    genes = change["perturbation_ids"][real].numpy()
-    delta[genes] = change["perturbation_values"][real].numpy()
-    std = 0.06 * model.model.linear_response.deviation().numpy() * bool(len(genes))
-    std[genes] = 0
-    return after.logits[0].numpy(), delta, std
+    change = extractor.perturbation_features(perturbation, values, return_tensors="np")
+    genes, changes, real = (part[0] for part in change.values())
+    wanted = response_by_hand(model, {int(gene): float(one) for gene, one, ok in zip(genes, changes, real) if ok})
+    return values[0] + wanted["change"], wanted["change"], np.sqrt(wanted["variance"]), wanted["direction"]
 
 
 def assert_equal(result, wanted):
-    for name, values in zip(("expression", "change", "std"), wanted):
+    for name, values in zip(FIGURES, wanted):
         np.testing.assert_allclose(result[name], values, atol=1e-5, err_msg=name)
 
 
@@ -52,10 +42,10 @@ def test_equals_the_model(predict, perturbation):
     assert result["expression"].shape == result["std"].shape == (12,)
 
 
-def test_context_and_library_size_matter(predict):
+def test_library_size_matters(predict):
     given = {"counts": COUNTS[0], "perturbation": "STAT1=level:3"}
-    result = predict({**given, "pairing": "same_dataset", "library_size": 5000})
-    assert_equal(result, by_hand(COUNTS[0], "STAT1=level:3", pairing=1, library_size=np.array([5000.0])))
+    result = predict({**given, "library_size": 5000})
+    assert_equal(result, by_hand(COUNTS[0], "STAT1=level:3", library_size=np.array([5000.0])))
     assert np.abs(result["expression"] - predict(given)["expression"]).max() > 1e-3
 
 
@@ -85,6 +75,7 @@ def test_equals_gppc_predict(predict):
             np.testing.assert_allclose(result["expression"], wanted.X[rows][row], atol=1e-6)
             np.testing.assert_allclose(result["change"], wanted.layers["delta"][rows][row], atol=1e-6)
             np.testing.assert_allclose(result["std"], wanted.layers["std"][rows][row], atol=1e-6)
+            np.testing.assert_allclose(result["direction"], wanted.layers["direction"][rows][row], atol=1e-6)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, None])
@@ -124,7 +115,7 @@ def test_other_columns_order_and_sparse_counts(predict):
         }
     )
     for left, right in zip(results, again, strict=True):
-        assert_equal(left, [right[name] for name in ("expression", "change", "std")])
+        assert_equal(left, [right[name] for name in FIGURES])
 
 
 def test_records_of_the_largest_changes(predict):
@@ -134,7 +125,7 @@ def test_records_of_the_largest_changes(predict):
     largest = np.argsort(-np.abs(result["change"]))[:3]
     assert [record["gene_id"] for record in records] == [GENES[gene] for gene in largest]
     assert [record["change"] for record in records] == result["change"][largest].tolist()
-    assert set(records[0]) == {"gene_id", "gene_symbol", "expression", "change", "std"}
+    assert set(records[0]) == {"gene_id", "gene_symbol", *FIGURES}
 
 
 def test_an_empty_list_gives_an_empty_list(predict):
@@ -150,7 +141,6 @@ def test_an_empty_list_gives_an_empty_list(predict):
         ({"counts": COUNTS[0], "perturbation": "STAT2=ko"}, {}, "`STAT2` is not among .* did you mean `STAT1`"),
         ({"counts": COUNTS, "perturbation": ["STAT1=ko"] * 3}, {}, "3 entries; wanted one, or 4"),
         ({"counts": COUNTS[0] + 0.5}, {}, "non-integer"),
-        ({"counts": COUNTS[0], "pairing": "same_typ"}, {}, "did you mean `same_type`"),
         ({"counts": COUNTS[0]}, {"top_k": 0}, "`top_k` is 0"),
         ({"counts": COUNTS[0]}, {"batch_size": 0}, "`batch_size` is 0"),
         ({"counts": COUNTS[0]}, {"topk": 2}, "`topk` is not an option; did you mean `top_k`"),
@@ -167,4 +157,4 @@ def test_saved_and_loaded_it_predicts_the_same(tmp_path, predict):
     assert type(loaded).__module__.startswith("transformers_modules")
     given = {"counts": COUNTS[0], "perturbation": "STAT1=kd:0.5"}
     wanted = predict(given)
-    assert_equal(loaded(given), [wanted[name] for name in ("expression", "change", "std")])
+    assert_equal(loaded(given), [wanted[name] for name in FIGURES])

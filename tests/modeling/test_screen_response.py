@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tiny_model import tiny_extractor, tiny_model
+from tiny_model import response_by_hand
 
 from modeling_gppc.configuration_gppc import GppcConfig
 from modeling_gppc.modeling_gppc import GppcForPerturbationPrediction
@@ -55,23 +55,14 @@ def ask(model, genes, changes=None):
     return model.respond(perturbation_ids=ids, perturbation_values=values)
 
 
-def linear_by_hand(model, gene, change, held=()):
-    """Gaussian conditioning on the imposed change and on held targets at no change, all at once."""
-    linear, part = model.model.linear_response, model.screen_response
-    loadings, noise = linear.loadings.double().numpy(), linear.noise.double().numpy()
-    at = [gene, *held]
-    error = [noise[gene], *(noise[h] / float(part.held[h]) for h in held)]
-    within = loadings[at] @ loadings[at].T + np.diag(error)
-    return loadings @ loadings[at].T @ np.linalg.solve(within, [change, *[0.0] * len(held)])
-
-
 @pytest.mark.parametrize("held", [(), (1,), (1, 4)])
 def test_the_linear_response_is_gaussian_conditioning(model, held):
-    model.screen_response.held[[*held, 3]] = 0.5  # gene 3 is a target itself: it is not held while it is changed
-    part = model.screen_response
-    one = torch.ones(1, 1, dtype=torch.bool)
-    found = part.linear(model.model.linear_response, torch.tensor([[3]]), torch.tensor([[-0.7]]), one)
-    assert found[0].numpy() == pytest.approx(linear_by_hand(model, 3, -0.7, held), abs=1e-6)
+    """On the imposed change, and on held targets at no change; a target is not held while it is changed."""
+    firmness = dict.fromkeys([*held, 3], 0.5)
+    model.screen_response.held[[*firmness]] = 0.5
+    asked = torch.tensor([[3]]), torch.tensor([[-0.7]]), torch.ones(1, 1)
+    found, _, _ = model.model.linear_response.within_state(*asked, model.screen_response.held)
+    assert found[0].numpy() == pytest.approx(response_by_hand(model, {3: -0.7}, firmness)["linear"], abs=1e-6)
 
 
 def test_a_gene_with_relatives(model):
@@ -80,12 +71,13 @@ def test_a_gene_with_relatives(model):
     shared = part.mean + torch.tensor([0.5, 0.0, 0.25]) @ part.votes
     assert torch.allclose(out.change[0], 0.8 * shared, atol=1e-6) and out.source.tolist() == [RELATIVES]
     assert torch.equal(out.variance[0], part.variance)
+    assert torch.allclose(out.direction, torch.special.ndtr(out.change.abs() / out.variance.sqrt()))
 
 
 def test_a_measured_gene_adds_the_direction_of_its_correlates(model):
     part = model.screen_response
     out = ask(model, [4], [-2.0])
-    own = linear_by_hand(model, 4, -2.0)
+    own = response_by_hand(model, {4: -2.0})["linear"]
     counted = part.counted.numpy()
     mean = part.mean.numpy()
     wanted = 0.8 * (mean + 0.3 * np.linalg.norm(mean[counted]) * own / np.linalg.norm(own[counted]))
@@ -122,27 +114,26 @@ def test_nothing_perturbed_changes_nothing(model):
         perturbation_values=torch.zeros(1, 1),
         perturbation_mask=torch.zeros(1, 1),
     )
-    assert not out.change.any() and not out.variance.any()
+    assert not out.change.any() and not out.variance.any() and (out.direction == 0.5).all()
 
 
-def test_without_perturbations_the_linear_response_is_sized(model):
+def test_without_perturbations_controls_answer(model):
     config = model.config.to_dict() | {"num_perturbations": 0}
     alone = GppcForPerturbationPrediction(GppcConfig(**config)).eval()
     alone.model.load_state_dict(model.model.state_dict())
-    part = alone.screen_response
-    part.share.fill_(0.5)
-    part.counted[:2] = False
-    for reach, change in ((1e6, -0.7), (0.2, -700.0)):
-        part.reach.fill_(reach)
-        own = linear_by_hand(alone, 3, change)
-        length = np.linalg.norm(own[2:])
-        wanted = 0.5 * own / np.sqrt(1 + (length / reach) ** 2)
-        wanted[3] = change
+    alone.screen_response.held[[1, 3]] = 0.5
+    response = alone.model.linear_response
+    for drift, change in ((1e6, -0.7), (0.2, -700.0)):
+        response.drift.fill_(drift)
+        wanted = response_by_hand(alone, {3: change}, {1: 0.5})
         out = ask(alone, [3], [change])
-        assert out.change[0].numpy() == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+        for name in ("change", "variance", "direction"):
+            assert out[name][0].numpy() == pytest.approx(wanted[name], rel=1e-4, abs=1e-5)
         assert out.source.tolist() == [CORRELATION]
     # However large the change, no more than the share of what populations drift.
-    assert np.linalg.norm(np.delete(out.change[0].numpy(), [0, 1, 3])) <= 0.5 * 0.2 + 1e-5
+    _, _, deviation = response.within_state(torch.tensor([[3]]), torch.ones(1, 1), torch.ones(1, 1))
+    limit = 0.2 / 3 * np.linalg.norm(np.delete(deviation.numpy(), 3))
+    assert np.linalg.norm(np.delete(out.change[0].numpy(), 3)) == pytest.approx(limit, rel=1e-3)
 
 
 def test_chunks_padding_and_queries_change_nothing(model, monkeypatch):
@@ -150,7 +141,7 @@ def test_chunks_padding_and_queries_change_nothing(model, monkeypatch):
     mask = torch.tensor([[1, 1], [1, 0], [1, 0], [1, 0]])
     values = torch.tensor([[-1.0, 5.0], [3.0, 9.0], [-2.0, 9.0], [0.0, 9.0]])
     whole = model.respond(perturbation_ids=ids, perturbation_values=values, perturbation_mask=mask)
-    monkeypatch.setattr("modeling_gppc.screen_response_gppc.CHUNK", 1)
+    monkeypatch.setattr("modeling_gppc.response_gppc.CHUNK", 1)
     query = torch.tensor([5, 2])
     part = model.respond(perturbation_ids=ids, perturbation_values=values, perturbation_mask=mask, query_ids=query)
     assert torch.allclose(part.change, whole.change[:, query]) and torch.equal(part.source, whole.source)
@@ -162,22 +153,3 @@ def test_saved_and_loaded(model, tmp_path):
     again = GppcForPerturbationPrediction.from_pretrained(tmp_path)
     for genes, changes in (([0, 9], [-1.0, 0.0]), ([8], [0.0]), ([4], [-2.0])):
         assert torch.equal(ask(again, genes, changes).change, ask(model, genes, changes).change)
-
-
-def test_respond_is_the_difference_of_two_predictions():
-    """For a model of pairs: after minus before, at one familiarity; the imposed gene changes by what is imposed."""
-    model, extractor = tiny_model(), tiny_extractor()
-    state = extractor(np.random.default_rng(0).poisson(2.0, (3, 12)))
-    encoded = model.encode(**state)
-    features = extractor.perturbation_features("STAT1=ko+IRF1=x2", model.levels(encoded))
-    out = model.respond(encoded, **features)
-    with torch.no_grad():
-        after = model.decode(encoded, **features)
-        before = model.decode(encoded, familiarity=after.familiarity)
-    wanted = after.logits - before.logits
-    wanted[:, :2] = features["perturbation_values"]
-    assert torch.allclose(out.change, wanted, atol=1e-5) and torch.allclose(out.expression, after.logits, atol=1e-5)
-    with pytest.raises(ValueError, match="`encoded` is missing"):
-        model.respond(**features)
-    with pytest.raises(ValueError, match="`perturbation_ids` and `perturbation_values` are missing"):
-        model.respond(encoded)

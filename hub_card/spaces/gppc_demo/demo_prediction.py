@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import pipeline
 
-COLUMNS = ["gene", "change", "predicted log value", "standard deviation"]
+COLUMNS = ["gene", "change", "predicted log value", "standard deviation", "probability of the direction"]
 
 
 def load_pipeline(model):
@@ -42,7 +42,7 @@ def predict_table(predict, path, perturbation, top_k):
     """Rows of [`COLUMNS`] for the genes that change most."""
     genes, counts = read_counts(path)
     records = predict({"counts": counts, "gene_ids": genes, "perturbation": perturbation}, top_k=top_k)
-    figures = ("change", "expression", "std")
+    figures = ("change", "expression", "std", "direction")
     return [
         [record["gene_symbol"], *(None if record[name] is None else round(record[name], 4) for name in figures)]
         for record in records

@@ -66,8 +66,8 @@ def known_screen(
 def unsized(screen, hold_targets=0.1):
     """A model of the controls that follows the change whatever its size: here the truth says that responses do."""
     model, extractor = fit_screen(screen, [], ScreenFitOptions(n_factors=10, hold_targets=hold_targets))
-    model.screen_response.share.fill_(1.0)
-    model.screen_response.reach.fill_(1e6)
+    model.model.linear_response.share.fill_(1.0)
+    model.model.linear_response.drift.fill_(1e6)
     return ScreenModel(model, extractor)
 
 
