@@ -46,7 +46,11 @@ def tasks_of(screen: Screen, features: str | None) -> dict[str, dict]:
 def make_tables(folder: Path, out: Path, features: str | None, only: list[str] | None) -> None:
     """Runs and prints every evaluation of every screen."""
     for file in sorted(folder.glob("*.h5ad")):
-        screen = read_screen(file, ScreenOptions())
+        try:
+            screen = read_screen(file, ScreenOptions())
+        except ValueError as error:
+            print(f"\n## {file.stem}\n\nNot possible: {error}", flush=True)
+            continue
         for task, options in tasks_of(screen, features).items():
             if only and not task.startswith(tuple(only)):
                 continue
