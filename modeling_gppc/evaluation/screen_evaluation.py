@@ -107,6 +107,7 @@ def evaluate_screen(screen: Screen, options: EvaluateOptions, progress: bool = T
             run.predictions.update(others[index])
         first = first or dataclasses.replace(run, notes=[*run.notes, *notes])
         parts.append(score_run(run, options))
+        del run  # before the next one is made
     scores = {
         name: {
             metric: np.mean([p.scores[name][metric] for p in parts if metric in p.scores[name]], axis=0)

@@ -90,7 +90,9 @@ def run_screen(
             run = from_controls(seen, judged, options, tested)
         else:
             run = fine_tuned(seen, judged, folds, options, features, tested)
-        yield dataclasses.replace(run, notes=[*notes, *run.notes])
+        run.notes[:0] = notes
+        yield run
+        del run  # before the next one is made
 
 
 def run_all_controls(screen: Screen, options: EvaluateOptions) -> ScreenRun:
