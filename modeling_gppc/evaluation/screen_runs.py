@@ -385,6 +385,5 @@ def guard_controls(seen: Screen, judged: Screen, options: EvaluateOptions) -> No
             normalisation_cells=controls,
             selection_cells=controls,
             test_cells=[*perturbed, *truth],
-            mode=options.mode,
         )
     )

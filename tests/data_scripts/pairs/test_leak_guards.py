@@ -62,7 +62,6 @@ LEAKS = [
     ("normalisation of test cells", {"normalisation_cells": ["c"]}, "normalisation was fitted on test cells"),
     ("test perturbation in the mean", {"reference_perturbations": ["JAK2"]}, "is part of the reference mean"),
     ("target gene scored", {"scored_genes": ["g1", "JAK2"]}, "a target gene of the panel is scored"),
-    ("perturbed cells in context", {"mode": "in-context", "perturbed_cells_read": ["c"]}, "reads no perturbed cells"),
 ]
 
 
