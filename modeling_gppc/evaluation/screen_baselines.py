@@ -255,12 +255,8 @@ CONTROL_ONLY = ("no_change", "target_only", "covariance")
 def run_baselines(
     context: ScreenContext, names: Sequence[str] | None = None, mode: str = "fine-tuned", weigh: bool = False
 ) -> dict[str, ScreenPrediction]:
-    """Predictions of baselines by name; in other modes than `fine-tuned` only those that read controls; with
-    `weigh` their `control_weight` too.
-
-    Raises:
-        ValueError: For an unknown baseline.
-    """
+    """Predictions of baselines by name; in other modes than `fine-tuned` only those that read controls; with `weigh`
+    their `control_weight` too."""
     allowed = list(CONTROL_ONLY)
     if mode == "fine-tuned":
         # One training perturbation has a mean, and no regression.
