@@ -32,16 +32,12 @@ def strip_version(name: str) -> str | None:
 
 
 def read_gene_table(path: str | Path) -> pd.DataFrame:
-    """Reads a table (`.csv`, `.tsv`, `.txt` with tabs, `.parquet`) of symbols and Ensembl ids.
+    """Reads a table (`.csv`, `.tsv`, `.txt` with tabs, `.parquet`) of symbols and Ensembl ids: `symbol`, `id`,
+    `length` (bases; 0 where unknown) and `biotype`, the row that wins first.
 
-    Columns are found by their usual names (`symbol`, `ensembl_id`, `gene_name`, `gene_id`, ...). Optional columns:
-    `priority` (where a symbol stands on several rows, the lowest wins, then the first), `length`, `biotype`.
-
-    Returns:
-        `pd.DataFrame` with `symbol`, `id`, `length` (bases; 0 where unknown) and `biotype`, the row that wins first.
-
-    Raises:
-        ValueError: If the file is absent, of another kind, or lacks one of the two columns.
+    Columns are found by their usual names (`symbol`, `ensembl_id`, `gene_name`, `gene_id`, ...). `priority` is
+    optional: where a symbol stands on several rows, the lowest wins, then the first. Raises `ValueError` for an absent
+    file, one of another kind, or one that lacks symbols or ids.
     """
     path = Path(path)
     if not path.is_file():
@@ -122,12 +118,10 @@ def _first(column: pd.Series, *others: pd.Series) -> pd.Series:
 
 
 def read_file_genes(var: pd.DataFrame, options: ReadOptions | None = None, where: str = "the file") -> FileGenes:
-    """Reads which gene each column counts; ids may stand in the index of var, in a column, or in both.
-
-    Columns that name the same gene, by its Ensembl id or else by its name, are one gene. Columns whose `feature_types`
-    is not gene expression (antibodies, guides, peaks) are none. Raises `ValueError` for no genes, or a named column
-    that is absent.
-    """
+    """Reads which gene each column counts; ids may stand in the index of var, in a column, or in both. Columns that
+    name the same gene, by its Ensembl id or else by its name, are one gene; those whose `feature_types` is not gene
+    expression (antibodies, guides, peaks) are none. Raises `ValueError` for no genes, or a named column that is
+    absent."""
     options = options or ReadOptions()
     kinds = ("gene", "symbol", "feature_types", "length", "biotype")
     table = _columns(var, kinds, f"var of {where}", gene=options.gene_column, symbol=options.symbol_column)

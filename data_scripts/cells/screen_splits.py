@@ -28,13 +28,8 @@ def _cells(screen: Screen, labels: Sequence[str]) -> np.ndarray:
 
 def perturbation_folds(screen: Screen, n_folds: int = 5, seed: int = 0) -> list[Fold]:
     """k folds over perturbations: those of a fold, alone or in a combination, are seen nowhere in its training part.
-
     Combinations that share a gene with a test perturbation are in neither part of that fold; every label is tested in
-    exactly one fold.
-
-    Raises:
-        ValueError: If there are fewer perturbations than folds.
-    """
+    exactly one fold. Raises `ValueError` if there are fewer perturbations than folds."""
     labels = sorted(screen.perturbations)
     if not 2 <= n_folds <= len(labels):
         raise ValueError(
@@ -53,11 +48,9 @@ def perturbation_folds(screen: Screen, n_folds: int = 5, seed: int = 0) -> list[
 
 
 def combination_folds(screen: Screen) -> dict[int, list[Fold]]:
-    """Doubles scored by how many of their members were seen alone in training: 0, 1 or 2; one fold a double.
-
-    Training holds singles only. To see fewer members than the screen offers, the singles of the others are withheld
-    from that double's fold; doubles that offer fewer members than asked for are not in that entry.
-    """
+    """Doubles by how many of their members were seen alone in training, 0, 1 or 2: one fold a double, trained on
+    singles only. To see fewer members than the screen offers, the singles of the others are withheld from that fold;
+    doubles that offer fewer members than asked for are not in that entry."""
     singles = {p.genes[0]: label for label, p in sorted(screen.perturbations.items()) if len(p.genes) == 1}
     doubles = {label: p.genes for label, p in sorted(screen.perturbations.items()) if len(p.genes) == 2}
     folds: dict[int, list[Fold]] = {0: [], 1: [], 2: []}
@@ -109,11 +102,8 @@ def group_folds(screen: Screen, hold_out: str) -> list[Fold]:
 
 
 def stated_fold(screen: Screen, name: str, train: Sequence[str], test: Sequence[str]) -> Fold:
-    """The division that a model was trained with, as it says itself.
-
-    Raises:
-        ValueError: If it names a perturbation that the screen does not have, or none that was held out.
-    """
+    """The division that a model was trained with, as it says itself; `ValueError` if that names a perturbation that
+    the screen does not have, or none that was held out."""
     for label in [*train, *test]:
         if label not in screen.perturbations:
             raise ValueError(

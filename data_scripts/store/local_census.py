@@ -35,16 +35,9 @@ LAYERS = {"counts": ("raw", "normalized"), "estimated_counts": ("normalized",), 
 
 @dataclass
 class CensusReport:
-    """
-    What went into a store.
-
-    Args:
-        n_obs, n_vars (`int`): Cells, and genes: the union over data sets.
-        datasets (`pd.DataFrame`): One row a data set: cells, genes, how many were mapped or not, and which column fed
-            cell type, donor and library size, and what a person should know (`notes`).
-        genes (`pd.DataFrame`): One row a gene of a data set: `dataset_id` and the columns of
-            [`gene_mapping.map_genes`].
-    """
+    """What went into a store. `datasets` has one row a data set: cells, genes, how many were mapped, which column fed
+    cell type, donor and library size, and `notes`; `genes` one row a gene of a data set: `dataset_id` and the columns
+    of [`gene_mapping.map_genes`]."""
 
     store: Path
     n_obs: int
