@@ -25,10 +25,10 @@ GENE = "gene expression"  # what 10x Genomics calls features that are genes
 _ENSEMBL = re.compile(r"(ENS[A-Z]*G)\d{6,}")
 
 
-def strip_version(name: str) -> str | None:
-    """The bare Ensembl gene id (`GRCh38_ENSG00000141510.18` -> `ENSG00000141510`); `None` for anything else."""
+def ensembl_id(name: str) -> str:
+    """The bare Ensembl gene id (`GRCh38_ENSG00000141510.18` -> `ENSG00000141510`); empty for anything else."""
     name = bare_gene_name(name)
-    return name if _ENSEMBL.fullmatch(name) else None
+    return name if _ENSEMBL.fullmatch(name) else ""
 
 
 def read_gene_table(path: str | Path) -> pd.DataFrame:
@@ -59,7 +59,7 @@ def read_gene_table(path: str | Path) -> pd.DataFrame:
                 f"it has {', '.join(f'`{name}`' for name in frame.columns)}."
             )
     table = _columns(frame, ("symbol", "gene", "length", "biotype")).rename(columns={"gene": "id"})
-    table["id"] = [strip_version(name) or "" for name in table["id"]]
+    table["id"] = table["id"].map(ensembl_id)
     return table[(table["id"] != "") & (table["symbol"] != "")]
 
 
@@ -130,8 +130,8 @@ def read_file_genes(var: pd.DataFrame, options: ReadOptions | None = None, where
         table[column] = table[column].map(bare_gene_name)
     if options.gene_column is not None:
         table["name"] = _first(table["gene"], table["name"])
-    named_by_id = table["name"].map(strip_version).fillna("")
-    table["id"] = _first(table["gene"].map(strip_version).fillna(""), named_by_id)
+    named_by_id = table["name"].map(ensembl_id)
+    table["id"] = _first(table["gene"].map(ensembl_id), named_by_id)
     table["symbol"] = _first(table["symbol"], table["name"].where(named_by_id == "", ""))
     table["key"] = _first(table["id"], table["name"])
     features = table["feature_types"].str.casefold()

@@ -24,7 +24,6 @@ SURE_CONTROL, CONTROL_WORD = (re.compile(rf"{words}\d*") for words in (_SURE, rf
 NOT_ASSIGNED = re.compile(r"nan|na|n/a|null|unassigned|unknown|undetermined|ambiguous|multiple|multiplets?|doublets?")
 LOOKS_LIKE_CONTROL = re.compile(r"^(sg|guide)?(nt|non|neg|ctrl|control|scr|safe)|control|targeting|scramble|harbou?r")
 NON_GENE_MODALITIES = ("cytokine", "drug", "compound", "chemical", "small molecule", "stimulation", "ligand")
-MODALITIES = ("knock-out", "CRISPRi", "CRISPRa", "overexpression", "unknown")
 CONTROL = "control"
 
 
@@ -78,7 +77,7 @@ def _parts(label: str) -> list[str]:
 
 
 def read_modality(text: str) -> str:
-    """One of [`MODALITIES`] from free text such as `CRISPRko` or `dCas9-KRAB`."""
+    """The modality of a [`Perturbation`] from free text such as `CRISPRko` or `dCas9-KRAB`."""
     folded = _fold(text)
     for words, name in (
         (("crispri", "krab", "interference", "knockdown", "kd"), "CRISPRi"),

@@ -65,40 +65,33 @@ def combination_folds(screen: Screen) -> dict[int, list[Fold]]:
     return {seen: entries for seen, entries in folds.items() if entries}
 
 
-def held_out_group(screen: Screen, column: str, value: str) -> Fold:
-    """All perturbations, trained on the other batches (`column="batch"`) or cell lines and tested on `value`.
+def group_folds(screen: Screen, hold_out: str) -> list[Fold]:
+    """Folds of `--hold_out`: all perturbations, tested in one batch or cell line and trained on in the others.
 
-    Raises:
-        ValueError: If the screen has no such batch or cell line, or only that one.
+    `"batch"` or `"cell_line"` holds out each in turn, `"batch=NAME"` that one. Raises `ValueError` if there is no such
+    column or group, or only one group.
     """
+    column, equals, value = hold_out.partition("=")
     if column not in ("batch", "cell_line"):
         raise ValueError(f"`column` is {column!r}; wanted 'batch' or 'cell_line'.")
     groups = getattr(screen, column)
-    if value not in groups or len(np.unique(groups)) < 2:
-        raise ValueError(f"`{column}` {value!r} cannot be held out; there are {', '.join(np.unique(groups)[:8])}.")
+    names = np.unique(groups).tolist()
+    chosen = [value] if equals else names
+    if chosen[0] not in names or len(names) < 2:
+        raise ValueError(f"`{column}` {chosen[0]!r} cannot be held out; there are {', '.join(names[:8])}.")
     labels = sorted(screen.perturbations)
     perturbed = np.isin(screen.label, labels)
-    return Fold(
-        f"{column} {value}",
-        labels,
-        labels,
-        np.flatnonzero(perturbed & (groups != value)),
-        np.flatnonzero(perturbed & (groups == value)),
-        value,
-    )
-
-
-def group_folds(screen: Screen, hold_out: str) -> list[Fold]:
-    """Folds of `--hold_out`: `"batch"` or `"cell_line"` holds out each in turn, `"batch=NAME"` that one.
-
-    Raises:
-        ValueError: If there is no such column or group, or only one group.
-    """
-    column, equals, value = hold_out.partition("=")
-    if equals:
-        return [held_out_group(screen, column, value)]
-    groups = np.unique(getattr(screen, column)).tolist() if column in ("batch", "cell_line") else [""]
-    return [held_out_group(screen, column, group) for group in groups]
+    return [
+        Fold(
+            f"{column} {name}",
+            labels,
+            labels,
+            np.flatnonzero(perturbed & (groups != name)),
+            np.flatnonzero(perturbed & (groups == name)),
+            name,
+        )
+        for name in chosen
+    ]
 
 
 def stated_fold(screen: Screen, name: str, train: Sequence[str], test: Sequence[str]) -> Fold:

@@ -38,7 +38,7 @@ class Screen:
             size, log number of expressed genes, mitochondrial share, batch. Those of a targeted panel are left out:
             they are themselves responses.
         covariate_names (`list[str]`): Of the columns of `covariates`.
-        library_size (`np.ndarray`): Counts over all genes that the file knows of, shape `(n_obs,)`.
+        library_size (`np.ndarray`): Counts over all genes, as far as the file has them, shape `(n_obs,)`.
         perturbations (`dict[str, Perturbation]`): By label.
         barcodes (`np.ndarray` of str): Names of the cells.
         exclusions (`list[tuple[str, int, str]]`): Reason, number of cells, examples: everything that was set aside.

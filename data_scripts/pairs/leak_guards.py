@@ -1,7 +1,7 @@
 """Leak guards: a division of data that lets test information into training is refused, with the reason."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 
 @dataclasses.dataclass
@@ -93,34 +93,6 @@ def refuse_leaks(plan: SplitPlan) -> None:
     leaks = find_leaks(plan)
     if leaks:
         raise ValueError(f"`split` leaks: {'; '.join(leaks)}. Remove what is shared from training, or score less.")
-
-
-def guard_fold(
-    train_cells,
-    test_cells,
-    train: Sequence[str],
-    test: Sequence[str],
-    scored_genes: Sequence[str],
-    target_genes: Sequence[str],
-    seen_members: int | None = None,
-) -> None:
-    """[`refuse_leaks`] for one fold of a screen, perturbed cells given as rows.
-
-    With `seen_members` the fold holds out combinations, of which so many members were seen alone.
-    """
-    refuse_leaks(
-        SplitPlan(
-            train_cells=train_cells,
-            test_cells=test_cells,
-            train_perturbations=train,
-            test_perturbations=test,
-            reference_perturbations=train,
-            scored_genes=scored_genes,
-            target_genes=target_genes,
-            held_out="perturbations" if seen_members is None else "combinations",
-            seen_members=seen_members,
-        )
-    )
 
 
 def model_leak(run: Mapping | None, screen: str, cells_digest: str, mode: str) -> str | None:

@@ -56,7 +56,7 @@ class CensusReport:
             self.genes.to_csv(temporary, index=False)
         return Path(path)
 
-    def summary(self, n_examples: int = 5) -> str:
+    def summary(self) -> str:
         """A few lines for people: what was written, and which genes could not be mapped."""
         sets = f"{len(self.datasets)} data set{'' if len(self.datasets) == 1 else 's'}"
         lines = [f"{self.n_obs:,} cells x {self.n_vars:,} genes, {sets} -> {self.store}"]
@@ -68,7 +68,7 @@ class CensusReport:
             lines += [f"    {note}" for note in row.notes]
         missing = self.unmapped
         if len(missing):
-            examples = ", ".join(missing["name"].drop_duplicates().head(n_examples))
+            examples = ", ".join(missing["name"].drop_duplicates().head(5))
             dropped = int((missing["feature_id"] == "").sum())
             fate = f"{dropped:,} dropped" if dropped else "kept under their names"
             lines.append(f"  {missing['name'].nunique():,} names without Ensembl id, {fate}, e.g. {examples}")

@@ -1,4 +1,4 @@
-"""Metrics, one formula each, in plain numpy."""
+"""Metrics, one formula each, in numpy."""
 
 import math
 
@@ -196,20 +196,6 @@ def _pairwise_distance(rows: np.ndarray, columns: np.ndarray, distance: str, mas
         gaps = columns - row
         output[index] = np.abs(gaps).sum(axis=1) if distance == "l1" else np.sqrt(np.einsum("nv,nv->n", gaps, gaps))
     return output
-
-
-def energy_distance(first: np.ndarray, second: np.ndarray, block: int = 1_024) -> float:
-    """2 E|X - Y| - E|X - X'| - E|Y - Y'| between two sets of cells, Euclidean (Szekely and Rizzo 2013; as cell-eval)."""
-
-    def mean_distance(a, b):
-        total, squares = 0.0, (b.astype(np.float64) ** 2).sum(axis=1)
-        for start in range(0, len(a), block):
-            part = a[start : start + block].astype(np.float64)
-            gaps = (part**2).sum(axis=1)[:, None] + squares - 2 * part @ b.T
-            total += float(np.sqrt(np.maximum(gaps, 0.0)).sum())
-        return total / (len(a) * len(b))
-
-    return 2 * mean_distance(first, second) - mean_distance(first, first) - mean_distance(second, second)
 
 
 def significant_genes(log_fold_change: np.ndarray, fdr: np.ndarray, threshold: float = 0.05) -> np.ndarray:

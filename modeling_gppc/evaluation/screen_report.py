@@ -119,15 +119,15 @@ def sentences(summary: dict) -> list[str]:
     )
     for title, part in (("all perturbations", None), ("those with a ceiling above 0.5", "strong_responses")):
         entries = {name: m if part is None else m.get(part) for name, m in summary["methods"].items()}
-        told = [
+        shown = [
             f"{name} {found['strong_coverage90']:.2f}, {found['strong_width90']:.3f}, {found['strong_crps']:.4f}"
             for name, found in entries.items()
             if found and found.get("strong_crps") is not None
         ]
-        if told:
+        if shown:
             said.append(
                 f"Intervals on the 50 genes whose predicted change is largest, {title} (coverage of 90 %, width, CRPS; "
-                f"coverage and CRPS with the error of the observation): {'; '.join(told)}."
+                f"coverage and CRPS with the error of the observation): {'; '.join(shown)}."
             )
     return said
 

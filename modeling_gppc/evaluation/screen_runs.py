@@ -16,7 +16,7 @@ from data_scripts.cells.screen_splits import (
     stated_fold,
 )
 from data_scripts.cells.screens import CONTROL, Screen
-from data_scripts.pairs.leak_guards import SplitPlan, guard_fold, guard_model, refuse_leaks
+from data_scripts.pairs.leak_guards import SplitPlan, guard_model, refuse_leaks
 from modeling_gppc.evaluation.evaluate_options import EvaluateOptions
 from modeling_gppc.evaluation.screen_baselines import ScreenContext, control_features, run_baselines
 from modeling_gppc.evaluation.screen_model import ScreenModel, read_run
@@ -222,14 +222,18 @@ def fine_tuned(
     reference, fold_of = np.zeros(shape, np.float32), np.zeros(len(labels), dtype=int)
     train_shares = np.zeros((len(labels), len(screen.control_levels.names)))
     for index, fold in enumerate(folds):
-        guard_fold(
-            fold.train_cells,
-            fold.test_cells,
-            fold.train,
-            fold.test,
-            scored,
-            targets,
-            options.seen if options.split == "combinations" else None,
+        refuse_leaks(
+            SplitPlan(
+                train_cells=fold.train_cells,
+                test_cells=fold.test_cells,
+                train_perturbations=fold.train,
+                test_perturbations=fold.test,
+                reference_perturbations=fold.train,
+                scored_genes=scored,
+                target_genes=targets,
+                held_out=options.split,
+                seen_members=options.seen if options.split == "combinations" else None,
+            )
         )
         context = ScreenContext.build(screen, fold.train, fold.test, table)
         outputs = run_baselines(context, mode="fine-tuned", weigh=weigh)

@@ -1,4 +1,4 @@
-"""Fits what perturbations of a screen do: blend, size and spread by leave-one-out over those that were seen."""
+"""Fits what perturbations of a screen do: weights, size and spread by leave-one-out over those that were seen."""
 
 import dataclasses
 import itertools
@@ -70,7 +70,7 @@ def fit_screen_response(
     seen: SeenPerturbations,
     options: ScreenFitOptions,
 ) -> None:
-    """Fills the part of a screen response that knows perturbations, in place.
+    """Fills the part of a screen response that is learned from perturbations, in place.
 
     Weight, size and spread are chosen by leaving out each perturbation, with all that share a gene with it, as folds
     do. What is left out is measured from other control cells than what it is predicted with. `counted` and `held` of
@@ -86,7 +86,7 @@ def fit_screen_response(
         halves = control_halves(screen, options.divisions, options.seed)
         both = {rows.tobytes(): ObservedResponses.of(screen, labels, rows) for rows, _ in halves}
         pairs = [(both[first.tobytes()], both[second.tobytes()]) for first, second in halves]
-    choice = choose_blend(pairs, seen, direction, shared)
+    choice = choose_weights(pairs, seen, direction, shared)
     votes = training_votes(observed, choice.power, shrink=not shared)
     groups = responses_by_group(screen, labels, getattr(screen, options.replicates))
     share, mean = observed.signal_share, votes.mean(axis=0)
@@ -121,7 +121,7 @@ def training_votes(observed: ObservedResponses, power: float, shrink: bool) -> n
 
 
 @dataclasses.dataclass
-class Blend:
+class ChosenWeights:
     """What leave-one-out chose: see [`SHARED_POWERS`], [`FEATURE_WEIGHTS`] and [`WEIGHTS`]; `scale` is the size of the
     responses relative to what these give, `residuals` are responses minus predictions, `(T, V)` a pair of halves."""
 
@@ -132,12 +132,12 @@ class Blend:
     residuals: list[np.ndarray]
 
 
-def choose_blend(
+def choose_weights(
     pairs: Sequence[tuple[ObservedResponses, ObservedResponses]],
     seen: SeenPerturbations,
     direction: np.ndarray,
     shared_controls: bool,
-) -> Blend:
+) -> ChosenWeights:
     """Weights whose leave-one-out predictions have the highest mean cosine with the responses, and the size that fits
     best. A pair holds responses that predictions are made of and those that they are compared with, `direction` `(T,
     V)` the linear response to each; `shared_controls`: both are measured from the same controls, as in the
@@ -159,7 +159,7 @@ def choose_blend(
             if agreement > best + 1e-9:
                 best, chosen, guesses = agreement, (power, features, weight), found
     scale = fitted_scale(guesses, [truth for _, truth in pairs], shrink)
-    return Blend(*chosen, scale, [truth.delta - scale * guess for guess, (_, truth) in zip(guesses, pairs)])
+    return ChosenWeights(*chosen, scale, [truth.delta - scale * guess for guess, (_, truth) in zip(guesses, pairs)])
 
 
 def fitted_scale(guesses: Sequence[np.ndarray], truths: Sequence[ObservedResponses], shrink: bool) -> float:

@@ -61,7 +61,7 @@ def read_gene_features(path: str | Path, genes: Iterable[str]) -> GeneFeatures:
     wanted = {str(gene).casefold() for gene in genes}
     if not wanted & set(folded):
         raise ValueError(
-            f"`gene_features` {path.name} knows none of the {len(wanted)} perturbed genes"
+            f"`gene_features` {path.name} holds none of the {len(wanted)} perturbed genes"
             f"{close_matches(next(iter(sorted(wanted)), ''), folded[:5_000].tolist())}; names are symbols or ids as the "
             "screen's labels have them."
         )

@@ -92,8 +92,8 @@ def variance_between(screen: Screen, parts: Mapping[str, GroupResponses], kind: 
     errors, between, sampling = [], [], []
     for group in sorted({name for part in parts.values() for name in part.groups}):
         others = {label: part.without(group) for label, part in parts.items()}
-        told = random_effects(others, within, mask)
-        told = everything if told is None else told
+        variance = random_effects(others, within, mask)
+        variance = everything if variance is None else variance
         for label, part in parts.items():
             rest = others[label]
             if group not in part.groups or not rest.groups:
@@ -101,7 +101,7 @@ def variance_between(screen: Screen, parts: Mapping[str, GroupResponses], kind: 
             row, n_rest = part.groups.index(group), len(rest.groups)
             genes = mask & part.counted[row]
             errors.append((part.delta[row] - rest.delta.mean(axis=0))[genes])
-            between.append((told * (1 + 1 / n_rest))[genes])
+            between.append((variance * (1 + 1 / n_rest))[genes])
             sampling.append((part.sampling[row] + rest.sampling.sum(axis=0) / n_rest**2)[genes])
     error, between, sampling = (np.concatenate(part) for part in (errors, between, sampling))
     inside = [np.mean(np.abs(error) <= Z90 * np.sqrt(scale * between + sampling)) for scale in SCALES]
