@@ -10,7 +10,6 @@ import scipy.sparse.linalg
 from data_scripts.cells.screens import Screen
 from modeling_gppc.evaluation.screen_scores import ScreenPrediction
 from modeling_gppc.fitting.observed_responses import ObservedResponses
-from modeling_gppc.normalization_gppc import close_matches
 
 N_FEATURES = 20
 
@@ -261,9 +260,6 @@ def run_baselines(
     if mode == "fine-tuned":
         # One training perturbation has a mean, and no regression.
         allowed = list(BASELINES) if len(context.train) >= 2 else [*CONTROL_ONLY, "mean", "matching_mean", "additive"]
-    for name in names or ():
-        if name not in BASELINES:
-            raise ValueError(f"`baselines` names `{name}`, which is none{close_matches(name, BASELINES)}.")
     found = {name: BASELINES[name](context) for name in allowed if names is None or name in names}
     for name, prediction in found.items() if weigh else ():
         if prediction.reads_perturbed_cells:
