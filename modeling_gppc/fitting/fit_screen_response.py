@@ -139,8 +139,8 @@ def choose_weights(
     shared_controls: bool,
 ) -> ChosenWeights:
     """Weights whose leave-one-out predictions have the highest mean cosine with the responses, and the size that fits
-    best. A pair holds responses that predictions are made of and those that they are compared with, `direction` `(T,
-    V)` the linear response to each; `shared_controls`: both are measured from the same controls, as in the
+    best. A pair holds responses that predictions are made of and those that they are compared with; `direction` is the
+    linear response to each, `(T, V)`; `shared_controls`: both are measured from the same controls, as in the
     literature."""
     related, counted, shrink = seen.related, pairs[0][0].counted, not shared_controls
     powers = SHARED_POWERS if shared_controls else (0.0,)
