@@ -111,9 +111,8 @@ class PairFolder:
         return f"Splits by {self.manifest.get('split_by', 'whoever wrote the pairs')}: {counts}."
 
     def split(self, name: str) -> pa.Table:
-        """Rows of a split in `PAIR_SCHEMA`: memory-mapped shards, one after the other, nothing copied; those in
-        parquet see [`read_decoded`], or into memory where they are few. `ValueError` if the folder holds no such
-        split."""
+        """Rows of a split in `PAIR_SCHEMA`: memory-mapped shards, one after the other, nothing copied. Shards in parquet
+        are decoded by [`read_decoded`], few of them into memory. `ValueError` if the folder holds no such split."""
         if name not in self.splits:
             raise ValueError(f"`split` {name!r} is not in {self.path}{close_matches(str(name), self.splits)}.")
         shards = self.manifest["splits"][name]["shards"]
