@@ -57,7 +57,7 @@ def train(options: RunOptions, folder: PairFolder, state: PartialState, launch: 
             options.fit_linear_response(model, folder)
         broadcast_buffers(state, model)
     if launch.push_to_hub is not None and launch.hub_strategy == "every_save":
-        facts = functools.partial(run_facts, trainer, folder, options.data, options.training.start_from)
+        facts = functools.partial(run_facts, trainer, folder, options.data)
         trainer.add_callback(HubPush(launch.push_to_hub, feature_extractor_of(folder), facts))
     trainer.train_or_load(checkpoint)
     kept = keep_network_if_it_pays(model, trainer.state.log_history)
@@ -73,7 +73,7 @@ def save(trainer: GppcTrainer, model: GppcForPerturbationPrediction, options: Ru
     # Writes model and feature extractor with their code and the pipeline's.
     PerturbationPredictionPipeline(model=model, feature_extractor=extractor, device=model.device).save_pretrained(out)
     share_weights(out)
-    write_json(run_facts(trainer, folder, options.data, options.training.start_from), out / "run.json")
+    write_json(run_facts(trainer, folder, options.data), out / "run.json")
     write_json(trainer.state.log_history, out / "training_log.json")
     plot_learning_curve(trainer.state.log_history, out / "figures" / "learning_curve.png")
     write_model_card(out)

@@ -207,14 +207,9 @@ def _read_yaml(name: str, text: str):
 
 
 def read_options(words: Sequence[str], *classes: type) -> list:
-    """Options of a command line: defaults, overridden by the YAML file that `--config` names, overridden by flags.
-
-    Returns:
-        `list`: An object of each class; an option of several classes goes to all of them.
-
-    Raises:
-        ValueError: For an unknown, missing or wrong option.
-    """
+    """Options of a command line, an object of each class: defaults, overridden by the YAML file that `--config` names,
+    overridden by flags; an option of several classes goes to all of them. `ValueError` for an unknown, missing or
+    wrong option."""
     changes = read_flags(words, ConfigFile, *classes)
     config = changes.pop("config", None)
     mapping = merge({} if config is None else read_yaml(config), changes)

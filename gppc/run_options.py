@@ -23,7 +23,6 @@ from modeling_gppc.normalization_gppc import close_matches
 from modeling_gppc.training.arguments import DataOptions, TrainingOptions, find_config
 from modeling_gppc.training.prepare_data import check_files, prepare_pairs
 from modeling_gppc.training.screen_run_options import ScreenRunOptions
-from modeling_gppc.training.start_from import check_start, start_from
 from modeling_gppc.training.stream_rows import open_stream, sample_rows
 from modeling_gppc.training.trainer import GppcTrainer, make_trainer
 
@@ -129,12 +128,10 @@ class RunOptions:
             raise ValueError(f"`model`: {' '.join(str(error).split())}") from error
 
     def make_model(self, folder: PairFolder) -> GppcForPerturbationPrediction:
-        """A model of the folder's genes with fresh weights, or with those of the model that the run starts from."""
+        """A model of the folder's genes with fresh weights."""
         set_seed(self.seed)
         config = self.model_config(folder.genes.num_rows, folder.pairings)
         config._attn_implementation = self.training.attn_implementation
-        if self.training.start_from is not None:
-            return start_from(self.training.start_from, config, folder.gene_ids, folder.gene_symbols)
         return GppcForPerturbationPrediction(config)
 
     def make_trainer(
@@ -160,8 +157,6 @@ class RunOptions:
     def check_files(self) -> None:
         """Looks at the files and folders that the options name, without reading cells; raises `ValueError`."""
         check_files(self.data, self.pairs)
-        if self.training.start_from is not None:
-            check_start(self.training.start_from)
 
     def prepare_pairs(self, progress: bool = True) -> PairFolder:
         """Makes or opens the pairs of the run; see [`~training.prepare_data.prepare_pairs`]."""

@@ -231,10 +231,8 @@ def same_content(operation: CommitOperationAdd, remote: RepoFile | None) -> bool
 
 
 def http_cause(error: BaseException) -> Exception | None:
-    """The HTTP or connection error behind an error of the client, which wraps those of its upload threads.
-
-    A `RuntimeError` with nothing local behind it is how the client's own storage protocol reports a failed transfer.
-    """
+    """The HTTP or connection error behind an error of the client; also a `RuntimeError` with nothing local behind it,
+    which is how the client's own storage protocol reports a failed transfer."""
     current: BaseException | None = error
     while current is not None:
         if isinstance(current, (HTTP_ERROR, ConnectionError, TimeoutError)):

@@ -48,11 +48,7 @@ OPTIONAL_FACTS = {
 
 
 def read_json(path: Path) -> dict:
-    """Reads a JSON file that holds a mapping.
-
-    Raises:
-        ValueError: If the file is missing, is not JSON or does not hold a mapping.
-    """
+    """Reads a JSON file that holds a mapping; `ValueError` where it does not, or is missing."""
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError:
@@ -195,14 +191,10 @@ def transfer_text(folder: Path) -> str:
 
 
 def render_model_card(folder: str | Path) -> str:
-    """Renders the card of a model folder: Markdown text with its metadata block.
-
-    The folder holds `config.json`, `preprocessor_config.json` and `run.json` (the facts of [`RUN_FACTS`], and those of
-    [`OPTIONAL_FACTS`] that are known); where that says `unfinished` (`step`, `max_steps` and, if known, `eval_mse`,
-    `eval_linear_mse`, `eval_r2`), the card says how far training is. A finished model that was scored has
-    `results.json` (scores and floors by split), and `transfer.json` where screens were scored; see [`add_transfer`].
-    Raises `ValueError` naming a file or fact that is missing or malformed.
-    """
+    """Renders the card of a model folder, with its metadata block, from `config.json`, `preprocessor_config.json`,
+    `run.json` (see [`RUN_FACTS`] and [`OPTIONAL_FACTS`]; `unfinished` says how far training is), and, where there,
+    `results.json` (scores by split) and `transfer.json`, see [`add_transfer`]. `ValueError` names a file or fact that
+    is missing or malformed."""
     folder = Path(folder)
     config = read_json(folder / "config.json")
     preprocessor = read_json(folder / "preprocessor_config.json")

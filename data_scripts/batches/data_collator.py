@@ -115,11 +115,8 @@ class PairCollator:
 
 
 def draw_queries(expressed: np.ndarray, n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Draws `n` genes without replacement, those expressed by more targets more likely; returns genes and chances.
-
-    Systematic sampling: a gene's chance is in proportion to `expressed`, the share of the targets that express it,
-    plus `ZERO_SHARE`, and 1 where that would be above 1.
-    """
+    """Draws `n` genes without replacement; returns genes and chances. Systematic sampling: a chance is in proportion
+    to `expressed`, the share of the targets that express the gene, plus `ZERO_SHARE`, and at most 1."""
     size = expressed + ZERO_SHARE
     certain = np.zeros(len(size), dtype=bool)
     while True:

@@ -12,16 +12,8 @@ SCALARS = ("source_panel", "target_panel")
 
 @dataclasses.dataclass
 class PairRows:
-    """
-    Some pair rows, as flat arrays.
-
-    Args:
-        rows (`np.ndarray`): Positions in the data set, shape `(B,)`.
-        epoch (`int`): Pass over the data.
-        lists (`dict`): `source`, `target`, `perturbation` -> (lengths `(B,)`, ids `(sum,)`, values `(sum,)`).
-        panels (`dict`): `source_panel`, `target_panel` -> `(B,)`.
-        pairing_ids (`np.ndarray`): Index of the pairing, shape `(B,)`.
-    """
+    """Some pair rows as flat arrays: their positions in the data set, `lists` (`source`, `target`, `perturbation` ->
+    lengths `(B,)`, ids and values `(sum,)`), `panels` (`source_panel`, `target_panel`) and ids of pairings."""
 
     rows: np.ndarray
     epoch: int

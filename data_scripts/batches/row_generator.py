@@ -15,11 +15,9 @@ def _mix(state: np.ndarray) -> np.ndarray:
 
 
 class RowGenerator:
-    """
-    The part of `np.random.Generator` that perturbation sampling uses: what a row draws depends on the seed, the epoch
-    and its position in the data set alone, not on the batch it is in, the process that reads it or the point at which
-    training was resumed.
-    """
+    """The part of `np.random.Generator` that perturbation sampling uses. What a row draws depends on the seed, the
+    epoch and its position in the data set alone, not on its batch, the process that reads it or where training was
+    resumed."""
 
     def __init__(self, seed: int, epoch: int, rows: np.ndarray):
         # Arrays, not scalars: on them 64-bit overflow, the arithmetic of the generator, passes without a warning.

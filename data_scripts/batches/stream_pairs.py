@@ -45,10 +45,8 @@ class _Reader(torch.utils.data.IterableDataset):
             first_batch = 0
 
     def _rounds(self, own: int, plan: PairPlan) -> Iterator[tuple[int, int, pa.Table]]:
-        """Epoch, number and rows of every round that a reader still has to read.
-
-        Of each shard it holds what is left for later rounds, and nothing else.
-        """
+        """Epoch, number and rows of every round that a reader still has to read; of each shard it holds what is left
+        for later rounds."""
         stream, shards = self.stream, streamed_shards(plan)
         reader, n_readers = stream.rank * stream.n_readers + own, stream.world_size * stream.n_readers
         first_epoch, first_round, _ = stream.positions[own]
@@ -218,11 +216,8 @@ class PairStream(torch.utils.data.IterableDataset):
         write_json(self.state_dict(), Path(checkpoint) / f"pair_stream-{self.rank}.json")
 
     def restore(self, checkpoint: str | Path) -> None:
-        """Goes to where the stream of a checkpoint stood; call it before training resumes.
-
-        Raises:
-            ValueError: If the checkpoint holds no such state, or that of another stream.
-        """
+        """Goes to where the stream of a checkpoint stood; call it before training resumes. `ValueError` without such a
+        state, or for that of another stream."""
         path = Path(checkpoint) / f"pair_stream-{self.rank}.json"
         if not path.is_file():
             raise ValueError(f"`checkpoint` {checkpoint} has no {path.name}; it was trained from other data.")

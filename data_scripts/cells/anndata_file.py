@@ -32,14 +32,9 @@ ROUNDING = 1e-6
 
 @dataclasses.dataclass
 class LibrarySizes:
-    """
-    Counts over all genes of each cell, whether or not the file holds them.
-
-    Args:
-        sizes (`np.ndarray`): Float64 of shape `(n_obs,)`; 1 for log values whose counts are not known.
-        source (`str`): Column of obs, `"sum"` of the genes in the file, or `"none"`.
-        is_complete (`bool`): Whether all genes are counted rather than those of a panel.
-    """
+    """Counts over all genes of each cell, whether or not the file holds them; 1 for log values whose counts are not
+    known. `source` is a column of obs, `"sum"` of the genes in the file or `"none"`; `is_complete`: all genes are
+    counted rather than those of a panel."""
 
     sizes: np.ndarray
     source: str
@@ -48,18 +43,8 @@ class LibrarySizes:
 
 @dataclasses.dataclass
 class CellFile:
-    """
-    Cells of an open AnnData. Its matrix stays where it lies and is read in blocks.
-
-    Args:
-        obs (`pd.DataFrame`): Of the cells.
-        genes ([`FileGenes`]): What the columns of [`blocks`] count.
-        options ([`ReadOptions`]): How the file is read.
-        where (`str`): The file, for messages.
-        matrices (`dict`): `X`, layers and `raw`.
-        rows (`np.ndarray`): Rows of the matrix that are read, ascending, shape `(n_obs,)`.
-        notes (`list[str]`): What a person should know, a line each.
-    """
+    """Cells of an open AnnData. Its matrix (`X`, layers and `raw` in `matrices`) stays where it lies and is read in
+    blocks, of the ascending `rows`; `where` is what messages call the file, `notes` are what a person should know."""
 
     obs: pd.DataFrame
     genes: FileGenes
@@ -94,11 +79,8 @@ class CellFile:
         return LogValues(sparse.vstack(parts, format="csr"))
 
     def check(self) -> LibrarySizes:
-        """Reads every value once, and the library sizes.
-
-        Raises `ValueError` for no cells, two cells of one name, values that are not of the declared kind, or library
-        sizes that cannot be.
-        """
+        """Reads every value once, and the library sizes. Raises `ValueError` for no cells, two cells of one name,
+        values that are not of the declared kind, or library sizes that cannot be."""
         names = self.obs.index
         if not len(names):
             raise ValueError(f"{self.where} has no cells; wanted at least one.")
@@ -296,12 +278,8 @@ def _open(path: Path, stack: contextlib.ExitStack, where: str):
 
 
 class RowBlocks:
-    """
-    Rows of a matrix as CSR blocks, whether it is sparse or dense, in memory or in a file.
-
-    Args:
-        matrix: scipy sparse, numpy, what a backed AnnData holds, or a group or array of HDF5 or zarr; `(n_obs, n_vars)`.
-    """
+    """Rows of a matrix as CSR blocks, whether it is sparse or dense, in memory, in a backed AnnData or in HDF5 or
+    zarr."""
 
     def __init__(self, matrix):
         if isinstance(matrix, (anndata.abc.CSRDataset, anndata.abc.CSCDataset)):

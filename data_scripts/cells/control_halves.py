@@ -15,20 +15,8 @@ MIN_HALF = 10
 
 
 def control_halves(screen: Screen, divisions: int = 3, seed: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
-    """
-    Divides the control cells of a screen, batches and cell lines alike on both sides.
-
-    Args:
-        screen (`Screen`): The screen.
-        divisions (`int`, *optional*, defaults to 3): Random divisions; each is given in both directions.
-        seed (`int`, *optional*, defaults to 0): Of the divisions.
-
-    Returns:
-        `list` of `2 x divisions` pairs of rows of control cells, which share none.
-
-    Raises:
-        ValueError: If a half would hold fewer than 10 cells.
-    """
+    """`2 x divisions` pairs of rows of control cells, which share none: random halves, batches and cell lines alike on
+    both sides, each in both directions. Raises `ValueError` if a half would hold fewer than 10 cells."""
     controls = np.flatnonzero(screen.is_control)
     if len(controls) < 2 * MIN_HALF:
         raise ValueError(

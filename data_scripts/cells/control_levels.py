@@ -6,17 +6,9 @@ from data_scripts.cells.log_values import LogValues
 
 
 class ControlLevels:
-    """
-    Means of control cells by group (batch and cell line), and their mix for any set of cells.
-
-    Perturbations are spread unevenly over batches. Against the mean of *all* controls each response would hold a part
-    of the difference between batches, and perturbations with the same mix of batches would seem alike.
-
-    Args:
-        values ([`LogValues`]): Of all cells, shape `(n_obs, V)`.
-        group (`np.ndarray` of str): Batch and cell line of each cell, shape `(n_obs,)`.
-        controls (`np.ndarray`): Rows of the control cells.
-    """
+    """Means of the control cells by group (batch and cell line), and their mix for any set of cells. Against the mean
+    of *all* controls each response would hold a part of the difference between batches, over which perturbations are
+    spread unevenly; those with the same mix of batches would seem alike."""
 
     def __init__(self, values: LogValues, group: np.ndarray, controls: np.ndarray):
         self.names, place = np.unique(group[controls], return_inverse=True)

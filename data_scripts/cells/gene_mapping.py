@@ -25,23 +25,19 @@ GENE = "gene expression"  # what 10x Genomics calls features that are genes
 _ENSEMBL = re.compile(r"(ENS[A-Z]*G)\d{6,}")
 
 
-def strip_version(name: str) -> str | None:
-    """The bare Ensembl gene id (`GRCh38_ENSG00000141510.18` -> `ENSG00000141510`); `None` for anything else."""
+def ensembl_id(name: str) -> str:
+    """The bare Ensembl gene id (`GRCh38_ENSG00000141510.18` -> `ENSG00000141510`); empty for anything else."""
     name = bare_gene_name(name)
-    return name if _ENSEMBL.fullmatch(name) else None
+    return name if _ENSEMBL.fullmatch(name) else ""
 
 
 def read_gene_table(path: str | Path) -> pd.DataFrame:
-    """Reads a table (`.csv`, `.tsv`, `.txt` with tabs, `.parquet`) of symbols and Ensembl ids.
+    """Reads a table (`.csv`, `.tsv`, `.txt` with tabs, `.parquet`) of symbols and Ensembl ids: `symbol`, `id`,
+    `length` (bases; 0 where unknown) and `biotype`, the row that wins first.
 
-    Columns are found by their usual names (`symbol`, `ensembl_id`, `gene_name`, `gene_id`, ...). Optional columns:
-    `priority` (where a symbol stands on several rows, the lowest wins, then the first), `length`, `biotype`.
-
-    Returns:
-        `pd.DataFrame` with `symbol`, `id`, `length` (bases; 0 where unknown) and `biotype`, the row that wins first.
-
-    Raises:
-        ValueError: If the file is absent, of another kind, or lacks one of the two columns.
+    Columns are found by their usual names (`symbol`, `ensembl_id`, `gene_name`, `gene_id`, ...). `priority` is
+    optional: where a symbol stands on several rows, the lowest wins, then the first. Raises `ValueError` for an absent
+    file, one of another kind, or one that lacks symbols or ids.
     """
     path = Path(path)
     if not path.is_file():
@@ -63,7 +59,7 @@ def read_gene_table(path: str | Path) -> pd.DataFrame:
                 f"it has {', '.join(f'`{name}`' for name in frame.columns)}."
             )
     table = _columns(frame, ("symbol", "gene", "length", "biotype")).rename(columns={"gene": "id"})
-    table["id"] = [strip_version(name) or "" for name in table["id"]]
+    table["id"] = table["id"].map(ensembl_id)
     return table[(table["id"] != "") & (table["symbol"] != "")]
 
 
@@ -122,12 +118,10 @@ def _first(column: pd.Series, *others: pd.Series) -> pd.Series:
 
 
 def read_file_genes(var: pd.DataFrame, options: ReadOptions | None = None, where: str = "the file") -> FileGenes:
-    """Reads which gene each column counts; ids may stand in the index of var, in a column, or in both.
-
-    Columns that name the same gene, by its Ensembl id or else by its name, are one gene. Columns whose `feature_types`
-    is not gene expression (antibodies, guides, peaks) are none. Raises `ValueError` for no genes, or a named column
-    that is absent.
-    """
+    """Reads which gene each column counts; ids may stand in the index of var, in a column, or in both. Columns that
+    name the same gene, by its Ensembl id or else by its name, are one gene; those whose `feature_types` is not gene
+    expression (antibodies, guides, peaks) are none. Raises `ValueError` for no genes, or a named column that is
+    absent."""
     options = options or ReadOptions()
     kinds = ("gene", "symbol", "feature_types", "length", "biotype")
     table = _columns(var, kinds, f"var of {where}", gene=options.gene_column, symbol=options.symbol_column)
@@ -136,8 +130,8 @@ def read_file_genes(var: pd.DataFrame, options: ReadOptions | None = None, where
         table[column] = table[column].map(bare_gene_name)
     if options.gene_column is not None:
         table["name"] = _first(table["gene"], table["name"])
-    named_by_id = table["name"].map(strip_version).fillna("")
-    table["id"] = _first(table["gene"].map(strip_version).fillna(""), named_by_id)
+    named_by_id = table["name"].map(ensembl_id)
+    table["id"] = _first(table["gene"].map(ensembl_id), named_by_id)
     table["symbol"] = _first(table["symbol"], table["name"].where(named_by_id == "", ""))
     table["key"] = _first(table["id"], table["name"])
     features = table["feature_types"].str.casefold()

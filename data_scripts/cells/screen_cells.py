@@ -9,14 +9,9 @@ from data_scripts.cells.screens import CONTROL, Screen
 
 
 def keep_genes(screen: Screen, at_most: int, like: Screen | None = None) -> Screen:
-    """Every measured target and the genes most variable among controls; chosen without any perturbed cell.
-
-    Args:
-        screen (`Screen`): The screen.
-        at_most (`int`): Genes that are kept; where half of them or more would be targets, which no score counts, half as
-            many others are kept besides.
-        like (`Screen`, *optional*): Other cells of the same screen, whose controls choose.
-    """
+    """Every measured target and the genes most variable among controls (those of `like`, where given); no perturbed
+    cell is read. Of more than `at_most` genes so many are kept; where half of them or more would be targets, which no
+    score counts, half as many others besides."""
     n_genes = len(screen.gene_ids)
     if n_genes <= at_most:
         return screen
@@ -44,17 +39,9 @@ def keep_genes(screen: Screen, at_most: int, like: Screen | None = None) -> Scre
 
 @dataclasses.dataclass
 class TechnicalCovariates:
-    """
-    What technical covariates of the whole transcriptome explain of the values, linearly.
-
-    Library size, detected genes, mitochondrial share and batch move many genes at once; left in, they pass for
-    regulation. They are held fixed when a gene is changed.
-
-    Args:
-        names (`list[str]`): The C covariates; empty where nothing is taken out.
-        center (`np.ndarray`): Their means, shape `(C,)`.
-        slopes (`np.ndarray`): Change of the log value a unit of each, shape `(C, V)`.
-    """
+    """What the C covariates `names` of the whole transcriptome (none: nothing is taken out) explain of the log values,
+    linearly: their means, and changes a unit of each, `(C, V)`. Library size, detected genes, mitochondrial share and
+    batch move many genes at once; left in, they pass for regulation."""
 
     names: list[str]
     center: np.ndarray
@@ -62,11 +49,8 @@ class TechnicalCovariates:
 
     @classmethod
     def fit(cls, screen: Screen, cells: np.ndarray) -> "TechnicalCovariates":
-        """Least squares on the rows `cells`.
-
-        On a targeted panel, whose depth is itself a response, batches cannot be told from states by their depth, and
-        nothing is taken out.
-        """
+        """Least squares on the rows `cells`. On a targeted panel, whose depth is itself a response, nothing is taken
+        out."""
         covariates = screen.covariates[cells]
         center, scale = covariates.mean(axis=0), covariates.std(axis=0)
         varied = np.flatnonzero(scale > 1e-9) if screen.library_is_complete else np.zeros(0, dtype=int)

@@ -24,7 +24,6 @@ SURE_CONTROL, CONTROL_WORD = (re.compile(rf"{words}\d*") for words in (_SURE, rf
 NOT_ASSIGNED = re.compile(r"nan|na|n/a|null|unassigned|unknown|undetermined|ambiguous|multiple|multiplets?|doublets?")
 LOOKS_LIKE_CONTROL = re.compile(r"^(sg|guide)?(nt|non|neg|ctrl|control|scr|safe)|control|targeting|scramble|harbou?r")
 NON_GENE_MODALITIES = ("cytokine", "drug", "compound", "chemical", "small molecule", "stimulation", "ligand")
-MODALITIES = ("knock-out", "CRISPRi", "CRISPRa", "overexpression", "unknown")
 CONTROL = "control"
 
 
@@ -63,12 +62,8 @@ def _fold(text: str) -> str:
 
 
 def is_control_word(part: str, sure: bool = False) -> bool:
-    """Whether a label means "no perturbation", whatever its case and separators; numbered controls included.
-
-    Args:
-        part (`str`): The label, or a part of one.
-        sure (`bool`, *optional*, defaults to `False`): Only words that cannot mean "no guide was found".
-    """
+    """Whether a label means "no perturbation", whatever its case and separators; numbered controls included, and words
+    that can mean "no guide was found" unless it must be `sure`."""
     return (SURE_CONTROL if sure else CONTROL_WORD).fullmatch(_fold(part)) is not None
 
 
@@ -82,7 +77,7 @@ def _parts(label: str) -> list[str]:
 
 
 def read_modality(text: str) -> str:
-    """One of [`MODALITIES`] from free text such as `CRISPRko` or `dCas9-KRAB`."""
+    """The modality of a [`Perturbation`] from free text such as `CRISPRko` or `dCas9-KRAB`."""
     folded = _fold(text)
     for words, name in (
         (("crispri", "krab", "interference", "knockdown", "kd"), "CRISPRi"),
@@ -96,12 +91,7 @@ def read_modality(text: str) -> str:
 
 
 class TargetNames:
-    """
-    Finds the columns that a target's name stands for, by symbol or id, and names targets without doubt.
-
-    Args:
-        symbols, ids (`Sequence[str]`): Of the columns.
-    """
+    """Finds the columns that a target's name stands for, by symbol or id, and names targets without doubt."""
 
     def __init__(self, symbols: Sequence[str], ids: Sequence[str]):
         self.symbols, self.ids = list(symbols), list(ids)
@@ -129,15 +119,8 @@ class TargetNames:
 
 @dataclasses.dataclass
 class ScreenLabels:
-    """
-    Labels of a screen, read.
-
-    Args:
-        label (`np.ndarray` of str): Perturbation of each cell, `control`, or empty where the cell is set aside.
-        perturbations (`dict[str, Perturbation]`): By label.
-        exclusions (`list[tuple[str, int, str]]`): Reason, number of cells, examples.
-        notes (`list[str]`): What a person should know, a line each.
-    """
+    """Labels of a screen, read: perturbation of each cell (`control`, or empty where the cell is set aside),
+    perturbations by label, exclusions (reason, number of cells, examples) and notes for a person."""
 
     label: np.ndarray
     perturbations: dict[str, Perturbation]
@@ -150,14 +133,8 @@ class ScreenLabels:
         self.exclusions.append((reason, count, shown))
 
     def drop_unmatched(self, batch: np.ndarray, cell_line: np.ndarray) -> None:
-        """Sets aside the cells of batches and cell lines with fewer than two controls, which nothing can be compared with.
-
-        Args:
-            batch, cell_line (`np.ndarray` of str): Of each cell.
-
-        Raises:
-            ValueError: If no perturbed cell is left.
-        """
+        """Sets aside the cells of batches and cell lines with fewer than two controls, which nothing can be compared
+        with; `ValueError` if no perturbed cell is left."""
         group = np.array([f"{one} / {line}" for one, line in zip(batch, cell_line)], dtype=str)
         names, place = np.unique(group, return_inverse=True)
         controls = np.bincount(place[self.label == CONTROL], minlength=len(names))
@@ -175,11 +152,8 @@ class ScreenLabels:
         self.label[lonely] = ""
 
     def drop_rare(self, min_cells: int) -> None:
-        """Sets aside perturbations with fewer cells.
-
-        Raises:
-            ValueError: If no perturbation, or fewer control cells, are left.
-        """
+        """Sets aside perturbations with fewer cells; `ValueError` if no perturbation, or fewer control cells, are
+        left."""
         for name in list(self.perturbations):
             count = int((self.label == name).sum())
             if count < min_cells:
@@ -203,17 +177,8 @@ class ScreenLabels:
 def read_labels(
     text: np.ndarray, modalities: np.ndarray, names: TargetNames, options: ScreenOptions, column: str
 ) -> ScreenLabels:
-    """Labels of cells, of any of the usual spellings.
-
-    Args:
-        text, modalities (`np.ndarray` of str): Of each cell.
-        names ([`TargetNames`]): Genes of the file.
-        options ([`ScreenOptions`]): `control_labels`, `label_genes`.
-        column (`str`): Of obs, for messages.
-
-    Raises:
-        ValueError: If no cell is a control.
-    """
+    """Labels of cells, of any of the usual spellings, from the `text` and `modalities` of each; `column` of obs is
+    what messages name. Raises `ValueError` if no cell is a control."""
     unique, first, inverse, times = np.unique(text, return_index=True, return_inverse=True, return_counts=True)
     is_control = control_labels(unique.tolist(), options.control_labels)
     if not is_control.any():

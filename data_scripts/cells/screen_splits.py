@@ -28,13 +28,8 @@ def _cells(screen: Screen, labels: Sequence[str]) -> np.ndarray:
 
 def perturbation_folds(screen: Screen, n_folds: int = 5, seed: int = 0) -> list[Fold]:
     """k folds over perturbations: those of a fold, alone or in a combination, are seen nowhere in its training part.
-
     Combinations that share a gene with a test perturbation are in neither part of that fold; every label is tested in
-    exactly one fold.
-
-    Raises:
-        ValueError: If there are fewer perturbations than folds.
-    """
+    exactly one fold. Raises `ValueError` if there are fewer perturbations than folds."""
     labels = sorted(screen.perturbations)
     if not 2 <= n_folds <= len(labels):
         raise ValueError(
@@ -53,11 +48,9 @@ def perturbation_folds(screen: Screen, n_folds: int = 5, seed: int = 0) -> list[
 
 
 def combination_folds(screen: Screen) -> dict[int, list[Fold]]:
-    """Doubles scored by how many of their members were seen alone in training: 0, 1 or 2; one fold a double.
-
-    Training holds singles only. To see fewer members than the screen offers, the singles of the others are withheld
-    from that double's fold; doubles that offer fewer members than asked for are not in that entry.
-    """
+    """Doubles by how many of their members were seen alone in training, 0, 1 or 2: one fold a double, trained on
+    singles only. To see fewer members than the screen offers, the singles of the others are withheld from that fold;
+    doubles that offer fewer members than asked for are not in that entry."""
     singles = {p.genes[0]: label for label, p in sorted(screen.perturbations.items()) if len(p.genes) == 1}
     doubles = {label: p.genes for label, p in sorted(screen.perturbations.items()) if len(p.genes) == 2}
     folds: dict[int, list[Fold]] = {0: [], 1: [], 2: []}
@@ -72,48 +65,38 @@ def combination_folds(screen: Screen) -> dict[int, list[Fold]]:
     return {seen: entries for seen, entries in folds.items() if entries}
 
 
-def held_out_group(screen: Screen, column: str, value: str) -> Fold:
-    """All perturbations, trained on the other batches (`column="batch"`) or cell lines and tested on `value`.
+def group_folds(screen: Screen, hold_out: str) -> list[Fold]:
+    """Folds of `--hold_out`: all perturbations, tested in one batch or cell line and trained on in the others.
 
-    Raises:
-        ValueError: If the screen has no such batch or cell line, or only that one.
+    `"batch"` or `"cell_line"` holds out each in turn, `"batch=NAME"` that one. Raises `ValueError` if there is no such
+    column or group, or only one group.
     """
+    column, equals, value = hold_out.partition("=")
     if column not in ("batch", "cell_line"):
         raise ValueError(f"`column` is {column!r}; wanted 'batch' or 'cell_line'.")
     groups = getattr(screen, column)
-    if value not in groups or len(np.unique(groups)) < 2:
-        raise ValueError(f"`{column}` {value!r} cannot be held out; there are {', '.join(np.unique(groups)[:8])}.")
+    names = np.unique(groups).tolist()
+    chosen = [value] if equals else names
+    if chosen[0] not in names or len(names) < 2:
+        raise ValueError(f"`{column}` {chosen[0]!r} cannot be held out; there are {', '.join(names[:8])}.")
     labels = sorted(screen.perturbations)
     perturbed = np.isin(screen.label, labels)
-    return Fold(
-        f"{column} {value}",
-        labels,
-        labels,
-        np.flatnonzero(perturbed & (groups != value)),
-        np.flatnonzero(perturbed & (groups == value)),
-        value,
-    )
-
-
-def group_folds(screen: Screen, hold_out: str) -> list[Fold]:
-    """Folds of `--hold_out`: `"batch"` or `"cell_line"` holds out each in turn, `"batch=NAME"` that one.
-
-    Raises:
-        ValueError: If there is no such column or group, or only one group.
-    """
-    column, equals, value = hold_out.partition("=")
-    if equals:
-        return [held_out_group(screen, column, value)]
-    groups = np.unique(getattr(screen, column)).tolist() if column in ("batch", "cell_line") else [""]
-    return [held_out_group(screen, column, group) for group in groups]
+    return [
+        Fold(
+            f"{column} {name}",
+            labels,
+            labels,
+            np.flatnonzero(perturbed & (groups != name)),
+            np.flatnonzero(perturbed & (groups == name)),
+            name,
+        )
+        for name in chosen
+    ]
 
 
 def stated_fold(screen: Screen, name: str, train: Sequence[str], test: Sequence[str]) -> Fold:
-    """The division that a model was trained with, as it says itself.
-
-    Raises:
-        ValueError: If it names a perturbation that the screen does not have, or none that was held out.
-    """
+    """The division that a model was trained with, as it says itself; `ValueError` if that names a perturbation that
+    the screen does not have, or none that was held out."""
     for label in [*train, *test]:
         if label not in screen.perturbations:
             raise ValueError(

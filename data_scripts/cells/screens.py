@@ -38,7 +38,7 @@ class Screen:
             size, log number of expressed genes, mitochondrial share, batch. Those of a targeted panel are left out:
             they are themselves responses.
         covariate_names (`list[str]`): Of the columns of `covariates`.
-        library_size (`np.ndarray`): Counts over all genes that the file knows of, shape `(n_obs,)`.
+        library_size (`np.ndarray`): Counts over all genes, as far as the file has them, shape `(n_obs,)`.
         perturbations (`dict[str, Perturbation]`): By label.
         barcodes (`np.ndarray` of str): Names of the cells.
         exclusions (`list[tuple[str, int, str]]`): Reason, number of cells, examples: everything that was set aside.
@@ -116,10 +116,9 @@ class Screen:
     def target_changes(self, label: str) -> list[tuple[int, float, str]]:
         """Change of log value at each target: `(column, change, "measured" or "stated")`.
 
-        Measured as mean of the perturbed cells minus mean of controls of the same batches; where the gene was not
-        measured there is nothing to impose and the target is left out. What was measured is an estimate: where the
-        modality says in which direction a target changes, see [`one_sided_mean`]. A knock-out whose transcript goes on
-        being counted has a small measured change: a stated efficiency then says what the user knows, and is kept apart.
+        Measured as mean of the perturbed cells minus mean of controls of the same batches, see [`one_sided_mean`];
+        targets that were not measured are left out. A knock-out whose transcript goes on being counted has a small
+        measured change: an efficiency that the user states replaces it.
         """
         perturbation = self.perturbations[label]
         cells = self.cells_of(label)

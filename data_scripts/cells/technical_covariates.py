@@ -7,20 +7,12 @@ from data_scripts.cells.column_names import find_column, numbers
 
 
 def technical_covariates(obs: pd.DataFrame, library_size: np.ndarray | None, where: str) -> dict[str, np.ndarray]:
-    """
-    What is known of each cell's whole transcriptome, float64 of shape `(n_obs,)` each, by name.
+    """What is known of each cell's whole transcriptome, by name: `log library size`, `log expressed genes` and
+    `mitochondrial share`, as far as obs has them; `ValueError` for a column that is not a finite number for every
+    cell.
 
-    Args:
-        obs (`pd.DataFrame`): Of the cells.
-        library_size (`np.ndarray`, *optional*): Counts over *all* genes of each cell. Without it the number of expressed
-            genes is not taken either: on a targeted panel both are themselves responses.
-        where (`str`): What the cells are called in messages.
-
-    Returns:
-        `dict` with `log library size`, `log expressed genes` and `mitochondrial share`, as far as obs has them.
-
-    Raises:
-        ValueError: For a column that is not a finite number for every cell.
+    Without `library_size`, the counts over *all* genes of each cell, expressed genes are not taken either: on a
+    targeted panel both are themselves responses.
     """
 
     def column(kind: str) -> np.ndarray | None:

@@ -19,12 +19,9 @@ SAMPLE_CELLS = 512
 
 
 def estimate(options: PairOptions, num_proc: int = 1) -> dict:
-    """Numbers of a build that is not run, with `num_proc` processes.
-
-    Cells, data sets, contexts and the largest possible number of pairs are exact; genes, bytes and time are estimated
-    from a few blocks of the training cells, spread over the store. Raises `ValueError` as the build itself would, for
-    whatever it checks before long work.
-    """
+    """Numbers of a build that is not run: exact cells, data sets, contexts and largest number of pairs; genes, bytes
+    and time from a few blocks of training cells, spread over the store. Raises `ValueError` as the build before long
+    work."""
     query = query_for(options)
     cells = cell_table(query, options)
     n_cells = cells.num_rows

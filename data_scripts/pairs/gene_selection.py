@@ -90,12 +90,9 @@ def select_genes(
     selected: np.ndarray,
     options: PanelOptions,
 ) -> tuple[np.ndarray, dict[str, int]]:
-    """Applies the rule `common` or `variable`: chosen genes, ascending, and how many genes each step kept.
-
-    Data sets are folded into the scores as soon as all their training cells (`cells_per_dataset`, `(n_datasets,)`)
-    have been seen, so memory is bounded by those that are open at a time. `measured` `(n_datasets, n_vars)` says what
-    each data set measured, `selected` `(n_vars,)` what may be chosen. Raises `ValueError` if no gene is left.
-    """
+    """The rule `common` or `variable`: chosen genes, ascending, and how many genes each step kept; `ValueError` for
+    none. A data set joins the scores as soon as all its training cells were seen, so memory is bounded. `measured`
+    `(n_datasets, n_vars)` says what each measured, `selected` `(n_vars,)` what may be chosen."""
     n_vars = measured.shape[1]
     n_measured = cells_per_dataset @ measured
     n_expressed = np.zeros(n_vars, dtype=np.int64)

@@ -1,7 +1,7 @@
 """Leak guards: a division of data that lets test information into training is refused, with the reason."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 
 @dataclasses.dataclass
@@ -20,8 +20,6 @@ class SplitPlan:
         normalisation_cells (`Iterable[str]`): Cells that fixed means, scales or residuals.
         reference_perturbations (`Iterable[str]`): Perturbations averaged into a reference or a mean baseline.
         scored_genes, target_genes (`Iterable[str]`): Genes that count, and targets of the whole panel.
-        perturbed_cells_read (`Iterable[str]`): Perturbed cells that an in-context or zero-shot model read.
-        mode (`str`): `"zero-shot"`, `"in-context"` or `"fine-tuned"`.
     """
 
     train_cells: Iterable[str] = ()
@@ -38,8 +36,6 @@ class SplitPlan:
     reference_perturbations: Iterable[str] = ()
     scored_genes: Iterable[str] = ()
     target_genes: Iterable[str] = ()
-    perturbed_cells_read: Iterable[str] = ()
-    mode: str = "fine-tuned"
 
 
 def _parts(label: str) -> set[str]:
@@ -89,10 +85,6 @@ def find_leaks(plan: SplitPlan) -> list[str]:
             leaks.append(f"{len(more)} combinations had more members seen alone than the stated {stated} ({more[0]})")
     if plan.held_out in ("batches", "cell_lines"):
         overlap(plan.train_groups, plan.test_groups, f"one of the {plan.held_out} is in training and in test")
-    if plan.mode in ("zero-shot", "in-context"):
-        read = list(plan.perturbed_cells_read)
-        if read:
-            leaks.append(f"mode {plan.mode!r} reads no perturbed cells, but {len(read)} were read ({read[0]}, ...)")
     return leaks
 
 
@@ -103,65 +95,33 @@ def refuse_leaks(plan: SplitPlan) -> None:
         raise ValueError(f"`split` leaks: {'; '.join(leaks)}. Remove what is shared from training, or score less.")
 
 
-def guard_fold(
-    train_cells,
-    test_cells,
-    train: Sequence[str],
-    test: Sequence[str],
-    scored_genes: Sequence[str],
-    target_genes: Sequence[str],
-    seen_members: int | None = None,
-) -> None:
-    """[`refuse_leaks`] for one fold of a screen, perturbed cells given as rows.
-
-    With `seen_members` the fold holds out combinations, of which so many members were seen alone.
-    """
-    refuse_leaks(
-        SplitPlan(
-            train_cells=train_cells,
-            test_cells=test_cells,
-            train_perturbations=train,
-            test_perturbations=test,
-            reference_perturbations=train,
-            scored_genes=scored_genes,
-            target_genes=target_genes,
-            held_out="perturbations" if seen_members is None else "combinations",
-            seen_members=seen_members,
-        )
-    )
-
-
-def model_leaks(run: Mapping | None, screen: str, cells_digest: str, mode: str) -> list[str]:
-    """Reasons why a model folder may not be scored on a screen in a mode; an empty list is clean.
+def model_leak(run: Mapping | None, screen: str, cells_digest: str, mode: str) -> str | None:
+    """Why a model folder may not be scored on a screen in a mode; `None` where it may.
 
     `run` is the content of the folder's `run.json`; where it does not state what the model has seen, no leak can be
     shown.
     """
     run = run or {}
-    adapted = run.get("screen")
-    leaks, earlier = [], run.get("start_from") if mode != "zero-shot" else run
-    while earlier:
-        read = earlier.get("screen") or {}
-        if screen in (earlier.get("datasets") or ()) or cells_digest == read.get("cells_digest"):
-            leaks.append(f"the screen {screen!r} was among what the model was pre-trained on")
-        earlier = earlier.get("start_from")
+    read = run.get("screen") or {}
+    same_cells = read.get("cells_digest") == cells_digest
     if mode == "zero-shot":
-        return leaks
+        if same_cells or screen in (run.get("datasets") or ()):
+            return f"the screen {screen!r} was among what the model was trained on"
+        return None
     wanted = "controls" if mode == "in-context" else "perturbations"
-    if not adapted:
-        leaks.append(f"mode {mode!r} wants a model of this screen (train.py --config screen), not one of others")
-    elif adapted.get("cells_digest") != cells_digest:
-        leaks.append(f"the model was trained on other cells ({adapted.get('name')}) than those that are scored")
-    elif adapted.get("train_on") != wanted:
-        leaks.append(
-            f"mode {mode!r} wants a model trained on {wanted} (train.py --config screen --screen.train_on {wanted}); this one was trained on "
-            f"{adapted.get('train_on')}"
+    if not read:
+        return f"mode {mode!r} wants a model of this screen (train.py --config screen), not one of others"
+    if not same_cells:
+        return f"the model was trained on other cells ({read.get('name')}) than those that are scored"
+    if read.get("train_on") != wanted:
+        return (
+            f"mode {mode!r} wants a model trained on {wanted} (train.py --config screen --screen.train_on {wanted}); "
+            f"this one was trained on {read.get('train_on')}"
         )
-    return leaks
+    return None
 
 
 def guard_model(run: Mapping | None, screen: str, cells_digest: str, mode: str) -> None:
-    """Raises `ValueError` naming every leak of [`model_leaks`], in one line."""
-    leaks = model_leaks(run, screen, cells_digest, mode)
-    if leaks:
-        raise ValueError(f"`model` leaks: {'; '.join(leaks)}.")
+    """Raises `ValueError` naming the leak that [`model_leak`] finds."""
+    if leak := model_leak(run, screen, cells_digest, mode):
+        raise ValueError(f"`model` leaks: {leak}.")

@@ -21,13 +21,8 @@ DECODED_IN_MEMORY = 64 * 1024**2  # bytes of parquet in a split up to which it i
 
 
 def finish_pair_folder(path: str | Path, genes: pa.Table, panels: np.ndarray, manifest: Mapping) -> None:
-    """Writes the gene and panel tables and, last of all, the manifest that makes the folder a pairs folder.
-
-    Args:
-        genes (`pa.Table`): The vocabulary in id order, in `GENE_SCHEMA`.
-        panels (`np.ndarray`): Measured genes, bool of shape `(n_panels, n_genes)`.
-        manifest (`Mapping`): `organism`, `normalization`, `target_sum`, `pairings`, `splits` and what else is known.
-    """
+    """Writes the gene and panel tables and, last of all, the manifest that makes the folder a pairs folder. `genes` is
+    the vocabulary in id order, `panels` the measured genes, bool `(n_panels, n_genes)`."""
     path = Path(path)
     lists = pa.array([np.flatnonzero(row).astype(np.int32) for row in panels], type=PANEL_SCHEMA[0].type)
     tables = {"genes": genes.cast(GENE_SCHEMA), "panels": pa.table([lists], schema=PANEL_SCHEMA)}
@@ -116,11 +111,8 @@ class PairFolder:
         return f"Splits by {self.manifest.get('split_by', 'whoever wrote the pairs')}: {counts}."
 
     def split(self, name: str) -> pa.Table:
-        """Rows of a split in `PAIR_SCHEMA`: memory-mapped shards, one after the other, nothing copied.
-
-        Shards in parquet are decoded once into the cache of decoded shards (see [`read_decoded`]) and mapped from
-        there, or into memory where they are few. Raises `ValueError` if the folder holds no such split.
-        """
+        """Rows of a split in `PAIR_SCHEMA`: memory-mapped shards, one after the other, nothing copied. Shards in parquet
+        are decoded by [`read_decoded`], few of them into memory. `ValueError` if the folder holds no such split."""
         if name not in self.splits:
             raise ValueError(f"`split` {name!r} is not in {self.path}{close_matches(str(name), self.splits)}.")
         shards = self.manifest["splits"][name]["shards"]

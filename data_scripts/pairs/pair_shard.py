@@ -50,12 +50,9 @@ class CellTable:
 def average_states(
     cells: CellTable, values: sp.csr_matrix, n: int, log_values: bool, rng: np.random.Generator
 ) -> tuple[CellTable, sp.csr_matrix]:
-    """Averages random groups of `n` cells that agree in split, panel and every context; the rest is left out.
-
-    Labels are those of the group's first cell, with mean library size and mean number of expressed genes. With
-    `log_values` the values are logarithms of scaled counts, which are averaged before the logarithm; else the values
-    themselves are.
-    """
+    """Averages random groups of `n` cells that agree in split, panel and every context; the rest is left out. Labels
+    are those of the group's first cell, with mean library size and number of expressed genes. `log_values` are
+    averaged before the logarithm."""
     keys = [cells.split, cells.panel, *cells.groups, *(code for code in cells.different if code is not None)]
     known = np.flatnonzero(np.all([group >= 0 for group in cells.groups], axis=0))
     _, context = np.unique(np.stack(keys)[:, known], axis=1, return_inverse=True)
@@ -83,15 +80,8 @@ def average_states(
 
 
 class ShardRows:
-    """
-    Pair rows of one shard, by split.
-
-    Args:
-        cells (`CellTable`): Labels of the shard's cells.
-        values (`sp.csr_matrix`): Their normalised values at the vocabulary, `(n_cells, n_genes)`.
-        panels (`np.ndarray`): Measured genes, bool of shape `(n_panels, n_genes)`.
-        shard (`int`): Number of the shard, part of every seed.
-    """
+    """Pair rows of one shard by split, from the labels of its cells and their values at the vocabulary; its number is
+    part of every seed."""
 
     def __init__(
         self,

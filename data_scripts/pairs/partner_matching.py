@@ -70,11 +70,10 @@ def match_partners(
 ) -> Pairs:
     """Finds `pairs_per_cell` partners for every cell, ordered by draw and source.
 
-    Each draw of a cell is given to a pairing, by weight; where that pairing has no partner for the cell the next one
-    is tried, so that a cell is lost only when no context has room for it. `groups` holds for every pairing the context
-    of each cell, negative where it is not known, `different` a code that must differ between partners; `panel`
-    `(n_cells,)` and `shared_genes` `(n_panels, n_panels)` say how many genes two cells share; `nearest` and `farthest`
-    compare `values`.
+    Each draw of a cell is given to a pairing, by weight, or else to the next that has a partner for it. `groups` holds
+    for every pairing the context of each cell, negative where it is not known, `different` a code that must differ
+    between partners; `panel` `(n_cells,)` and `shared_genes` `(n_panels, n_panels)` say how many genes two cells
+    share; `nearest` and `farthest` compare `values`.
     """
     n_cells, n_draws = len(panel), options.pairs_per_cell
     contexts = [_Context(group, code) for group, code in zip(groups, different)]

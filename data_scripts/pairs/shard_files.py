@@ -17,11 +17,8 @@ DECODED_ROWS = 1_024  # decoded at once
 
 
 def write_table_atomically(batches: Iterable[pa.RecordBatch], schema: pa.Schema, path: str | Path) -> dict:
-    """Writes record batches in `schema` to one `.arrow` (IPC stream) or `.parquet` (zstd) file, atomically.
-
-    The bytes depend on the batches only, so equal rows in equal batches give an equal digest. Returns a `dict` with
-    `n_rows`, `n_bytes` and `digest` of the file.
-    """
+    """Writes record batches to one `.arrow` (IPC stream) or `.parquet` (zstd) file, atomically; gives its `n_rows`,
+    `n_bytes` and `digest`, which is equal for equal rows in equal batches."""
     path = Path(path)
     n_rows = 0
     with write_atomically(path) as temporary:
@@ -81,11 +78,8 @@ def decoded_folder() -> Path:
 
 
 def read_decoded(path: str | Path, digest: str) -> pa.Table:
-    """Opens a parquet shard memory-mapped: decoded, a few rows at a time, into a file named by its digest.
-
-    Whoever comes first decodes, in any number of processes; a file appears whole or not at all. Files other than
-    `.parquet` are opened as they are.
-    """
+    """Opens a parquet shard memory-mapped: decoded, a few rows at a time, by whoever comes first, into a file named by
+    its digest. Files other than `.parquet` are opened as they are."""
     path = Path(path)
     if path.suffix != ".parquet":
         return read_table(path)

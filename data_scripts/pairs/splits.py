@@ -24,12 +24,8 @@ def stable_uniform(seed: int, column: str, values: Sequence) -> np.ndarray:
 
 
 def default_rules(obs: pd.DataFrame, seed: int) -> list[SplitRule]:
-    """Rules for cells that come without: whole donors for test and validation where donors suffice, else single cells.
-
-    Donors are taken in the order of their hash until they hold a tenth of the cells for test, then until they hold
-    another tenth for validation. They suffice if at least half of the cells are left for training: four donors of
-    equal size do, three do not.
-    """
+    """Rules for cells that come without: whole donors, in the order of their hash, until a tenth of the cells is for
+    test and another tenth for validation, if at least half is left for training; else single cells."""
     donors, sizes = np.unique(obs["donor_id"].astype(str), return_counts=True)
     order = np.argsort(stable_uniform(seed, "donor_id", donors.tolist()))
     share = np.cumsum(sizes[order]) / len(obs)
@@ -54,14 +50,9 @@ def describe_rules(rules: Sequence[SplitRule]) -> str:
 
 
 def assign_splits(obs: pd.DataFrame, options: SplitOptions) -> np.ndarray:
-    """Split of every cell, int8 of shape `(n_obs,)`: index into `SPLITS`.
-
-    `cell` in a rule is `observation_joinid` within its data set where obs has it (it survives new releases of a
-    store), else `soma_joinid`. Without rules those of [`default_rules`] hold.
-
-    Raises:
-        ValueError: If a rule names a column or value that obs does not hold.
-    """
+    """Split of every cell, int8 index into `SPLITS`; `ValueError` if a rule names a column or value that obs does not
+    hold. `cell` in a rule is `observation_joinid` within its data set where obs has it (it survives new releases of a
+    store), else `soma_joinid`. Without rules those of [`default_rules`] hold."""
     split = np.full(len(obs), -1, dtype=np.int8)
     held_out: list[tuple[str, np.ndarray, np.ndarray]] = []
     # Share of each column's hash range that earlier rules tried and passed on; the rest is spread over [0, 1) again,

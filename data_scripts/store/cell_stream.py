@@ -19,16 +19,9 @@ TILE_CELLS = 2_048  # extent of Census's tiles along the cells; a tile cut by tw
 
 @dataclass
 class CellBlock:
-    """
-    Expressed genes of consecutive selected cells.
-
-    Attributes:
-        start (`int`): Position of the first cell among the cells asked for.
-        joinids (`np.ndarray`): `soma_joinid` of the cells, ascending, shape `(n_cells,)`.
-        rows (`np.ndarray`): Cell of each entry within the block, int32, in the order of the store's tiles, `(n_entries,)`.
-        genes (`np.ndarray`): `soma_joinid` of each entry's gene, or its vocabulary id where genes were chosen, int32.
-        values (`np.ndarray`): Stored values, float32, none of them zero.
-    """
+    """Expressed genes of consecutive selected cells: position of the first among the cells asked for, `soma_joinid` of
+    all, and of each entry its cell within the block, its gene (`soma_joinid`, or vocabulary id where genes were
+    chosen) and its stored value, in the order of the store's tiles."""
 
     start: int
     joinids: np.ndarray
@@ -43,20 +36,9 @@ class CellBlock:
 
 
 class CellStream:
-    """
-    Reads one layer for given cells.
-
-    Reading contiguous blocks of all genes is faster than asking for some genes or for scattered cells; the next block
-    is read while the caller works on the last one.
-
-    Args:
-        matrix (`tiledbsoma.SparseNDArray`): The layer.
-        options (`QueryOptions`): Layer and normalisation.
-        joinids (`np.ndarray`): `soma_joinid` of the cells, ascending, shape `(n_cells,)`.
-        n_expressed (`np.ndarray`, *optional*): Entries that each cell must have, shape `(n_cells,)`; a store that
-            yields others is damaged.
-        block_cells (`int`, *optional*, defaults to 8,192): Cells read at once.
-    """
+    """Reads one layer for the cells `joinids`, ascending, as contiguous blocks of all genes, which is faster than
+    asking for some genes or for scattered cells; the next block is read while the caller works on the last one. A
+    store whose cells have other numbers of entries than `n_expressed` says is damaged."""
 
     def __init__(
         self,
@@ -73,11 +55,8 @@ class CellStream:
         return self.blocks_ahead()
 
     def blocks_ahead(self, vocabulary: np.ndarray | None = None) -> Iterator[CellBlock]:
-        """Blocks of all genes, or of those of a vocabulary (see [`read_values`]), in order.
-
-        Raises:
-            ValueError: If a block cannot be read, or holds other numbers of entries than `n_expressed` says.
-        """
+        """Blocks of all genes, or of those of a vocabulary (see [`read_values`]), in order; `ValueError` for one that
+        cannot be read or holds other numbers of entries than `n_expressed` says."""
         return read_ahead(self._block(start, stop, vocabulary) for start, stop in self.blocks())
 
     def blocks(self) -> Iterator[tuple[int, int]]:
@@ -153,11 +132,8 @@ def tile_boundary(joinids: np.ndarray, wanted: int, least: int) -> int:
 def normalize_block(
     block: CellBlock, options: QueryOptions, library_size: np.ndarray, gene_lengths: np.ndarray | None
 ) -> np.ndarray:
-    """Log values of a block's entries, float32 of shape `(n_entries,)`.
-
-    `library_size` holds the counts over all genes of all cells of the stream, `gene_lengths` the bases of every gene
-    of the store, for `log_tpm`, which needs a block of all genes.
-    """
+    """Log values of a block's entries, float32. `library_size` holds the counts over all genes of all cells of the
+    stream, `gene_lengths` the bases of every gene of the store, for `log_tpm`, which needs a block of all genes."""
     library = library_size[block.start : block.start + block.n_cells].astype(np.float64)
     lengths = None
     if options.layer == "normalized":
@@ -178,12 +154,9 @@ def normalize_block(
 def read_values(
     stream: CellStream, library_size: np.ndarray, gene_lengths: np.ndarray | None, vocabulary: np.ndarray
 ) -> sp.csr_matrix:
-    """Normalised values of the stream's cells at the genes of the vocabulary, float32 of shape `(n_cells, n_genes)`.
-
-    `vocabulary` holds the id of every gene of the store, -1 where left out, ascending as the genes do, int32
-    `(n_vars,)`; for `library_size` and `gene_lengths` see [`normalize_block`]. Indices are sorted and zeros not
-    stored.
-    """
+    """Normalised values of the stream's cells at the genes of the vocabulary, float32 `(n_cells, n_genes)`, sorted,
+    without zeros. `vocabulary` holds the id of every gene of the store, ascending as the genes do, -1 where left out;
+    see [`normalize_block`]."""
     # Rates are over all genes, so there the choice of genes comes after them.
     all_genes = stream.options.normalization == "log_tpm"
     parts = []

@@ -127,11 +127,9 @@ def measurement_uri(path: str | Path, organism: str) -> str:
 
 
 def write_frame(collection_uri: str, name: str, table: pa.Table) -> None:
-    """Creates a SOMA data frame in a collection and fills it.
-
-    Written through a handle opened anew: what the handle from `add_new_dataframe` writes leaves the enumerations of
-    dictionary columns empty (tiledbsoma 2.3.0), and filters on them would match no cell.
-    """
+    """Creates a SOMA data frame in a collection and fills it, through a handle opened anew: what that of
+    `add_new_dataframe` writes leaves the enumerations of dictionary columns empty (tiledbsoma 2.3.0), and filters on
+    them would match no cell."""
     ids = table["soma_joinid"].to_numpy()
     with tiledbsoma.open(collection_uri, "w") as collection:
         collection.add_new_dataframe(

@@ -23,17 +23,9 @@ PRESENCE = "feature_dataset_presence_matrix"
 
 @dataclass
 class CellQuery:
-    """
-    An open store with the cells a query selects.
-
-    Attributes:
-        options (`QueryOptions`): The query.
-        census, experiment: The store and the organism's experiment in it, open for reading.
-        obs (`pd.DataFrame`): Selected cells in ascending `soma_joinid`, with the columns asked for.
-        var (`pd.DataFrame`): Every gene of the store in ascending `soma_joinid`, which are 0 to n_vars - 1.
-        var_selected (`np.ndarray`): Genes that `var_filter` keeps, bool of shape `(n_vars,)`.
-        source (`dict`): What the rows come from: `uri` or `census_version` (resolved), and `digest` of the store.
-    """
+    """An open store with the cells a query selects: `obs` of those cells in ascending `soma_joinid`, `var` of every
+    gene of the store (`soma_joinid` 0 to n_vars - 1), which of them `var_filter` keeps, and the `source`: `uri` or
+    resolved `census_version`, and `digest`."""
 
     options: QueryOptions
     census: tiledbsoma.Collection
@@ -59,11 +51,8 @@ class CellQuery:
 
 
 def open_experiment(options: QueryOptions) -> tuple[tiledbsoma.Collection, tiledbsoma.Experiment, dict]:
-    """Opens a query's store: the Census, the organism's experiment and a `dict` that says where they are.
-
-    Raises:
-        ValueError: If the store does not exist, is not in Census layout or lacks the organism or layer.
-    """
+    """Opens a query's store: the Census, the organism's experiment and a `dict` that says where they are. Raises
+    `ValueError` for a store that is absent, not in Census layout or without the organism or layer."""
     import cellxgene_census
 
     keep_freed_memory()
@@ -115,15 +104,9 @@ def absolute_uri(uri: str) -> str:
 
 
 def open_query(options: QueryOptions, columns: dict[str, str], optional_columns: list[str] = ()) -> CellQuery:
-    """Opens the store and reads the labels of the selected cells.
-
-    Args:
-        columns (`dict[str, str]`): Columns of obs to read besides `soma_joinid` -> the option that asks for them.
-        optional_columns (`list[str]`, *optional*): Columns to read where obs has them.
-
-    Raises:
-        ValueError: If the store, a filter or a column does not exist, or no cell is selected.
-    """
+    """Opens the store and reads the labels of the selected cells: the `columns` of obs (-> the option that asks for
+    them), and the optional ones that obs has. Raises `ValueError` if the store, a filter or a column does not exist,
+    or no cell is selected."""
     census, experiment, source = open_experiment(options)
     known = list(experiment.obs.keys())
     for name, asked_by in columns.items():
@@ -195,11 +178,8 @@ def _one_line(error: Exception) -> str:
 
 
 def store_digest(uri: str) -> str:
-    """Digest of a store's content without reading it.
-
-    TileDB never changes a written fragment and gives each a unique name, so names and sizes of the files of a local
-    store say what it holds; of a remote store the address is all that is cheap to know.
-    """
+    """Digest of a store's content without reading it: TileDB never changes a written fragment and gives each a unique
+    name, so names and sizes of files say what a local store holds. Of a remote one the address is taken."""
     content = uri
     if "://" not in uri:
         files = [path for path in Path(uri).rglob("*") if path.is_file()]

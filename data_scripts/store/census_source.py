@@ -61,16 +61,9 @@ class CensusSource:
 def sources_from_file(
     path: str | Path, options: CensusReadOptions | None = None, dataset_column: str | None = None
 ) -> list[CensusSource]:
-    """The data sets of one file.
-
-    Args:
-        dataset_column (`str`, *optional*): Column of obs that names the data set of each cell; the file is split by
-            it, and each part counts as having measured every gene of the file. Without it the file is one data set,
-            named by `dataset_id` or `dataset` of obs if that holds one value, else by the file.
-
-    Raises:
-        ValueError: If the file is absent or unreadable, or the column does not exist.
-    """
+    """The data sets of one file, split by the column `dataset_column` of obs, each with every gene of the file.
+    Without one the file is one data set, named by `dataset_id` or `dataset` of obs if that holds one value, else by
+    the file. Raises `ValueError` for an unreadable file or an absent column."""
     path, options = Path(path), options or CensusReadOptions()
     whole = CensusSource(path, path.stem, options=options)
     with whole.open() as cells:

@@ -22,12 +22,8 @@ def _mallopt(arenas: int, trim: int) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Keeps what is freed, for the blocks of cells that follow; call it before the store is opened.
-
-    Reading a store allocates and frees the same few hundred megabytes over and over; every time the pages are fresh
-    the system has to clear them, which costs as much as decoding. Threads settle on where they allocate when they
-    first do.
-    """
+    """Keeps what is freed for the blocks of cells that follow; call it before the store is opened, as threads settle
+    early on where they allocate. Fresh pages for every block would cost as much time as decoding."""
     _mallopt(arenas=1, trim=NEVER)
 
 

@@ -35,16 +35,9 @@ LAYERS = {"counts": ("raw", "normalized"), "estimated_counts": ("normalized",), 
 
 @dataclass
 class CensusReport:
-    """
-    What went into a store.
-
-    Args:
-        n_obs, n_vars (`int`): Cells, and genes: the union over data sets.
-        datasets (`pd.DataFrame`): One row a data set: cells, genes, how many were mapped or not, and which column fed
-            cell type, donor and library size, and what a person should know (`notes`).
-        genes (`pd.DataFrame`): One row a gene of a data set: `dataset_id` and the columns of
-            [`gene_mapping.map_genes`].
-    """
+    """What went into a store. `datasets` has one row a data set: cells, genes, how many were mapped, which column fed
+    cell type, donor and library size, and `notes`; `genes` one row a gene of a data set: `dataset_id` and the columns
+    of [`gene_mapping.map_genes`]."""
 
     store: Path
     n_obs: int
@@ -63,7 +56,7 @@ class CensusReport:
             self.genes.to_csv(temporary, index=False)
         return Path(path)
 
-    def summary(self, n_examples: int = 5) -> str:
+    def summary(self) -> str:
         """A few lines for people: what was written, and which genes could not be mapped."""
         sets = f"{len(self.datasets)} data set{'' if len(self.datasets) == 1 else 's'}"
         lines = [f"{self.n_obs:,} cells x {self.n_vars:,} genes, {sets} -> {self.store}"]
@@ -75,7 +68,7 @@ class CensusReport:
             lines += [f"    {note}" for note in row.notes]
         missing = self.unmapped
         if len(missing):
-            examples = ", ".join(missing["name"].drop_duplicates().head(n_examples))
+            examples = ", ".join(missing["name"].drop_duplicates().head(5))
             dropped = int((missing["feature_id"] == "").sum())
             fate = f"{dropped:,} dropped" if dropped else "kept under their names"
             lines.append(f"  {missing['name'].nunique():,} names without Ensembl id, {fate}, e.g. {examples}")

@@ -13,12 +13,9 @@ CHUNK = 1_000
 
 
 def sample_counts(rng: np.random.Generator, log_means: np.ndarray, dispersion: float, dropout: float) -> sp.csr_matrix:
-    """Negative binomial counts with dropout, float32, given the log of their means before dropout `(n, G)`.
-
-    The variance is mean + dispersion x mean^2; `dropout` is the share of the counts that are set to zero. Most entries
-    are zero, so a uniform number decides first which are not, and only those go up their distribution function; large
-    means are drawn as gamma-Poisson.
-    """
+    """Negative binomial counts, of variance mean + dispersion x mean^2, with a share `dropout` set to zero, float32,
+    given the log of their means before dropout `(n, G)`. A uniform number decides first which are not zero; only those
+    go up their distribution function. Large means are drawn as gamma-Poisson."""
     means = np.exp(np.asarray(log_means, dtype=np.float32))
     log_zero = -np.log1p(dispersion * means) / dispersion if dispersion > 0 else -means
     uniform = rng.random(means.shape, dtype=np.float32)
@@ -61,12 +58,8 @@ def sample_chunk(
     labels: tuple[np.ndarray, np.ndarray, np.ndarray],
     measured: np.ndarray,
 ) -> sp.csr_matrix:
-    """Log values (linear) or counts (count) of the measured genes of cells with these labels, float32 CSR.
-
-    Args:
-        labels (`tuple` of `np.ndarray`): Data set, cell type and donor, each `(n,)`.
-        measured (`np.ndarray` of bool): Shape `(G,)`.
-    """
+    """Log values (linear) or counts (count) of the `measured` genes of cells with these labels (data set, type and
+    donor, `(n,)` each), float32 CSR."""
     eta = network.eta(network.sample_innovations(rng, *labels), np.flatnonzero(measured))
     if network.config.form == "linear":
         noise = rng.standard_normal(eta.shape, dtype=np.float32) * network.noise[measured].astype(np.float32)

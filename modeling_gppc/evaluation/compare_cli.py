@@ -34,11 +34,7 @@ OPTIONS = (CompareOptions,)
 
 
 def run(options: CompareOptions) -> None:
-    """Pools and prints.
-
-    Raises:
-        ValueError: For evaluations that cannot be pooled.
-    """
+    """Pools and prints."""
     # Imported late: a mistyped option should answer at once.
     from data_scripts.files import write_json
     from modeling_gppc.evaluation.compare_screens import compare_screens, comparison_rows

@@ -19,16 +19,8 @@ N_RESAMPLES = 5_000
 
 @dataclasses.dataclass
 class ScreenScores:
-    """What one evaluation says of each perturbation.
-
-    Args:
-        name (`str`): Of the screen.
-        subject (`str`): The method that is compared.
-        scores (`dict[str, np.ndarray]`): Metric of every method, shape `(P,)`.
-        ceiling (`np.ndarray`): Score of a replicate, shape `(P,)`.
-        measured (`np.ndarray` of bool): Whether the targets are measured, shape `(P,)`.
-        unlike (`np.ndarray`): 1 - correlation of the response with the mean of the others, shape `(P,)`.
-    """
+    """What one evaluation says of each of P perturbations: one metric of every method, score of a replicate, whether
+    targets are measured, and 1 - correlation of the response with the mean of the others."""
 
     name: str
     subject: str
@@ -39,11 +31,8 @@ class ScreenScores:
 
 
 def read_scores(folder: str | Path, metric: str) -> tuple[ScreenScores, dict]:
-    """Scores and options of a folder that `gppc evaluate` wrote.
-
-    Raises:
-        ValueError: For a folder without an evaluation, one without a model, or a metric that it does not have.
-    """
+    """Scores and options of a folder that `gppc evaluate` wrote; `ValueError` where it holds none, no model or not the
+    metric."""
     folder = Path(folder)
     if not (folder / "evaluation.json").is_file():
         raise ValueError(
@@ -82,21 +71,12 @@ def read_scores(folder: str | Path, metric: str) -> tuple[ScreenScores, dict]:
 
 
 def compare_screens(folders: Sequence[str | Path], metric: str = "pearson_delta", seed: int = 0) -> dict:
-    """
-    Pools the differences of a model from each baseline over screens.
+    """Pools the differences of a model from each baseline over screens, one folder of `gppc evaluate` each.
 
-    Args:
-        folders (`Sequence`): Folders that `gppc evaluate` wrote, one a screen.
-        metric (`str`, *optional*, defaults to `"pearson_delta"`): Column of `per_perturbation.csv`.
-        seed (`int`, *optional*, defaults to 0): Of the bootstrap.
-
-    Returns:
-        `dict` with `screens`, `metric`, `subject` and `comparisons`: baseline -> `n`, `difference` (mean over all
-        perturbations), `ci95` (screens, and perturbations within them, drawn with replacement), `by_screen` (screen ->
-        difference), and the same numbers by stratum in `strata`.
-
-    Raises:
-        ValueError: For fewer than two screens, one screen twice, or evaluations with different options.
+    Returns a `dict` with `screens`, `metric` (a column of `per_perturbation.csv`), `subject` and `comparisons`:
+    baseline -> `n`, `difference` (mean over all perturbations), `ci95` (screens, and perturbations within them, drawn
+    with replacement), `by_screen` (screen -> difference), and the same numbers by stratum in `strata`. Raises
+    `ValueError` for fewer than two screens, one screen twice, or evaluations with different options.
     """
     read = [read_scores(folder, metric) for folder in folders]
     parts, first = [part for part, _ in read], read[0][1]

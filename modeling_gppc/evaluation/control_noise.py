@@ -27,23 +27,16 @@ N_PARTS = 10
 
 @dataclasses.dataclass
 class ControlMeans:
-    """
-    Means of some of the control cells by group, and their errors.
-
-    Args:
-        means (`np.ndarray`): Over the scored genes, shape `(G, n_scored)`.
-        error (`np.ndarray`): E|e|^2 of each, genes centred; shape `(G,)`.
-    """
+    """Means of some of the control cells by group over the scored genes `(G, n_scored)`, and E|e|^2 of each, genes
+    centred `(G,)`."""
 
     means: np.ndarray
     error: np.ndarray
 
 
 def control_means(screen: Screen, mask: np.ndarray, n_parts: int = N_PARTS) -> list[ControlMeans]:
-    """Means of all controls, and without each of `n_parts` parts of them in turn, groups alike.
-
-    Groups of few controls have the variance of all.
-    """
+    """Means of all controls, and without each of `n_parts` parts of them in turn; groups of few controls have the
+    variance of all."""
     controls = screen.cells_of(CONTROL)
     controls = controls[np.argsort(screen.group[controls], kind="stable")]
     values = screen.values[controls][:, mask]
@@ -70,17 +63,8 @@ def control_means(screen: Screen, mask: np.ndarray, n_parts: int = N_PARTS) -> l
 def corrected_pearson(
     prediction: ScreenPrediction, truth: ScreenTruth, screen: Screen, train_shares: np.ndarray
 ) -> np.ndarray:
-    """pearson_delta without the error of the mean of the controls, one value a perturbation.
-
-    Args:
-        prediction ([`ScreenPrediction`]): With `control_weight`; 0 where absent.
-        truth ([`ScreenTruth`]): Measured from the same controls.
-        screen (`Screen`): The cells of both.
-        train_shares (`np.ndarray`): Mix of groups among the training responses of each perturbation, `(P, G)`.
-
-    Returns:
-        `np.ndarray` of shape `(P,)`; 0 where nothing is left of a norm.
-    """
+    """pearson_delta without the error of the mean of the controls that `truth` was measured from, `(P,)`; 0 where
+    nothing is left of a norm. `train_shares` `(P, G)` is the mix of groups among the training responses of each."""
     shares = np.stack([screen.control_shares(label) for label in truth.labels])
     weight = np.zeros(len(truth.labels)) if prediction.control_weight is None else prediction.control_weight
     whole, *parts = control_means(screen, truth.mask)

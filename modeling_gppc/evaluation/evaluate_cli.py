@@ -32,11 +32,7 @@ OPTIONS = (ReportOptions, EvaluateOptions, ScreenOptions)
 
 
 def run(report: ReportOptions, options: EvaluateOptions, reading: ScreenOptions) -> None:
-    """Runs the evaluation and prints its table.
-
-    Raises:
-        ValueError: For a screen or a model that cannot be used.
-    """
+    """Runs the evaluation and prints its table."""
     # Imported late: a mistyped option should answer at once.
     from data_scripts.cells.screens import read_screen
     from modeling_gppc.evaluation.screen_evaluation import evaluate_screen

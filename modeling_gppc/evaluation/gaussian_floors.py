@@ -15,13 +15,8 @@ ALL_GENES = -1  # stands for the panel of all genes
 
 
 class PairMoments:
-    """First and second moments of training pairs.
-
-    Attributes:
-        source_mean, target_mean (`np.ndarray`): Shape `(V,)`; a gene that no target measures takes the source's mean.
-        covariance (`np.ndarray`): Of one cell, sources and targets pooled, shape `(V, V)`.
-        cross (`np.ndarray`): Cov(target_j, source_i), shape `(V, V)`.
-    """
+    """First and second moments of training pairs: means (of a gene that one side never measures the other side's),
+    `covariance` of one cell, sources and targets pooled, and `cross`, Cov(target_j, source_i)."""
 
     def __init__(self, pairs: PairArrays):
         panels = pairs.panels

@@ -21,14 +21,8 @@ def masked_mean(values: np.ndarray, panel_index: np.ndarray, panels: np.ndarray)
 
 
 class Floor:
-    """A predictor fitted on pairs.
-
-    Attributes:
-        name (`str`): Its name in every table.
-        uses_labels (`bool`): Whether it reads cell types; the model does not.
-        uses_revealed (`bool`): Whether the imposed genes change its prediction.
-        settings (`dict`): What validation chose.
-    """
+    """A predictor fitted on pairs. It may read cell types (`uses_labels`), which the model does not; `uses_revealed`:
+    the imposed genes change its prediction; `settings` are what validation chose."""
 
     name = ""
     uses_labels = False

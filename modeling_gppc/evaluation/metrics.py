@@ -1,4 +1,4 @@
-"""Metrics, one formula each, in plain numpy."""
+"""Metrics, one formula each, in numpy."""
 
 import math
 
@@ -48,16 +48,8 @@ def interval_coverage(
 def cluster_bootstrap(
     numerators: np.ndarray, denominators: np.ndarray, n_resamples: int = 1_000, seed: int = 0
 ) -> np.ndarray:
-    """Resampled ratios of sums: whole groups are drawn with replacement, the same draws for every method.
-
-    Args:
-        numerators (`np.ndarray`): Sum over each group, shape `(methods, groups)`.
-        denominators (`np.ndarray`): Shape `(methods, groups)` or `(groups,)`.
-        n_resamples, seed (`int`, *optional*): Number of draws and what they start from.
-
-    Returns:
-        `np.ndarray` of shape `(n_resamples, methods)`.
-    """
+    """Resampled ratios of sums, `(n_resamples, methods)`: whole groups are drawn with replacement, the same draws for
+    every method. `numerators` hold the sum over each group, `(methods, groups)`, `denominators` too or `(groups,)`."""
     numerators = np.atleast_2d(np.asarray(numerators, dtype=np.float64))
     denominators = np.broadcast_to(np.asarray(denominators, dtype=np.float64), numerators.shape)
     n_methods, n_groups = numerators.shape
@@ -88,15 +80,8 @@ def percentile_interval(samples: np.ndarray, level: float = 0.95) -> list[float]
 
 
 def pearson_delta(predicted: np.ndarray, observed: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
-    """r(delta_hat, delta) over genes, one value a perturbation (`pearson_delta` of cell-eval, there over all genes).
-
-    Args:
-        predicted, observed (`np.ndarray`): Deltas of shape `(P, V)`.
-        mask (`np.ndarray` of bool, *optional*): Genes that count, shape `(V,)` or `(P, V)`.
-
-    Returns:
-        `np.ndarray` of shape `(P,)`; NaN where a side does not vary.
-    """
+    """r(delta_hat, delta) over genes, `(P,)`, NaN where a side does not vary (`pearson_delta` of cell-eval, there over
+    all genes). `mask` `(V,)` or `(P, V)` are the genes that count."""
     return row_pearson(predicted, observed, _mask(predicted, mask))
 
 
@@ -129,14 +114,8 @@ def r2_score(predicted: np.ndarray, observed: np.ndarray) -> np.ndarray:
 
 
 def weighted_mse(predicted: np.ndarray, observed: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """Mean squared error with weights from differential expression (Mejia et al. 2025, arXiv 2506.22641).
-
-    Weights: |score| scaled to 0..1 within the perturbation, squared, summing to 1.
-
-    Args:
-        predicted, observed (`np.ndarray`): Pseudobulks or deltas, shape `(P, V)`.
-        scores (`np.ndarray`): Differential expression scores such as Wilcoxon z, shape `(P, V)`.
-    """
+    """Mean squared error with weights from differential expression (Mejia et al. 2025, arXiv 2506.22641): |score|
+    (such as Wilcoxon z, `(P, V)`) scaled to 0..1 within the perturbation, squared, summing to 1."""
     size = np.abs(scores)
     low, high = size.min(axis=1, keepdims=True), size.max(axis=1, keepdims=True)
     weights = np.where(high > low, (size - low) / np.where(high > low, high - low, 1.0), 1.0) ** 2
@@ -150,14 +129,9 @@ def l2_top_expressed(predicted: np.ndarray, observed: np.ndarray, control: np.nd
 
 
 def systema_pearson(predicted: np.ndarray, observed: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """r(mu_p - R, mu_hat_p - R), R the mean of the training perturbations' centroids (Systema, Vinas Torne et al. 2025).
-
-    What all perturbations have in common cannot score here: predicting R itself counts as 0.
-
-    Args:
-        predicted, observed (`np.ndarray`): Pseudobulks (or deltas, with R a delta too), shape `(P, V)`.
-        reference (`np.ndarray`): R, shape `(V,)` or `(P, V)`.
-    """
+    """r(mu_p - R, mu_hat_p - R), R the mean of the training perturbations' centroids (Systema, Vinas Torne et al.
+    2025), `(V,)` or `(P, V)`; all pseudobulks or all deltas. What all perturbations have in common cannot score here:
+    predicting R itself counts as 0."""
     return np.nan_to_num(pearson_delta(predicted - reference, observed - reference))
 
 
@@ -222,20 +196,6 @@ def _pairwise_distance(rows: np.ndarray, columns: np.ndarray, distance: str, mas
         gaps = columns - row
         output[index] = np.abs(gaps).sum(axis=1) if distance == "l1" else np.sqrt(np.einsum("nv,nv->n", gaps, gaps))
     return output
-
-
-def energy_distance(first: np.ndarray, second: np.ndarray, block: int = 1_024) -> float:
-    """2 E|X - Y| - E|X - X'| - E|Y - Y'| between two sets of cells, Euclidean (Szekely and Rizzo 2013; as cell-eval)."""
-
-    def mean_distance(a, b):
-        total, squares = 0.0, (b.astype(np.float64) ** 2).sum(axis=1)
-        for start in range(0, len(a), block):
-            part = a[start : start + block].astype(np.float64)
-            gaps = (part**2).sum(axis=1)[:, None] + squares - 2 * part @ b.T
-            total += float(np.sqrt(np.maximum(gaps, 0.0)).sum())
-        return total / (len(a) * len(b))
-
-    return 2 * mean_distance(first, second) - mean_distance(first, first) - mean_distance(second, second)
 
 
 def significant_genes(log_fold_change: np.ndarray, fdr: np.ndarray, threshold: float = 0.05) -> np.ndarray:

@@ -11,12 +11,8 @@ from modeling_gppc.evaluation.pair_arrays import PairArrays
 def model_predictor(
     model, batch_size: int = 256
 ) -> Callable[[PairArrays], np.ndarray | tuple[np.ndarray, np.ndarray]]:
-    """A function that returns means, and variances where the model has them, of every gene of targets, each `(n, V)`.
-
-    Args:
-        model ([`GppcForPerturbationPrediction`]): The model; put into evaluation mode.
-        batch_size (`int`, *optional*, defaults to 256): Pairs a call.
-    """
+    """A function that returns means, and variances where the model has them, of every gene of targets, each `(n, V)`;
+    puts the model into evaluation mode."""
     model.eval()
 
     @torch.inference_mode()

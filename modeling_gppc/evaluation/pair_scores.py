@@ -20,7 +20,7 @@ from modeling_gppc.evaluation.pair_floors import FLOORS
 
 # A predictor takes a batch of pairs and returns means `(n, V)`, or means and variances.
 Predictor = Callable[[PairArrays], np.ndarray | tuple[np.ndarray, np.ndarray | None]]
-MODEL_METHOD, OPTIMUM, REFERENCE, GAUSSIAN = "gppc", "optimum", "mean", "conditional_gaussian"
+MODEL_METHOD, OPTIMUM, REFERENCE = "gppc", "optimum", "mean"
 RESULTS_VERSION = 1
 
 
@@ -80,8 +80,7 @@ def score_split(
         `methods`: name -> `mse`, `r2` (against `mean`) and `pearson_delta`, each with `_ci95`, `uses_labels`,
         `difference_from_best_floor` and `difference_from_best_label_free_floor` (`floor`, `mse`, `ci95`: negative is
         better), `gain_from_revealed` (`mse`, `ci95`: how far the error falls when the genes are imposed), and, where
-        the method predicts a variance, `coverage90` and `crps` with `_ci95`, and `crps_difference` from the
-        conditional Gaussian (`crps`, `ci95`: negative is better).
+        the method predicts a variance, `coverage90` and `crps` with `_ci95`.
     """
     floors = floors or {}
     predictors = {**methods, **{name: floor.predict_moments for name, floor in floors.items()}}
@@ -160,8 +159,6 @@ def _summarise(
             entry["gain_from_revealed"] = difference((name, "blind"), (name, "mse"))
             if REFERENCE in scores:
                 entry["r2_without_revealed"] = 1 - float(point[name, "blind"] / point[REFERENCE, "mse"])
-        if (name, "crps") in parts and (GAUSSIAN, "crps") in parts and name != GAUSSIAN:
-            entry["crps_difference"] = difference((name, "crps"), (GAUSSIAN, "crps"))
     n_genes = int(pairs.scored.any(axis=0).sum())
     return {"n_pairs": len(pairs), "n_targets": len(counts), "n_genes": n_genes, **rivals, "methods": methods}
 

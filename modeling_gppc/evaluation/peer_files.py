@@ -18,16 +18,8 @@ FILES = ("predicted.h5ad", "observed.h5ad")
 
 
 def cells_with_means(cells: np.ndarray, means: np.ndarray, largest: float) -> np.ndarray:
-    """Cells scaled gene by gene so that the mean of each gene is the one given.
-
-    No value is scaled beyond `largest`: what the mean of a gene then lacks, which few cells or none express, is added
-    to all cells alike.
-
-    Args:
-        cells (`np.ndarray`): Log values, none negative, shape `(n, V)`.
-        means (`np.ndarray`): None negative, shape `(V,)`.
-        largest (`float`): Largest log value of the screen.
-    """
+    """Cells (log values `(n, V)`, none negative) scaled gene by gene so that the mean of each gene is the one given.
+    No value is scaled beyond `largest`: what the mean of a gene then lacks is added to all cells alike."""
     present, highest = cells.mean(axis=0, dtype=np.float64), cells.max(axis=0)
     wanted = np.divide(means, present, out=np.full(len(means), np.inf), where=present > 0)
     allowed = np.divide(largest, highest, out=np.zeros(len(means)), where=highest > 0)
@@ -38,20 +30,12 @@ def cells_with_means(cells: np.ndarray, means: np.ndarray, largest: float) -> np
 def response_anndatas(
     evaluation, method: str, seed: int = 0
 ) -> tuple[anndata.AnnData, anndata.AnnData, dict[str, int]]:
-    """Predicted and observed cells of the scored genes, all of the first division of the controls.
+    """Predicted and observed cells of the scored genes, in the first division of the controls, and by file name how
+    many means would have been negative (they are 0).
 
-    Both hold the same control cells (`non-targeting`) and as many cells of each perturbation as the screen has. The
-    mean of the predicted ones is that of the controls plus the predicted response, the mean of the observed ones that
-    of the controls plus the observed response (which is against controls of the same batches, while the peers subtract
-    the mean of all). A mean that would be negative is 0.
-
-    Args:
-        evaluation (`ScreenEvaluation`): What was scored.
-        method (`str`): The method whose responses are predicted.
-        seed (`int`, *optional*, defaults to 0): Draws the control cells that predicted cells are made of.
-
-    Returns:
-        Predicted cells, observed cells, and the number of means that would have been negative in each, by file name.
+    Both hold the same control cells (`non-targeting`) and as many cells of each perturbation as the screen has; their
+    means are those of the controls plus the response predicted by `method`, or observed. The observed response is
+    against controls of the same batches, while the peers subtract the mean of all.
     """
     screen, truth = evaluation.screen, evaluation.truth
     generator, scored = np.random.default_rng(seed), np.flatnonzero(truth.mask)

@@ -92,11 +92,8 @@ def evaluate_run(
 
 
 def parts_of(table: pa.Table) -> dict[str, np.ndarray]:
-    """Rows of each part of a split that is worth a table of its own.
-
-    One part a pairing (`same_type`), and with several data sets also one a data set and pairing
-    (`DATASET/same_type`); small parts are left out unless nothing else is there.
-    """
+    """Rows of each part of a split that is worth a table of its own: one a pairing (`same_type`), and with several
+    data sets also one a data set and pairing (`DATASET/same_type`); no small ones unless nothing else is there."""
     pairing, dataset = text_column(table, "pairing"), text_column(table, "dataset_id")
     parts, datasets = {}, np.unique(dataset)
     for name in np.unique(pairing).tolist():

@@ -10,7 +10,6 @@ import scipy.sparse.linalg
 from data_scripts.cells.screens import Screen
 from modeling_gppc.evaluation.screen_scores import ScreenPrediction
 from modeling_gppc.fitting.observed_responses import ObservedResponses
-from modeling_gppc.normalization_gppc import close_matches
 
 N_FEATURES = 20
 
@@ -255,19 +254,12 @@ CONTROL_ONLY = ("no_change", "target_only", "covariance")
 def run_baselines(
     context: ScreenContext, names: Sequence[str] | None = None, mode: str = "fine-tuned", weigh: bool = False
 ) -> dict[str, ScreenPrediction]:
-    """Predictions of baselines by name; in other modes than `fine-tuned` only those that read controls; with
-    `weigh` their `control_weight` too.
-
-    Raises:
-        ValueError: For an unknown baseline.
-    """
+    """Predictions of baselines by name; in other modes than `fine-tuned` only those that read controls; with `weigh`
+    their `control_weight` too."""
     allowed = list(CONTROL_ONLY)
     if mode == "fine-tuned":
         # One training perturbation has a mean, and no regression.
         allowed = list(BASELINES) if len(context.train) >= 2 else [*CONTROL_ONLY, "mean", "matching_mean", "additive"]
-    for name in names or ():
-        if name not in BASELINES:
-            raise ValueError(f"`baselines` names `{name}`, which is none{close_matches(name, BASELINES)}.")
     found = {name: BASELINES[name](context) for name in allowed if names is None or name in names}
     for name, prediction in found.items() if weigh else ():
         if prediction.reads_perturbed_cells:

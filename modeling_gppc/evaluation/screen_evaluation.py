@@ -36,17 +36,9 @@ from modeling_gppc.evaluation.transfer_scorecard import weights_digest
 
 @dataclasses.dataclass
 class DivisionScores:
-    """Scores of one division of the controls.
-
-    Args:
-        scores (`dict[str, dict[str, np.ndarray]]`): Method -> metric -> one value a perturbation.
-        drawn (`dict[str, np.ndarray]`): From [`resampled_correlations`].
-        swapped, shuffled (`dict[str, np.ndarray]`): pearson_delta of the two nulls, by method, `(P,)`.
-        squares (`dict[str, tuple[float, float]]`): Squared length of error and of truth, all responses together.
-        inside (`dict[str, dict[str, float]]`): From [`calibration`].
-        ceiling (`np.ndarray`): Of each perturbation, `(P,)`.
-        measured (`np.ndarray` of bool): Whether its targets are measured, `(P,)`.
-    """
+    """Scores of one division of the controls, by method: every metric `(P,)`; [`resampled_correlations`];
+    pearson_delta of the two nulls; squared length of error and of truth, all responses together; [`calibration`]; and
+    for each perturbation its ceiling and whether its targets are measured."""
 
     scores: dict[str, dict[str, np.ndarray]]
     drawn: dict[str, np.ndarray]
@@ -60,14 +52,8 @@ class DivisionScores:
 
 @dataclasses.dataclass
 class ScreenEvaluation:
-    """Result of an evaluation.
-
-    Args:
-        run (`ScreenRun`): The first division of the controls: what figures and files show.
-        scores (`dict[str, dict[str, np.ndarray]]`): Method -> metric -> one value a perturbation, mean over divisions.
-        ceiling (`np.ndarray`): Of each perturbation, mean over divisions, shape `(P,)`.
-        summary (`dict`): Content of `evaluation.json`.
-    """
+    """Result of an evaluation: the first division of the controls, which figures and files show; metrics by method and
+    ceilings `(P,)`, means over divisions; and the content of `evaluation.json`."""
 
     run: ScreenRun
     scores: dict[str, dict[str, np.ndarray]]
@@ -277,14 +263,8 @@ def summarise_method(
     shuffled: np.ndarray | None = None,
     seed: int = 0,
 ) -> dict:
-    """Means over perturbations with their 95 % intervals.
-
-    Args:
-        scores (`Mapping[str, np.ndarray]`): From [`score_prediction`].
-        swapped (`np.ndarray`): See [`swapped_pearson`], shape `(P,)`.
-        shuffled (`np.ndarray`, *optional*): pearson_delta of the target-shuffled null, shape `(P,)`.
-        seed (`int`, *optional*, defaults to 0): Of the bootstrap.
-    """
+    """Means over perturbations with their 95 % intervals, also less the nulls of [`swapped_pearson`] and of shuffled
+    targets."""
     entry: dict = {"n_perturbations": len(swapped)}
     for name in METRICS:
         if name in scores:

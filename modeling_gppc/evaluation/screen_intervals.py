@@ -28,12 +28,9 @@ def resampled_correlations(
     n_resamples: int = 200,
     seed: int = 0,
 ) -> dict[str, np.ndarray]:
-    """pearson_delta of every method against responses recomputed from cells drawn with replacement, controls too.
-
-    Returns:
-        Method -> correlations `(n_resamples + 1, P)`, the first row those with the responses as observed; 0 where there is
-        no direction. One perturbation is in memory at a time.
-    """
+    """pearson_delta of every method `(n_resamples + 1, P)` against responses recomputed from cells drawn with
+    replacement, controls too; the first row is that of the responses as observed, 0 stands where there is no
+    direction."""
 
     def means(cells):
         values = screen.values[cells][:, truth.mask]
@@ -68,15 +65,12 @@ def _directions(rows: np.ndarray) -> np.ndarray:
 
 
 def interval_of_mean(correlations: np.ndarray, rows: np.ndarray | None = None, seed: int = 0) -> list[float]:
-    """95 % interval of a mean over perturbations, which are drawn with replacement together with the cells behind them.
+    """95 % interval of a mean over perturbations (`rows` of them), drawn with replacement together with the cells
+    behind them: `correlations` `(n_resamples + 1, P)` are those of [`resampled_correlations`] or the difference of
+    two.
 
-    The mean of the control cells errs for all perturbations alike; drawing perturbations alone would not see it. What
-    drawing cells adds is taken about its own mean: responses of drawn cells are noisier than those observed.
-
-    Args:
-        correlations (`np.ndarray`): From [`resampled_correlations`], or the difference of two, `(n_resamples + 1, P)`.
-        rows (`np.ndarray`, *optional*): Some of the perturbations.
-        seed (`int`, *optional*, defaults to 0): Of the bootstrap.
+    The mean of the control cells errs for all perturbations alike, which drawing perturbations alone would not see.
+    What drawing cells adds is taken about its own mean: responses of drawn cells are noisier than those observed.
     """
     rows = np.arange(correlations.shape[1]) if rows is None else rows
     if len(rows) < 2:
@@ -92,17 +86,8 @@ def interval_of_mean(correlations: np.ndarray, rows: np.ndarray | None = None, s
 def compare_methods(
     first: np.ndarray, second: np.ndarray, ceiling: np.ndarray, seed: int = 0
 ) -> dict[str, float | list[float]]:
-    """Difference in mean pearson_delta, with a paired interval over perturbations x resampled cells.
-
-    Args:
-        first, second (`np.ndarray`): From [`resampled_correlations`], `(n_resamples + 1, P)`.
-        ceiling (`np.ndarray`): Of each perturbation, shape `(P,)`.
-        seed (`int`, *optional*, defaults to 0): Of the bootstrap.
-
-    Returns:
-        `dict` with `difference`, `ci95`, and the same for the perturbations whose ceiling exceeds 0.5 under
-        `above_ceiling_half` (`n`, `difference`, `ci95`).
-    """
+    """Difference in mean pearson_delta of two methods with a paired interval (`difference`, `ci95`), and the same for
+    the perturbations whose ceiling exceeds 0.5, with their number, under `above_ceiling_half`."""
     gap = first - second
 
     def summarise(rows: np.ndarray) -> dict:

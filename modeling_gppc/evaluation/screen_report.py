@@ -17,8 +17,8 @@ from modeling_gppc.evaluation.screen_evaluation import ScreenEvaluation
 from modeling_gppc.evaluation.screen_figures import plot_calibration, plot_responses, plot_screen_scores
 from modeling_gppc.evaluation.screen_scores import METRICS
 
+# Columns beside pearson_delta, with their decimals.
 TABLE_METRICS = (
-    ("pearson_delta", 3),
     ("systema_pearson", 3),
     ("direction_accuracy", 2),
     ("normalised_squared_error", 3),
@@ -37,7 +37,7 @@ def table_rows(summary: dict) -> tuple[list[str], list[list[str]]]:
         "method",
         "pearson_delta",
         "95 % interval",
-        *(name for name, _ in TABLE_METRICS[1:]),
+        *(name for name, _ in TABLE_METRICS),
         "matched - shuffled",
         "shuffled labels",
         *([f"{subject} - method"] if subject else []),
@@ -45,33 +45,23 @@ def table_rows(summary: dict) -> tuple[list[str], list[list[str]]]:
     rows = []
     for name in names:
         entry = summary["methods"][name]
-        low, high = entry["pearson_delta_ci95"]
         cells = [name + (" *" if entry["reads_perturbed_cells"] else ""), f"{entry['pearson_delta']:.3f}"]
-        cells.append(f"[{low:.3f}, {high:.3f}]")
-        for metric, digits in TABLE_METRICS[1:]:
+        cells.append(_interval(entry["pearson_delta_ci95"]))
+        for metric, digits in TABLE_METRICS:
             value = entry.get(metric)
             cells.append("" if value is None else f"{value:.{digits}f}")
-        if entry.get("matched_minus_shuffled") is not None and any(entry["matched_minus_shuffled_ci95"]):
-            low, high = entry["matched_minus_shuffled_ci95"]
-            cells.append(f"{entry['matched_minus_shuffled']:+.3f} [{low:.3f}, {high:.3f}]")
-        else:
-            cells.append("")
-        nothing = entry.get("nothing_pearson")
-        cells.append(
-            ""
-            if nothing is None
-            else f"{nothing:+.3f} [{', '.join(f'{x:.2f}' for x in entry['nothing_pearson_ci95'])}]"
-        )
+        matched, nothing = entry.get("matched_minus_shuffled_ci95"), entry.get("nothing_pearson_ci95")
+        cells.append(f"{entry['matched_minus_shuffled']:+.3f} {_interval(matched)}" if any(matched or ()) else "")
+        cells.append(f"{entry['nothing_pearson']:+.3f} {_interval(nothing, 2)}" if nothing else "")
         if subject:
             comparison = summary["comparisons"].get(name)
-            cells.append("" if comparison is None else _difference(comparison))
+            cells.append(f"{comparison['difference']:+.3f} {_interval(comparison['ci95'])}" if comparison else "")
         rows.append(cells)
     return header, rows
 
 
-def _difference(comparison: dict) -> str:
-    low, high = comparison["ci95"]
-    return f"{comparison['difference']:+.3f} [{low:.3f}, {high:.3f}]"
+def _interval(bounds: list[float], digits: int = 3) -> str:
+    return f"[{bounds[0]:.{digits}f}, {bounds[1]:.{digits}f}]"
 
 
 def sentences(summary: dict) -> list[str]:
@@ -119,15 +109,15 @@ def sentences(summary: dict) -> list[str]:
     )
     for title, part in (("all perturbations", None), ("those with a ceiling above 0.5", "strong_responses")):
         entries = {name: m if part is None else m.get(part) for name, m in summary["methods"].items()}
-        told = [
+        shown = [
             f"{name} {found['strong_coverage90']:.2f}, {found['strong_width90']:.3f}, {found['strong_crps']:.4f}"
             for name, found in entries.items()
             if found and found.get("strong_crps") is not None
         ]
-        if told:
+        if shown:
             said.append(
                 f"Intervals on the 50 genes whose predicted change is largest, {title} (coverage of 90 %, width, CRPS; "
-                f"coverage and CRPS with the error of the observation): {'; '.join(told)}."
+                f"coverage and CRPS with the error of the observation): {'; '.join(shown)}."
             )
     return said
 

@@ -16,7 +16,7 @@ from data_scripts.cells.screen_splits import (
     stated_fold,
 )
 from data_scripts.cells.screens import CONTROL, Screen
-from data_scripts.pairs.leak_guards import SplitPlan, guard_fold, guard_model, refuse_leaks
+from data_scripts.pairs.leak_guards import SplitPlan, guard_model, refuse_leaks
 from modeling_gppc.evaluation.evaluate_options import EvaluateOptions
 from modeling_gppc.evaluation.screen_baselines import ScreenContext, control_features, run_baselines
 from modeling_gppc.evaluation.screen_model import ScreenModel, read_run
@@ -59,17 +59,8 @@ def run_screen(
     screen: Screen, options: EvaluateOptions, progress: bool, differential: bool = True
 ) -> Iterator[ScreenRun]:
     """Runs the mode that the options ask for: once for every division of the controls, or once where none is shared.
-
-    Args:
-        screen (`Screen`): The screen.
-        options ([`EvaluateOptions`]): The mode.
-        progress (`bool`): Whether to show a bar.
-        differential (`bool`, *optional*, defaults to `True`): Whether genes are tested for differential expression, in the
-            first division, both directions.
-
-    Raises:
-        ValueError: If no perturbation can be scored in this mode, or the division of cells leaks.
-    """
+    With `differential` genes are tested for differential expression in the first division, both directions. Raises
+    `ValueError` if no perturbation can be scored in this mode, or the division of cells leaks."""
     notes = check_models(screen, options)
     features = None
     if options.gene_features is not None:
@@ -130,11 +121,8 @@ def divisions(screen: Screen, options: EvaluateOptions) -> list[tuple[Screen, Sc
 
 
 def check_models(screen: Screen, options: EvaluateOptions) -> list[str]:
-    """Refuses model folders that saw what they must not; says where that is not stated.
-
-    Raises:
-        ValueError: Naming the leak.
-    """
+    """Refuses model folders that were trained on what they must not, with a `ValueError`; notes where that is not
+    stated."""
     notes = []
     for folder in options.folders:
         run = read_run(folder)
@@ -145,11 +133,7 @@ def check_models(screen: Screen, options: EvaluateOptions) -> list[str]:
 
 
 def need(labels: list[str], options: EvaluateOptions) -> list[str]:
-    """The labels, if there are enough of them.
-
-    Raises:
-        ValueError: If there are fewer than two.
-    """
+    """The labels; `ValueError` where there are fewer than two."""
     if len(labels) < 2:
         raise ValueError(
             f"`screen` has {len(labels)} perturbations that can be scored; mode {options.mode!r} needs at least 2: give "
@@ -179,12 +163,8 @@ def from_controls(seen: Screen, judged: Screen, options: EvaluateOptions, differ
 def shuffled_null(
     predict: Callable[[ScreenContext], ScreenPrediction], context: ScreenContext, options: EvaluateOptions
 ) -> list[tuple[ScreenPrediction, np.ndarray]]:
-    """Predictions with random genes, none of them a target of the panel, in the targets' places.
-
-    Returns:
-        Predictions, each with the genes that were imposed, bool of shape `(P, V)`: like the targets in whose place they
-        are, they must not be scored.
-    """
+    """Predictions with random genes, none of them a target of the panel, in the targets' places, each with the genes
+    that were imposed, bool `(P, V)`: like the targets in whose place they are, they must not be scored."""
     generator = np.random.default_rng(options.seed)
     spread = context.screen.values[context.screen.cells_of(CONTROL)].std(axis=0)
     pool = np.setdiff1d(np.flatnonzero(spread > 1e-6), context.screen.panel_targets)
@@ -202,12 +182,8 @@ def shuffled_null(
 
 
 def choose_folds(screen: Screen, options: EvaluateOptions) -> list[Fold]:
-    """Folds of the fine-tuned mode; every scored label is tested in exactly one.
-
-    Raises:
-        ValueError: If the screen has no double that offers as many members as are to be seen, or two model folders
-            hold out the same perturbation.
-    """
+    """Folds of the fine-tuned mode; every scored label is tested in exactly one. Raises `ValueError` if no double
+    offers as many members as are to be seen, or two model folders hold out the same perturbation."""
     if options.folders:
         stated = [(read_run(folder) or {}).get("screen") or {} for folder in options.folders]
         folds = [
@@ -248,14 +224,18 @@ def fine_tuned(
     reference, fold_of = np.zeros(shape, np.float32), np.zeros(len(labels), dtype=int)
     train_shares = np.zeros((len(labels), len(screen.control_levels.names)))
     for index, fold in enumerate(folds):
-        guard_fold(
-            fold.train_cells,
-            fold.test_cells,
-            fold.train,
-            fold.test,
-            scored,
-            targets,
-            options.seen if options.split == "combinations" else None,
+        refuse_leaks(
+            SplitPlan(
+                train_cells=fold.train_cells,
+                test_cells=fold.test_cells,
+                train_perturbations=fold.train,
+                test_perturbations=fold.test,
+                reference_perturbations=fold.train,
+                scored_genes=scored,
+                target_genes=targets,
+                held_out=options.split,
+                seen_members=options.seen if options.split == "combinations" else None,
+            )
         )
         context = ScreenContext.build(screen, fold.train, fold.test, table)
         outputs = run_baselines(context, mode="fine-tuned", weigh=weigh)
@@ -387,6 +367,5 @@ def guard_controls(seen: Screen, judged: Screen, options: EvaluateOptions) -> No
             normalisation_cells=controls,
             selection_cells=controls,
             test_cells=[*perturbed, *truth],
-            mode=options.mode,
         )
     )

@@ -68,17 +68,12 @@ def score_prediction(
     strong: np.ndarray | None = None,
     groups: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
-    """Every metric of one method that needs no cells, one value a perturbation.
+    """Every metric of one method that needs no cells, `(P,)` each; 0 is the correlation of a prediction without any
+    direction.
 
-    A prediction without any direction (no change at the scored genes) has no correlation; it scores 0 there.
-
-    Args:
-        prediction (`ScreenPrediction`): Of the perturbations of `truth`, in order.
-        truth (`ScreenTruth`): What was observed.
-        reference (`np.ndarray`): Systema's R as deltas: mean of the training perturbations, shape `(P, V)`.
-        strong (`np.ndarray`, *optional*): Genes whose intervals are judged apart, from [`strong_genes`]; those of this
-            prediction when absent.
-        groups (`np.ndarray`, *optional*): Perturbations are told apart from those of their group, int of shape `(P,)`.
+    `reference` `(P, V)` is Systema's R as deltas: the mean of the training perturbations. The intervals of the genes
+    `strong` (see [`strong_genes`]; by default those of this prediction) are judged apart. Perturbations are told apart
+    from those of their group in `groups` `(P,)`.
     """
     mask = truth.mask
     kept = prediction.delta[:, mask], truth.delta[:, mask]
@@ -122,14 +117,11 @@ def _mean_of_rows(table: np.ndarray) -> np.ndarray:
 
 
 def rivals(folds: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Groups in which perturbations are told apart: those that were left out together, at most 256 of them.
+    """Groups `(P,)` in which perturbations are told apart: those that were left out together (equal in `folds`), at
+    most 256.
 
-    A method that learns from training responses misses each perturbation that it leaves out: even their mean is farther
-    from that one than from the others. Among perturbations left out together that cancels.
-
-    Args:
-        folds (`np.ndarray`): Fold of each perturbation, int of shape `(P,)`.
-        seed (`int`, *optional*, defaults to 0): Divides what is larger.
+    A method that learns from training responses misses each perturbation that it leaves out: even their mean is
+    farther from that one than from the others. Among perturbations left out together that cancels.
     """
     groups, generator = np.zeros(len(folds), dtype=int), np.random.default_rng(seed)
     for fold in np.unique(folds):
@@ -142,10 +134,8 @@ def rivals(folds: np.ndarray, seed: int = 0) -> np.ndarray:
 def discriminations(
     predicted: np.ndarray, observed: np.ndarray, groups: np.ndarray | None = None
 ) -> dict[str, np.ndarray]:
-    """Metrics that tell perturbations apart within their groups, see [`rivals`]; NaN where one is alone.
-
-    Ranks are among the *others*, so that chance is 0.5 however small a group is: cell-eval's 1 - rank / N has N - 1.
-    """
+    """Metrics that tell perturbations apart within their groups, see [`rivals`]; NaN where one is alone. Ranks are
+    among the *others*, so that chance is 0.5 however small a group is: cell-eval's 1 - rank / N has N - 1."""
     groups = rivals(np.zeros(len(predicted), dtype=int)) if groups is None else groups
     found: dict[str, np.ndarray] = {}
     for group in np.unique(groups):
@@ -163,10 +153,8 @@ def discriminations(
 
 
 def differential_scores(predicted: np.ndarray, observed: np.ndarray, truth: ScreenTruth) -> dict[str, np.ndarray]:
-    """Metrics of differentially expressed genes, from responses at the scored genes, `(P, n_scored)`.
-
-    Point predictions have no test of their own: genes rank by the size of the predicted change.
-    """
+    """Metrics of differentially expressed genes, from responses at the scored genes, `(P, n_scored)`; predictions have
+    no test of their own: genes rank by the size of the predicted change."""
     mask = truth.mask
     genes = [metrics.significant_genes(c, f) for c, f in zip(truth.de_change[:, mask], truth.de_fdr[:, mask])]
     ranked = [np.argsort(-np.abs(row), kind="stable")[: np.count_nonzero(row)] for row in predicted]
@@ -186,17 +174,11 @@ def energy_distances(
     max_cells: int = 200,
     seed: int = 0,
 ) -> dict[str, np.ndarray]:
-    """Energy distance of perturbed cells from control cells moved by the predicted response, for every method, `(P,)`.
+    """Energy distance of perturbed cells from control cells moved by the predicted response, for every method, `(P,)`;
+    of at most `max_cells` of either.
 
-    2 E|C + d - X| - E|C - C'| - E|X - X'| as in [`metrics.energy_distance`]; |c + d - x|^2 is |c - x|^2 + 2 d (c - x) +
-    |d|^2, so that a method costs only products with its prediction d.
-
-    Args:
-        screen (`Screen`): The cells.
-        truth (`ScreenTruth`): Perturbations and scored genes.
-        predictions (`Mapping[str, ScreenPrediction]`): By method.
-        max_cells (`int`, *optional*, defaults to 200): Control cells, and cells of a perturbation, at most.
-        seed (`int`, *optional*, defaults to 0): Draws them.
+    2 E|C + d - X| - E|C - C'| - E|X - X'| with |c + d - x|^2 = |c - x|^2 + 2 d (c - x) + |d|^2, so that a method costs
+    only products with its prediction d.
     """
     generator = np.random.default_rng(seed)
 

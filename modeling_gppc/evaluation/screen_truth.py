@@ -59,16 +59,9 @@ def observe(
     controls_of: Screen | None = None,
     differential: bool = True,
 ) -> ScreenTruth:
-    """Observed responses, their sampling error, differential expression and split-half ceiling.
-
-    Args:
-        screen (`Screen`): The perturbed cells, and the controls that responses are measured against.
-        labels (`Sequence[str]`): Perturbations.
-        seed (`int`, *optional*, defaults to 0), n_splits (`int`, *optional*, defaults to 10): Of the ceiling.
-        controls_of (`Screen`, *optional*): The screen whose controls a replicate has; those of `screen` in halves when
-            absent or the same.
-        differential (`bool`, *optional*, defaults to `True`): Whether genes are tested for differential expression.
-    """
+    """Observed responses, their sampling error, split-half ceiling over `n_splits` and, if asked for, differential
+    expression. A replicate has the controls of `controls_of`; those of `screen` in halves where that is absent or the
+    same."""
     levels, generator = screen.control_levels, np.random.default_rng(seed)
     within = within_variance(screen, [CONTROL, *screen.perturbations])
     mask = scored_genes(screen)
@@ -108,16 +101,8 @@ def split_half(
     mask: np.ndarray,
     generator: np.random.Generator,
 ) -> float:
-    """Mean correlation of the responses of two halves of the cells of a perturbation, each against other controls: what a
-    replicate scores.
-
-    Args:
-        values (`np.ndarray`): Of the n cells, shape `(n, V)`.
-        group (`np.ndarray` of str): Batch and cell line of each, see [`Screen`].
-        sides (`Sequence`): Two sets of controls for each division of the cells.
-        mask (`np.ndarray` of bool): Genes that count, shape `(V,)`.
-        generator (`np.random.Generator`): Divides the cells.
-    """
+    """Mean correlation over the genes of `mask` of the responses of two halves of a perturbation's cells, each against
+    other controls (the two of every entry of `sides`): what a replicate scores."""
     first = np.stack([generator.permutation(len(values)) % 2 == 0 for _ in sides]).astype(np.float32)
     responses = []
     for side, chosen in enumerate((first, 1 - first)):
@@ -152,18 +137,9 @@ def differential_expression(screen: Screen, labels: Sequence[str]) -> tuple[np.n
 
 
 def rank_sum_z(values: scipy.sparse.csc_matrix, group: np.ndarray, n_groups: int) -> np.ndarray:
-    """z of the rank sums of many groups of cells against one group of controls, variance corrected for ties.
-
-    Gene by gene, all groups at once, zeros counted instead of sorted.
-
-    Args:
-        values (`scipy.sparse.csc_matrix`): Shape `(n, V)`.
-        group (`np.ndarray`): Of each cell: 0 to `n_groups` - 1, `n_groups` for controls, -1 for neither; shape `(n,)`.
-        n_groups (`int`): P.
-
-    Returns:
-        `np.ndarray` of shape `(P, V)`; 0 where all values are equal.
-    """
+    """z of the rank sums of P groups of cells against one group of controls, variance corrected for ties, `(P, V)`; 0
+    where all values are equal. `group` is 0 to P - 1, P for controls, -1 for neither. All groups at once, zeros
+    counted instead of sorted."""
     sizes = np.bincount(group[group >= 0], minlength=n_groups + 1)
     n, m = sizes[:n_groups], sizes[n_groups]
     total, sums, ties = n + m, np.empty((values.shape[1], n_groups)), np.empty((values.shape[1], n_groups))

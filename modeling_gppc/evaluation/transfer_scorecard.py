@@ -18,11 +18,7 @@ EVALUATION_FILE = "evaluation.json"
 
 
 def weights_digest(folder: str | Path) -> str:
-    """Digest of a model folder's weights: says which model was scored without saying where it lies.
-
-    Raises:
-        ValueError: If the folder holds no weights.
-    """
+    """Digest of a model folder's weights: says which model was scored without saying where it lies."""
     files = sorted(Path(folder).glob("model*.safetensors"))
     if not files:
         raise ValueError(f"`folder` {folder} holds no model.safetensors; wanted a model folder.")

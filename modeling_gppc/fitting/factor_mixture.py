@@ -27,14 +27,8 @@ WITHIN_ITERATIONS = 30
 
 @dataclasses.dataclass
 class FactorMixture:
-    """
-    A factor model whose factors follow a mixture: x_j = mean_j + loadings_j z + e_j, z ~ sum_c weight_c N(mean_c, I).
-
-    Args:
-        model (`FactorModel`): Mean, loadings and noise; loadings are scaled to unit covariance *within* a component.
-        means (`np.ndarray`): Of the components, shape `(C, r)`.
-        weights (`np.ndarray`): Shape `(C,)`, sum 1.
-    """
+    """A factor model whose factors follow a mixture of components with means `(C, r)`: x_j = mean_j + loadings_j z +
+    e_j, z ~ sum_c weight_c N(mean_c, I). Loadings are scaled to unit covariance *within* a component."""
 
     model: FactorModel
     means: np.ndarray
@@ -132,11 +126,8 @@ def _start(points: np.ndarray, n_components: int, seed: int) -> np.ndarray:
 
 
 def fit_mixture_coupling(mixture: FactorMixture, source: Cells, target: Cells) -> tuple[np.ndarray, np.ndarray]:
-    """How the target's state follows from the source's: between components, and within them.
-
-    Returns transition probabilities P(target's component | source's) `(C, C)`, and the covariance of the two cells'
-    factors around their components' means `(r, r)`, of paired cells of the same panels.
-    """
+    """Transition probabilities P(target's component | source's) `(C, C)`, and the covariance of the two cells' factors
+    about their components' means `(r, r)`; from paired cells of the same panels."""
     n_pairs, prior = len(source), np.outer(mixture.weights, mixture.weights)
     likelihoods = [mixture.log_likelihood(cells) for cells in (source, target)]
     given_source, given_target = (np.exp(one - one.max(axis=1, keepdims=True)) for one in likelihoods)

@@ -14,14 +14,8 @@ TOLERANCE = 1e-6  # largest change of an entry of the coupling at which iteratio
 
 @dataclasses.dataclass
 class Cells:
-    """
-    Cells, and the genes that each of them measures.
-
-    Args:
-        values (`np.ndarray`): Normalised values, shape `(n, V)`; what was not measured is not read.
-        panel_index (`np.ndarray`): Row of `panels` of each cell, shape `(n,)`.
-        panels (`np.ndarray` of bool): Measured-gene sets, shape `(P, V)`.
-    """
+    """Normalised values of cells `(n, V)`, of which unmeasured ones are not read, and the measured genes of each: its
+    row of `panels` `(P, V)`."""
 
     values: np.ndarray
     panel_index: np.ndarray
@@ -47,13 +41,8 @@ class Cells:
 
 @dataclasses.dataclass
 class FactorModel:
-    """x_j = mean_j + loadings_j z + e_j with z ~ N(0, I) and e_j ~ N(0, noise_j).
-
-    Args:
-        mean (`np.ndarray`): Shape `(V,)`.
-        loadings (`np.ndarray`): Shape `(V, r)`, columns in order of falling signal, zero for genes measured nowhere.
-        noise (`np.ndarray`): Variance of each gene that the factors do not explain, shape `(V,)`.
-    """
+    """x_j = mean_j + loadings_j z + e_j with z ~ N(0, I) and e_j ~ N(0, noise_j). Columns of `loadings` `(V, r)` are
+    in order of falling signal, zero for genes measured nowhere."""
 
     mean: np.ndarray
     loadings: np.ndarray
@@ -118,12 +107,8 @@ def fit_factor_model(cells: Cells, n_factors: int, n_iterations: int = 30, seed:
 
 
 def choose_rank(values: np.ndarray, seed: int = 0) -> int:
-    """The one of [`RANKS`] with the highest likelihood of held-out cells, three fifths of them in turn.
-
-    Args:
-        values (`np.ndarray`): Values of the cells, all genes measured, shape `(n_cells, V)`; for few genes.
-        seed (`int`, *optional*, defaults to 0): Of the division and the fits.
-    """
+    """The one of [`RANKS`] with the highest likelihood of held-out cells, three fifths of them in turn; for few genes,
+    all measured."""
     order = np.random.default_rng(seed).permutation(len(values))
     panel = np.ones((1, values.shape[1]), dtype=bool)
     usable = [rank for rank in RANKS if rank < min(values.shape[1] // 3, len(values) // 2)] or [1]

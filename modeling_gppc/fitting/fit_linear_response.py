@@ -55,12 +55,12 @@ def initialize_linear_response(
     n_iterations: int = 30,
     seed: int = 0,
 ) -> None:
-    """Fits gene means, loadings, noise, cell states and couplings of pairings on the training pairs, in closed form.
+    """Fits gene means, loadings, noise, cell states and couplings of pairings on the training pairs, in closed form,
+    in place.
 
-    Cell states are kept only where they pay: the single conditional Gaussian is fitted first. The average of its
-    response and that of the states is taken if it raises the squared error on the validation pairs of no pairing. The
-    model is changed in place; `max_cells` cells, and pairs of each pairing, are read `n_iterations` times; `seed`
-    chooses them.
+    Cell states are kept only where they pay: their response is averaged with that of the single conditional Gaussian
+    if this raises the squared error on the validation pairs of no pairing. `max_cells` cells, and pairs of each
+    pairing, are read.
     """
     device, config, response = model.device, model.config, model.model.linear_response
     model.cpu()  # where the cells are; a Trainer may have moved the model already

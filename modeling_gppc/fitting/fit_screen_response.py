@@ -1,4 +1,4 @@
-"""Fits what perturbations of a screen do: blend, size and spread by leave-one-out over those that were seen."""
+"""Fits what perturbations of a screen do: weights, size and spread by leave-one-out over those that were seen."""
 
 import dataclasses
 import itertools
@@ -32,32 +32,17 @@ Z90 = 1.6448536
 
 
 def process_mean(votes: np.ndarray, like: np.ndarray, to: np.ndarray, unexplained: float = UNEXPLAINED) -> np.ndarray:
-    """Posterior mean of a Gaussian process about the mean of its observations.
-
-    Args:
-        votes (`np.ndarray`): Observations, shape `(T, V)`.
-        like (`np.ndarray`): Kernel between them, shape `(T, T)`.
-        to (`np.ndarray`): Kernel between what is asked for and them, shape `(P, T)`.
-        unexplained (`float`, *optional*, defaults to 1): Noise, in units of the kernel.
-
-    Returns:
-        `np.ndarray` of shape `(P, V)`.
-    """
+    """Posterior mean `(P, V)` of a Gaussian process about the mean of its observations `votes` `(T, V)`, given its
+    kernel among them `(T, T)` and `to` them `(P, T)`; `unexplained` is the noise in units of the kernel."""
     mean = votes.mean(axis=0)
     return mean + to @ np.linalg.solve(like + unexplained * np.eye(len(votes)), votes - mean)
 
 
 @dataclasses.dataclass
 class SeenPerturbations:
-    """
-    The T perturbations that are seen, as the model is asked about them.
-
-    Args:
-        labels (`list[str]`): Their names in the screen.
-        ids, changes, mask (`np.ndarray`): Ids of their targets among the genes that may be asked about, measured changes
-            of log value (0 where not measured) and 1 where real, each `(T, K)`.
-        likeness (`np.ndarray`): Of every gene that may be asked about to each of them, `(V + E, T)`.
-    """
+    """The T perturbations that are seen: their names in the screen; `(T, K)` ids of their targets, measured changes of
+    log value (0 where not measured) and 1 where real; and the likeness `(V + E, T)` of every gene that may be asked
+    about to each."""
 
     labels: list[str]
     ids: np.ndarray
@@ -85,18 +70,11 @@ def fit_screen_response(
     seen: SeenPerturbations,
     options: ScreenFitOptions,
 ) -> None:
-    """
-    Fills the part of a screen response that knows perturbations, in place.
+    """Fills the part of a screen response that is learned from perturbations, in place.
 
-    Weight, size and spread are chosen by leaving out each perturbation, with all that share a gene with it, as folds do.
-    What is left out is measured from other control cells than what it is predicted with.
-
-    Args:
-        part ([`GppcScreenResponse`]): Its `counted` and `held` are set.
-        linear_response ([`GppcLinearResponse`]): Of the control cells.
-        screen (`Screen`): Only the controls and the cells of the seen perturbations are read.
-        seen ([`SeenPerturbations`]): The perturbations.
-        options ([`ScreenFitOptions`]): `controls`, `divisions`, `replicates`, `seed`.
+    Weight, size and spread are chosen by leaving out each perturbation, with all that share a gene with it, as folds
+    do. What is left out is measured from other control cells than what it is predicted with. `counted` and `held` of
+    `part` are set before; of the screen only controls and cells of the seen perturbations are read.
     """
     labels, counted = seen.labels, part.counted.numpy()
     tensors = (torch.as_tensor(array) for array in (seen.ids, seen.changes, seen.mask))
@@ -109,7 +87,7 @@ def fit_screen_response(
         halves = control_halves(screen, options.divisions, options.seed)
         both = {rows.tobytes(): ObservedResponses.of(screen, labels, rows) for rows, _ in halves}
         pairs = [(both[first.tobytes()], both[second.tobytes()]) for first, second in halves]
-    choice = choose_blend(pairs, seen, direction, shared)
+    choice = choose_weights(pairs, seen, direction, shared)
     votes = training_votes(observed, choice.power, shrink=not shared)
     groups = responses_by_group(screen, labels, getattr(screen, options.replicates))
     share, mean = observed.signal_share, votes.mean(axis=0)
@@ -144,15 +122,9 @@ def training_votes(observed: ObservedResponses, power: float, shrink: bool) -> n
 
 
 @dataclasses.dataclass
-class Blend:
-    """
-    What leave-one-out chose.
-
-    Args:
-        power, features, weight (`float`): See [`SHARED_POWERS`], [`FEATURE_WEIGHTS`] and [`WEIGHTS`].
-        scale (`float`): Size of the responses relative to what these give.
-        residuals (`list[np.ndarray]`): Response minus prediction, `(T, V)`, a pair of halves each.
-    """
+class ChosenWeights:
+    """What leave-one-out chose: see [`SHARED_POWERS`], [`FEATURE_WEIGHTS`] and [`WEIGHTS`]; `scale` is the size of the
+    responses relative to what these give, `residuals` are responses minus predictions, `(T, V)` a pair of halves."""
 
     power: float
     features: float
@@ -161,21 +133,16 @@ class Blend:
     residuals: list[np.ndarray]
 
 
-def choose_blend(
+def choose_weights(
     pairs: Sequence[tuple[ObservedResponses, ObservedResponses]],
     seen: SeenPerturbations,
     direction: np.ndarray,
     shared_controls: bool,
-) -> Blend:
+) -> ChosenWeights:
     """Weights whose leave-one-out predictions have the highest mean cosine with the responses, and the size that fits
-    them best.
-
-    Args:
-        pairs (`Sequence`): Responses that predictions are made of, and responses that they are held against.
-        seen ([`SeenPerturbations`]): The perturbations.
-        direction (`np.ndarray`): Of the linear response to each, shape `(T, V)`.
-        shared_controls (`bool`): Whether both are measured from the same controls: the form of the literature.
-    """
+    best. A pair holds responses that predictions are made of and those that they are compared with; `direction` is the
+    linear response to each, `(T, V)`; `shared_controls`: both are measured from the same controls, as in the
+    literature."""
     related, counted, shrink = seen.related, pairs[0][0].counted, not shared_controls
     powers = SHARED_POWERS if shared_controls else (0.0,)
     feature_weights = FEATURE_WEIGHTS if shrink and seen.likeness.any() else (1.0,)
@@ -193,7 +160,7 @@ def choose_blend(
             if agreement > best + 1e-9:
                 best, chosen, guesses = agreement, (power, features, weight), found
     scale = fitted_scale(guesses, [truth for _, truth in pairs], shrink)
-    return Blend(*chosen, scale, [truth.delta - scale * guess for guess, (_, truth) in zip(guesses, pairs)])
+    return ChosenWeights(*chosen, scale, [truth.delta - scale * guess for guess, (_, truth) in zip(guesses, pairs)])
 
 
 def fitted_scale(guesses: Sequence[np.ndarray], truths: Sequence[ObservedResponses], shrink: bool) -> float:
@@ -209,12 +176,9 @@ def fitted_scale(guesses: Sequence[np.ndarray], truths: Sequence[ObservedRespons
 
 
 def leave_one_out(votes: np.ndarray, kernel: np.ndarray, related: np.ndarray) -> np.ndarray:
-    """Posterior mean at each perturbation of the process about the mean of those that are not related to it, `(T, V)`;
-    zero where there is none.
-
-    Where a perturbation is related to itself alone, from one inverse: with A = (K + u I)^-1 and any mean m, the
-    prediction for i is y_i - (A (y - m))_i / A_ii (Rasmussen and Williams 2006, 5.12).
-    """
+    """Posterior mean at each perturbation of the process about the mean of those not related to it, `(T, V)`; zero
+    where there is none. With A = (K + u I)^-1 and any mean m one inverse gives y_i - (A (y - m))_i / A_ii (Rasmussen
+    and Williams 2006, 5.12) for a perturbation that is related to itself alone."""
     n = len(votes)
     if n < 2:
         return np.zeros_like(votes)
@@ -230,12 +194,9 @@ def leave_one_out(votes: np.ndarray, kernel: np.ndarray, related: np.ndarray) ->
 
 
 def error_variance(residual: np.ndarray, observed: ObservedResponses, shared_controls: bool) -> np.ndarray:
-    """Variance of true responses about predicted ones, a gene, from leave-one-out errors `(T, V)`; shape `(V,)`.
-
-    Half the gene's own error, half what genes of its spread have: a variance from a handful of perturbations is itself
-    noisy. Scaled so that 90 % of the errors lie within the 90 % interval, then freed of the sampling error that the
-    errors contain.
-    """
+    """Variance of true responses about predicted ones, a gene, from leave-one-out errors `(T, V)`; shape `(V,)`. Half
+    the gene's own error, half what genes of its spread have, scaled so that 90 % of the errors lie within the 90 %
+    interval, then freed of the sampling error."""
     counted, within = observed.counted, observed.within
     shared = (residual[:, counted] ** 2).mean(axis=0).sum() / max(within[counted].sum(), 1e-12) * within
     spread = np.sqrt(0.5 * (residual**2).mean(axis=0) + 0.5 * shared)

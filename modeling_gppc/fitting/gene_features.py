@@ -15,13 +15,7 @@ GENE_COLUMNS = ("gene", "symbol", "gene_symbol", "gene_name", "gene_id", "ensemb
 
 @dataclasses.dataclass
 class GeneFeatures:
-    """
-    One vector a gene.
-
-    Args:
-        genes (`list[str]`): Names as the table has them, each once.
-        matrix (`scipy.sparse.csr_matrix`): Shape `(len(genes), F)`.
-    """
+    """One vector a gene: names as the table has them, each once, and a matrix `(len(genes), F)`."""
 
     genes: list[str]
     matrix: scipy.sparse.csr_matrix
@@ -42,18 +36,13 @@ class GeneFeatures:
 
 
 def read_gene_features(path: str | Path, genes: Iterable[str]) -> GeneFeatures:
-    """
-    Features of genes from a table.
+    """Features of genes from a `.parquet`, `.csv` or `.tsv` table whose gene column is called `gene`, `symbol`,
+    `gene_id`, ...
 
-    A table of two text columns, gene and term, gives one number a term: log(number of genes / genes with the term) where
-    the gene has it, so that rare terms say most. A table with one row a gene and columns of numbers gives those numbers.
-
-    Args:
-        path (`str` or `Path`): `.parquet`, `.csv` or `.tsv`; the gene's column is called `gene`, `symbol`, `gene_id`, ...
-        genes (`Iterable[str]`): Perturbed genes as the screen calls them; at least one must be in the table.
-
-    Raises:
-        ValueError: For a file that is absent, a table without such columns, or one that knows none of the genes.
+    Of two text columns, gene and term, every term becomes a number: log(number of genes / genes with the term) where
+    the gene has it. Columns of numbers, one row a gene, are taken as they are. `genes` are the perturbed genes as the
+    screen calls them. Raises `ValueError` for an absent file, a table without such columns, or one that has none of
+    the genes.
     """
     path = Path(path)
     if not path.is_file():
@@ -72,7 +61,7 @@ def read_gene_features(path: str | Path, genes: Iterable[str]) -> GeneFeatures:
     wanted = {str(gene).casefold() for gene in genes}
     if not wanted & set(folded):
         raise ValueError(
-            f"`gene_features` {path.name} knows none of the {len(wanted)} perturbed genes"
+            f"`gene_features` {path.name} holds none of the {len(wanted)} perturbed genes"
             f"{close_matches(next(iter(sorted(wanted)), ''), folded[:5_000].tolist())}; names are symbols or ids as the "
             "screen's labels have them."
         )

@@ -20,11 +20,8 @@ def scored_genes(screen: Screen) -> np.ndarray:
 
 
 def within_variance(screen: Screen, labels: Sequence[str]) -> np.ndarray:
-    """Variance of single cells about the mean of their label, pooled over labels, `(V,)`.
-
-    The error of a mean must not be told by the cells behind that mean alone: where none of them happens to express a
-    rare gene they would claim to know its mean exactly.
-    """
+    """Variance of single cells about the mean of their label, pooled over labels, `(V,)`: the few cells of one label,
+    none of which happens to express a rare gene, would give its mean no error at all."""
     squares, freedom = np.zeros(screen.values.shape[1]), 0
     for label in labels:
         cells = screen.values[screen.cells_of(label)]
@@ -36,17 +33,9 @@ def within_variance(screen: Screen, labels: Sequence[str]) -> np.ndarray:
 
 @dataclasses.dataclass
 class ObservedResponses:
-    """
-    Responses to some perturbations: mean of their cells minus mean of control cells with the same mix of batches.
-
-    Args:
-        labels (`list[str]`): The T perturbations.
-        delta (`np.ndarray`): Shape `(T, V)`.
-        n_cells (`np.ndarray`): Cells behind each, shape `(T,)`.
-        n_controls (`np.ndarray`): Control cells behind each, see [`ControlLevels.number_for`], shape `(T,)`.
-        within (`np.ndarray`): Variance of single cells, see [`within_variance`], shape `(V,)`.
-        counted (`np.ndarray` of bool): See [`scored_genes`], shape `(V,)`.
-    """
+    """Responses `delta` `(T, V)` to some perturbations: mean of their cells minus mean of control cells with the same
+    mix of batches; cells and controls behind each (see [`ControlLevels.number_for`]), [`within_variance`] and
+    [`scored_genes`]."""
 
     labels: list[str]
     delta: np.ndarray

@@ -19,14 +19,8 @@ Z90 = 1.6448536
 
 @dataclasses.dataclass
 class GroupResponses:
-    """Response to one perturbation within each group, against the controls of that group.
-
-    Args:
-        groups (`list[str]`): The G groups with enough cells and controls.
-        delta (`np.ndarray`): Shape `(G, V)`.
-        sampling (`np.ndarray`): Variance of `delta` by the number of cells, shape `(G, V)`.
-        counted (`np.ndarray` of bool): Genes expected in at least one cell, shape `(G, V)`.
-    """
+    """Response `(G, V)` to one perturbation within each of G groups, against the controls of that group; its variance
+    by the number of cells, and the genes expected in at least one cell."""
 
     groups: list[str]
     delta: np.ndarray
@@ -71,13 +65,8 @@ def responses_by_group(screen: Screen, labels: Sequence[str], groups: np.ndarray
 
 def random_effects(parts: Mapping[str, GroupResponses], within: np.ndarray, mask: np.ndarray) -> np.ndarray | None:
     """Variance of true responses between groups, `(V,)`: observed spread minus sampling error, pooled over
-    perturbations; half the gene's own, half what genes of its variance within groups have. `None` without replicates.
-
-    Args:
-        parts (`Mapping[str, GroupResponses]`): By perturbation.
-        within (`np.ndarray`): Variance of single cells, shape `(V,)`.
-        mask (`np.ndarray` of bool): Genes that are pooled, shape `(V,)`.
-    """
+    perturbations and the genes of `mask`; half the gene's own, half what genes of its variance `within` groups have.
+    `None` without replicates."""
     squares, freedom = np.zeros(len(within)), 0
     for part in parts.values():
         if len(part.groups) >= 2:
@@ -92,11 +81,9 @@ def random_effects(parts: Mapping[str, GroupResponses], within: np.ndarray, mask
 
 
 def variance_between(screen: Screen, parts: Mapping[str, GroupResponses], kind: str) -> np.ndarray:
-    """Variance of a response in a new group about its mean over groups, `(V,)`.
-
-    The random-effects estimate has the right sum; that differences have heavier tails than a Gaussian is met by a
-    factor with which 90 % intervals hold 90 % of each group's responses as told by the others.
-    """
+    """Variance of a response in a new group about its mean over groups, `(V,)`: the random-effects estimate times a
+    factor with which 90 % intervals hold 90 % of each group's responses, given the others: their tails are not
+    Gaussian."""
     mask = scored_genes(screen)
     within = within_variance(screen, [CONTROL, *parts])
     everything = random_effects(parts, within, mask)
@@ -105,8 +92,8 @@ def variance_between(screen: Screen, parts: Mapping[str, GroupResponses], kind: 
     errors, between, sampling = [], [], []
     for group in sorted({name for part in parts.values() for name in part.groups}):
         others = {label: part.without(group) for label, part in parts.items()}
-        told = random_effects(others, within, mask)
-        told = everything if told is None else told
+        variance = random_effects(others, within, mask)
+        variance = everything if variance is None else variance
         for label, part in parts.items():
             rest = others[label]
             if group not in part.groups or not rest.groups:
@@ -114,7 +101,7 @@ def variance_between(screen: Screen, parts: Mapping[str, GroupResponses], kind: 
             row, n_rest = part.groups.index(group), len(rest.groups)
             genes = mask & part.counted[row]
             errors.append((part.delta[row] - rest.delta.mean(axis=0))[genes])
-            between.append((told * (1 + 1 / n_rest))[genes])
+            between.append((variance * (1 + 1 / n_rest))[genes])
             sampling.append((part.sampling[row] + rest.sampling.sum(axis=0) / n_rest**2)[genes])
     error, between, sampling = (np.concatenate(part) for part in (errors, between, sampling))
     inside = [np.mean(np.abs(error) <= Z90 * np.sqrt(scale * between + sampling)) for scale in SCALES]

@@ -82,8 +82,6 @@ class TrainingOptions:
         max_validation_pairs (`int`): Validation pairs scored at each evaluation.
         redraw_perturbations (`bool`): Draw the imposed genes anew in every epoch.
         n_query_genes (`int`, *optional*): Genes predicted in a batch; defaults to all.
-        start_from (`str`, *optional*): Folder of a trained model whose weights the network starts with; genes are
-            found by id, sizes are that model's. The linear response is fitted on the run's own cells all the same.
         linear_start_cells (`int`): Cells that the closed-form start is fitted on, at most.
         linear_start_iterations (`int`): Passes over them.
         precision (`str`): `fp32`, `bf16` or `fp16`.
@@ -114,7 +112,6 @@ class TrainingOptions:
     max_validation_pairs: Count = 2_000
     redraw_perturbations: bool = True
     n_query_genes: Count | None = None
-    start_from: str | None = None
     linear_start_cells: Count = 20_000
     linear_start_iterations: Count = 30
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"

@@ -20,11 +20,8 @@ PATIENCE = timedelta(hours=24)
 
 @contextlib.contextmanager
 def processes(use_cpu: bool) -> Iterator[PartialState]:
-    """The processes of a launch, on the CPU where `use_cpu` says so or there is no GPU.
-
-    Raises:
-        ValueError: If several processes were asked for and the launcher started a single one.
-    """
+    """The processes of a launch, on the CPU where `use_cpu` says so or there is no GPU; `ValueError` if several were
+    asked for and the launcher started a single one."""
     refuse_single_process(os.environ)
     on_cpu = {"cpu": True} if use_cpu or not torch.cuda.is_available() else {}
     state = PartialState(**on_cpu, timeout=PATIENCE)
@@ -38,11 +35,9 @@ def processes(use_cpu: bool) -> Iterator[PartialState]:
 
 
 def refuse_single_process(environment: dict[str, str]) -> None:
-    """Raises a `ValueError` where a launch asked for several processes and made one, which would train on a part only.
-
-    `accelerate launch --cpu --num_processes 2` starts one process (accelerate 1.15) and leaves a master's address
-    without a world; `srun python train.py` starts several that do not know of each other.
-    """
+    """Raises a `ValueError` where a launch asked for several processes and made one, which would train on a part only:
+    `accelerate launch --cpu --num_processes 2` does (accelerate 1.15), and `srun python train.py` starts several that
+    do not know of each other."""
     if any(name in environment for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")):
         return
     if "ACCELERATE_USE_CPU" in environment and "MASTER_PORT" in environment:
@@ -90,10 +85,10 @@ def broadcast_buffers(state: PartialState, model: torch.nn.Module) -> None:
 def leave(code: int, n_processes: int) -> NoReturn:
     """Ends a process of a launch with a status, without the interpreter's own end where it has others beside it.
 
-    Gloo's threads free the last message after the main thread has gone on. If the interpreter is ending by then, they
-    cannot take its lock and abort the process (PyTorch 2.13, seen in one of 30 launches), and the launcher reports a
-    finished run as failed. `destroy_process_group` does not end these threads while caches of sharded tensors hold the
-    group, and joins them with the lock held where it does: it is left out before this, too.
+    Gloo's threads free the last message after the main thread has gone on; if the interpreter is ending by then, they
+    abort the process (PyTorch 2.13, seen in one of 30 launches), and the launcher reports a failed run.
+    `destroy_process_group` waits for them with the interpreter's lock held, or not at all: it is left out before this,
+    too.
     """
     if n_processes == 1:
         sys.exit(code)

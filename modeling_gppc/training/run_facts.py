@@ -1,6 +1,5 @@
 """What a finished model says of the run that made it: for its card, and for those who ask what it has seen."""
 
-import json
 import shlex
 import sys
 import time
@@ -13,17 +12,11 @@ from modeling_gppc.training.arguments import DataOptions
 from modeling_gppc.training.trainer import GppcTrainer
 
 
-def run_facts(trainer: GppcTrainer, folder: PairFolder, data: DataOptions, start_from: str | None) -> dict:
-    """The content of `run.json`: of the run as far as it has come, its pairs, where its cells come from and the folder of
-    the model that it started from."""
+def run_facts(trainer: GppcTrainer, folder: PairFolder, data: DataOptions) -> dict:
+    """The content of `run.json`: of the run as far as it has come, its pairs and where its cells come from."""
     manifest = folder.manifest
     query = manifest.get("options", {}).get("query", {})
     source = data.example or query.get("census_version") or query.get("uri")
-    earlier = None
-    if start_from is not None:
-        file = Path(start_from) / "run.json"
-        run = json.loads(file.read_text()) if file.is_file() else {}
-        earlier = {name: run.get(name) for name in ("store", "datasets", "screen", "digest", "start_from")}
     cells = manifest.get("report", {}).get("splits", {}).get("train", {}).get("cells")
     return {
         "store": Path(source or folder.path).name,
@@ -45,9 +38,8 @@ def run_facts(trainer: GppcTrainer, folder: PairFolder, data: DataOptions, start
         "steps": trainer.state.global_step,
         "processes": trainer.args.world_size,
         "digest": manifest.get("digest"),
-        # What leak guards ask for: the data sets that this model has seen, and those that the one before it had.
+        # What leak guards ask for: the data sets that this model has seen.
         "datasets": sorted(pc.unique(folder.split("train").column("dataset_id")).drop_null().to_pylist()),
-        "start_from": earlier,
     }
 
 

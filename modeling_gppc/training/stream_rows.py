@@ -15,10 +15,8 @@ from modeling_gppc.training.arguments import TrainingOptions
 
 @dataclasses.dataclass
 class TableCollator:
-    """Turns a table of pair rows into model inputs, as training from a folder does; runs in a stream's workers.
-
-    The collator redraws nothing: a stream draws the imposed genes itself. Pairings are in the order of the model's ids.
-    """
+    """Turns a table of pair rows into model inputs, as training from a folder does, in a stream's workers. It redraws
+    nothing: a stream draws the imposed genes itself. Pairings are in the order of the model's ids."""
 
     collator: PairCollator
     pairings: list[str]

@@ -35,12 +35,11 @@ LINUX = sys.platform == "linux"
 
 
 class EpochSampler(Sampler):
-    """
-    A new order of the rows in every epoch, cut to whole optimiser steps of `rows_per_step` pairs over all processes.
+    """A new order of the rows in every epoch, cut to whole optimiser steps of `rows_per_step` pairs over all
+    processes.
 
-    The order depends on the seed and the epoch alone, so any number of processes, any split of a step into
-    accumulated batches and a resumed run all see the same rows in the same step. The epoch is the data set's: the
-    loaders of accelerate tell a data set its epoch where they cannot reach a sampler behind skipped batches.
+    It depends on seed and epoch alone, whatever the number of processes or accumulated batches, also after resumption.
+    The epoch is the data set's: the loaders of accelerate do not reach a sampler behind skipped batches.
     """
 
     def __init__(self, dataset: PairDataset, rows_per_step: int, seed: int):

@@ -9,10 +9,11 @@ import pytest
 import scipy.sparse
 import scipy.stats
 import torch
+from energy_distance import energy_distance
 from tiny_screens import N_GENES, make_adata
 
 from data_scripts.cells.screen_cells import keep_genes
-from data_scripts.cells.screen_splits import combination_folds, held_out_group, perturbation_folds
+from data_scripts.cells.screen_splits import combination_folds, group_folds, perturbation_folds
 from data_scripts.cells.screens import ScreenOptions, read_screen
 from gppc.cli import main
 from modeling_gppc.configuration_gppc import GppcConfig
@@ -203,12 +204,12 @@ def test_folds_are_clean(screen, doubles):
         ("G1+G2", ["G0", "G1"]),
     ]
     assert [(fold.test[0], fold.train) for fold in seen[0]] == [("G0+G5", ["G1", "G2"]), ("G3+G4", ["G0", "G1", "G2"])]
-    fold = held_out_group(screen, "batch", "b1")
+    (fold,) = group_folds(screen, "batch=b1")
     assert (screen.batch[fold.test_cells] == "b1").all() and (screen.batch[fold.train_cells] == "b2").all()
     for call, words in (
         (lambda: perturbation_folds(screen, 9), "`folds` is 9"),
-        (lambda: held_out_group(screen, "batch", "b3"), "cannot be held out"),
-        (lambda: held_out_group(screen, "donor", "x"), "'batch' or 'cell_line'"),
+        (lambda: group_folds(screen, "batch=b3"), "cannot be held out"),
+        (lambda: group_folds(screen, "donor=x"), "'batch' or 'cell_line'"),
     ):
         with pytest.raises(ValueError, match=words):
             call()
@@ -236,7 +237,7 @@ def test_scores_of_the_truth_and_of_nothing(screen):
     assert distances["exact"].mean() < distances["nothing"].mean()
     moved = screen.values[screen.cells_of("control")] + truth.delta[0]
     cells = screen.values[screen.cells_of(labels[0])]
-    by_hand = metrics.energy_distance(moved[:, truth.mask], cells[:, truth.mask])
+    by_hand = energy_distance(moved[:, truth.mask], cells[:, truth.mask])
     assert distances["exact"][0] == pytest.approx(by_hand, abs=1e-5)
     swapped = swapped_pearson(ScreenPrediction(truth.delta), truth)
     table = np.corrcoef(truth.delta[:, truth.mask])

@@ -3,13 +3,13 @@
 import anndata
 import numpy as np
 import pytest
+from energy_distance import energy_distance
 
 from modeling_gppc.evaluation.metrics import (
     centroid_accuracy,
     de_overlap,
     direction_accuracy,
     discrimination,
-    energy_distance,
     l2_top_expressed,
     mean_absolute_error,
     mean_squared_error,

@@ -183,7 +183,7 @@ def test_gene_features_are_terms_or_numbers(tmp_path):
     numbers = tmp_path / "numbers.parquet"
     pd.DataFrame({"gene": ["A", "B"], "one": [1.0, 2.0], "two": [0.0, np.nan]}).to_parquet(numbers)
     assert read_gene_features(numbers, ["B"]).rows(["B"]).toarray().tolist() == [[2.0, 0.0]]
-    with pytest.raises(ValueError, match="knows none of the 1 perturbed genes"):
+    with pytest.raises(ValueError, match="holds none of the 1 perturbed genes"):
         read_gene_features(numbers, ["Z"])
     with pytest.raises(ValueError, match="is not a file"):
         read_gene_features(tmp_path / "absent.csv", ["A"])

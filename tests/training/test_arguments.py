@@ -140,10 +140,6 @@ BAD = {
         ["--data.pairs", "PAIRS", "--training.lr_scheduler_kwargs", "{min_lr: 1e-5}"],
         ["`training.lr_scheduler_kwargs`", "do not fit 'cosine'"],
     ),
-    "no model to start from": (
-        ["--data.pairs", "PAIRS", "--training.start_from", "EMPTY/none"],
-        ["`training.start_from`", "holds no model"],
-    ),
     "repository with three slashes": (
         ["--data.pairs", "PAIRS", "--push_to_hub", "a/b/c/d"],
         ["`repo_id` is 'a/b/c/d'", "namespace/repo_name"],

@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 
 from data_scripts.cells.gene_mapping import (
     check_species,
+    ensembl_id,
     known_genes,
     map_genes,
     read_file_genes,
     read_gene_table,
-    strip_version,
 )
 from data_scripts.cells.read_options import ReadOptions
 
@@ -33,15 +33,15 @@ def gene_table(rows):
         (STAT1, STAT1),
         (f"{STAT1}.12", STAT1),
         (f"{MOUSE}.3", MOUSE),
-        ("STAT1", None),
-        ("AL627309.1", None),
-        (f"{STAT1}.12_PAR_Y", None),
-        ("ENSP00000354394", None),
-        ("", None),
+        ("STAT1", ""),
+        ("AL627309.1", ""),
+        (f"{STAT1}.12_PAR_Y", ""),
+        ("ENSP00000354394", ""),
+        ("", ""),
     ],
 )
-def test_strip_version(name, wanted):
-    assert strip_version(name) == wanted
+def test_ensembl_id(name, wanted):
+    assert ensembl_id(name) == wanted
 
 
 @pytest.mark.parametrize(

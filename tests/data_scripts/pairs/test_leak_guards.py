@@ -2,7 +2,7 @@
 
 import pytest
 
-from data_scripts.pairs.leak_guards import SplitPlan, find_leaks, guard_fold, refuse_leaks
+from data_scripts.pairs.leak_guards import SplitPlan, find_leaks, refuse_leaks
 
 CLEAN = {
     "train_cells": ["a", "b"],
@@ -62,7 +62,6 @@ LEAKS = [
     ("normalisation of test cells", {"normalisation_cells": ["c"]}, "normalisation was fitted on test cells"),
     ("test perturbation in the mean", {"reference_perturbations": ["JAK2"]}, "is part of the reference mean"),
     ("target gene scored", {"scored_genes": ["g1", "JAK2"]}, "a target gene of the panel is scored"),
-    ("perturbed cells in context", {"mode": "in-context", "perturbed_cells_read": ["c"]}, "reads no perturbed cells"),
 ]
 
 
@@ -81,6 +80,7 @@ def test_each_leak_is_refused_with_its_reason(name, change, reason):
 
 
 def test_a_fold_is_guarded_by_rows():
-    guard_fold([0, 1], [2], ["A"], ["B"], ["g"], ["B"])
+    fold = {"train_cells": [0, 1], "train_perturbations": ["A"], "test_perturbations": ["B"], "target_genes": ["B"]}
+    refuse_leaks(SplitPlan(test_cells=[2], scored_genes=["g"], **fold))
     with pytest.raises(ValueError, match="a cell is in training and in test"):
-        guard_fold([0, 1], [1], ["A"], ["B"], ["g"], ["B"])
+        refuse_leaks(SplitPlan(test_cells=[1], scored_genes=["g"], **fold))
