@@ -209,7 +209,7 @@ class GppcLinearResponse(GppcClosedForm):
 
         The linear response is sized by what no perturbed cell was needed for: a `share` of it, levelling off where its
         root mean square over the genes that are not imposed reaches `drift` standard deviations within a state. The true
-        change may be as large as the whole of it: variance = (drift x deviation)^2 + (linear response)^2.
+        change may be nothing, or twice as large: variance = (drift x deviation)^2 + change^2.
 
         Returns:
             Change of every gene, variance of the true change about it, and the probability that its sign is right if the
@@ -219,7 +219,7 @@ class GppcLinearResponse(GppcClosedForm):
         others = ~where_imposed(ids, mask, None, len(deviation)).any(1)
         length = (linear.square() * others).sum(1, keepdim=True) / (deviation.square() * others).sum(1, keepdim=True)
         change = self.share * linear / (1 + length / self.drift.double().square()).sqrt()
-        variance = (self.drift * deviation).square() + linear.square()
+        variance = (self.drift * deviation).square() + change.square()
         factor, power = DIRECTION
         direction = torch.sigmoid(factor * correlation.abs() ** power)
         return tuple(part.to(self.loadings.dtype) for part in (change, variance, direction))

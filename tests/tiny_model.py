@@ -69,10 +69,11 @@ def response_by_hand(
     others = np.setdiff1d(np.arange(len(noise)), [*changes])
     length = np.sqrt((linear[others] ** 2).sum() / (deviation[others] ** 2).sum())
     correlation = linear / (deviation * np.sqrt(max(observed @ weights, 1e-24)))
+    change = share * linear / np.sqrt(1 + (length / drift) ** 2)
     output = {
         "linear": linear.copy(),
-        "change": share * linear / np.sqrt(1 + (length / drift) ** 2),
-        "variance": (drift * deviation) ** 2 + linear**2,
+        "change": change,
+        "variance": (drift * deviation) ** 2 + change**2,
         "direction": expit(7.7 * np.abs(correlation) ** 0.85),
     }
     for gene, change in changes.items():

@@ -44,9 +44,9 @@ class FirstPrediction:
         table = text_table(("gene", "change of log value", "90 % interval", "direction right"), rows)
         return (
             f"{title}\n{table}\nThis is a prediction from what varies together among cells of one state, which the "
-            "perturbation is taken not to change; it is no proof of cause. Sizes are cautious: the interval reaches as far as "
-            "if all that varies with the gene followed it. The last column is the probability of the sign, if the gene "
-            "changes at all."
+            "perturbation is taken not to change; it is no proof of cause. Sizes are cautious: a true change may be nothing, "
+            "or several times as large where most of what varies with the gene is its doing. The last column is the "
+            "probability of the sign, if the gene changes at all."
         )
 
     def plot(self, path: str | Path, n_genes: int = 20) -> Path:
