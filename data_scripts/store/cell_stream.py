@@ -75,7 +75,7 @@ class CellStream:
         parts = [(np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32))]
         try:
             coordinates = (slice(first, last) if consecutive else joinids, slice(None))
-            for table in read_ahead(self.matrix.read(coordinates).tables()):
+            for table in self.matrix.read(coordinates).tables():
                 cells, genes, values = (table.column(n).to_numpy() for n in ("soma_dim_0", "soma_dim_1", "soma_data"))
                 if not values.all():
                     expressed = values != 0
