@@ -20,22 +20,13 @@ BLOCK_CELLS = 2_048
 TABLES_AHEAD = 2  # the store's buffers that wait to be chosen from
 TILE_CELLS = 2_048  # extent of Census's tiles along the cells; a tile cut by two blocks is decoded twice
 CHOSEN_AT_ONCE = 1 << 17  # entries cut to the panel at once: few enough to stay in the processor's cache
-ROWS_AT_ONCE = 128  # cells whose counts are looked up at once, for the same reason
-SMALL_COUNTS = 32  # counts below are normalised once a cell and looked up
 
 
 @dataclass
 class CellBlock:
-    """
-    Expressed genes of consecutive selected cells.
-
-    Attributes:
-        start (`int`): Position of the first cell among the cells asked for.
-        joinids (`np.ndarray`): `soma_joinid` of the cells, ascending, shape `(n_cells,)`.
-        rows (`np.ndarray`): Cell of each entry within the block, int32, in the order of the store's tiles, `(n_entries,)`.
-        genes (`np.ndarray`): `soma_joinid` of each entry's gene, or its vocabulary id where genes were chosen, int32.
-        values (`np.ndarray`): Stored values, float32, none of them zero.
-    """
+    """Expressed genes of consecutive selected cells, the first at position `start` among those asked for: `joinids` of
+    the cells, and of each entry its cell within the block (`rows`), `soma_joinid` of its gene or the vocabulary id where
+    genes were chosen (`genes`), both int32 in the order of the store's tiles, and its float32 value, never zero."""
 
     start: int
     joinids: np.ndarray
@@ -50,20 +41,9 @@ class CellBlock:
 
 
 class CellStream:
-    """
-    Reads one layer for given cells.
-
-    Reading contiguous blocks of all genes is faster than asking for some genes or for scattered cells; the next block
-    is read while the caller works on the last one.
-
-    Args:
-        matrix (`tiledbsoma.SparseNDArray`): The layer.
-        options (`QueryOptions`): Layer and normalisation.
-        joinids (`np.ndarray`): `soma_joinid` of the cells, ascending, shape `(n_cells,)`.
-        n_expressed (`np.ndarray`, *optional*): Entries that each cell must have, shape `(n_cells,)`; a store that
-            yields fewer is damaged.
-        block_cells (`int`, *optional*, defaults to 2,048): Cells read at once.
-    """
+    """Reads one layer for cells in ascending order. Reading contiguous blocks of all genes is faster than asking for
+    some genes or for scattered cells; the next block is read while the caller works on the last one. A store whose cells
+    have other numbers of entries than `n_expressed` says is damaged."""
 
     def __init__(
         self,
@@ -80,11 +60,8 @@ class CellStream:
         return self.blocks_ahead()
 
     def blocks_ahead(self, vocabulary: np.ndarray | None = None) -> Iterator[CellBlock]:
-        """Blocks of all genes, or of those of a vocabulary (see [`read_values`]), in order.
-
-        Two threads work ahead of the caller: one has the store decode a buffer while the other chooses from the last
-        and puts blocks together.
-        """
+        """Blocks of all genes, or of those of a vocabulary (see [`read_values`]), in order. Two threads work ahead: one has
+        the store decode a buffer while the other chooses from the last and puts blocks together."""
         with closing(read_ahead(self._tables(), TABLES_AHEAD)) as tables:
             yield from read_ahead(self._assemble(tables, vocabulary), 1)
 
@@ -97,10 +74,8 @@ class CellStream:
             start = stop
 
     def _queries(self) -> Iterator[list[tuple[int, int]]]:
-        """Blocks to be asked for at once: those of consecutive cells, else one by one.
-
-        A query has its cost, and the store frees what it decodes into when one ends.
-        """
+        """Blocks to be asked for at once: those of consecutive cells, else one by one. A query has its cost, and the
+        store frees what it decodes into when one ends: a query a block ended processes with a broken heap."""
         together: list[tuple[int, int]] = []
         for start, stop in self.blocks():
             consecutive = _consecutive(self.joinids[start:stop])
@@ -129,14 +104,8 @@ class CellStream:
             yield blocks, None
 
     def _assemble(self, tables: Iterator[tuple], vocabulary: np.ndarray | None) -> Iterator[CellBlock]:
-        """Blocks of the tables' entries; of the genes of a vocabulary, if one is given.
-
-        The store may answer in any order. A block is complete when it has as many entries as obs says, or, where that
-        is not known, when its query ends.
-
-        Raises:
-            ValueError: If the store holds other numbers of entries than obs says.
-        """
+        """Blocks of the tables' entries, which come in any order. A block is complete when it has as many as obs says, or,
+        where that is not known, when its query ends; `ValueError` if the store holds other numbers."""
         parts: dict[int, list] = {}
         n_read: dict[int, int] = {}
         waiting: list[tuple[int, int]] = []
@@ -264,16 +233,7 @@ def read_ahead(items: Iterator[Item], depth: int = 1) -> Iterator[Item]:
 
 
 def check_values(values: np.ndarray, options: QueryOptions, joinids: np.ndarray) -> None:
-    """Refuses values that cannot be what the layer holds.
-
-    Args:
-        values (`np.ndarray`): Stored values.
-        options (`QueryOptions`): Says the layer.
-        joinids (`np.ndarray`): The cells they are of, for the message.
-
-    Raises:
-        ValueError: For values of `raw` that are not counts, and NaN or infinite values anywhere.
-    """
+    """Raises `ValueError` for values of `raw` that are not counts, and for NaN or infinite values anywhere."""
     if not len(values):
         return
     where = f"X[{options.layer!r}] of cells {joinids[0]} to {joinids[-1]}"
@@ -297,17 +257,8 @@ def tile_boundary(joinids: np.ndarray, wanted: int, least: int) -> int:
 def normalize_block(
     block: CellBlock, options: QueryOptions, library_size: np.ndarray, gene_lengths: np.ndarray | None
 ) -> np.ndarray:
-    """Log values of a block's entries, normalised over all genes.
-
-    Args:
-        block (`CellBlock`): All genes of its cells.
-        options (`QueryOptions`): Layer and recipe.
-        library_size (`np.ndarray`): Counts over all genes of each cell of the block, shape `(n_cells,)`.
-        gene_lengths (`np.ndarray`): Bases of every gene of the store, shape `(n_vars,)`; for `log_tpm`.
-
-    Returns:
-        `np.ndarray` of float32, shape `(n_entries,)`.
-    """
+    """Log values of a block's entries `(n_entries,)`, normalised over all genes; `library_size` is of its cells, and
+    `gene_lengths`, for `log_tpm` only, of every gene of the store."""
     if options.normalization == "none":
         return block.values
     if options.layer == "normalized":
@@ -332,18 +283,9 @@ def read_values(
     gene_lengths: np.ndarray | None,
     vocabulary: np.ndarray,
 ) -> sp.csr_matrix:
-    """Normalised values of the stream's cells at the genes of the vocabulary.
-
-    Args:
-        stream (`CellStream`): The cells.
-        library_size (`np.ndarray`): Counts over all genes, shape `(n_cells,)`.
-        gene_lengths (`np.ndarray`, *optional*): Bases of every gene of the store.
-        vocabulary (`np.ndarray`): Vocabulary id of every gene of the store, -1 where left out; ascending ids must
-            follow ascending genes. Shape `(n_vars,)`, int32.
-
-    Returns:
-        `sp.csr_matrix` of float32, shape `(n_cells, n_genes of the vocabulary)`, sorted indices, no stored zeros.
-    """
+    """Normalised values of the stream's cells at the genes of the vocabulary, float32 `(n_cells, n_genes)`, sorted,
+    without zeros. `vocabulary` holds the id of every gene of the store, ascending as the genes do, -1 where left out;
+    see [`normalize_block`]."""
     n_genes = int(vocabulary.max()) + 1
     lengths, ids, values = [], [], []
     # Rates are over all genes, so there the choice comes after them.
@@ -360,8 +302,11 @@ def read_values(
         part = sp.coo_matrix(entries, shape=(block.n_cells, n_genes)).tocsr()
         part.sort_indices()
         if stream.options.normalization == "log1p":
-            library = library_size[block.start : block.start + block.n_cells]
-            part.data = _log1p_rows(part, stream.options, library)
+            library = np.asarray(library_size[block.start : block.start + block.n_cells], dtype=np.float64)
+            library = np.ones(block.n_cells) if stream.options.layer == "normalized" else library
+            part.data = normalize_counts(
+                part.data, np.repeat(library, np.diff(part.indptr)), target_sum=stream.options.target_sum
+            )
         lengths.append(np.diff(part.indptr))
         ids.append(part.indices)
         values.append(part.data)
@@ -370,28 +315,3 @@ def read_values(
     matrix.has_sorted_indices = True
     matrix.has_canonical_format = True
     return matrix
-
-
-def _log1p_rows(part: sp.csr_matrix, options: QueryOptions, library_size: np.ndarray) -> np.ndarray:
-    """`normalize_counts` of a block's counts, most of them looked up: few distinct counts make up nearly all of it."""
-    library = np.ones(part.shape[0]) if options.layer == "normalized" else np.asarray(library_size, dtype=np.float64)
-    recipe = {"normalization": options.normalization, "target_sum": options.target_sum}
-    lengths = np.diff(part.indptr)
-    if options.layer != "raw":
-        return normalize_counts(part.data, np.repeat(library, lengths), **recipe)
-    table = normalize_counts(np.arange(SMALL_COUNTS)[None, :], library[:, None], **recipe).ravel()
-    begins = np.arange(part.shape[0], dtype=np.int32) * SMALL_COUNTS
-    values = np.empty(part.nnz, dtype=np.float32)
-    for first in range(0, part.shape[0], ROWS_AT_ONCE):
-        rows = slice(first, first + ROWS_AT_ONCE)
-        entries = slice(part.indptr[first], part.indptr[min(first + ROWS_AT_ONCE, part.shape[0])])
-        counts = part.data[entries]
-        place = np.repeat(begins[rows], lengths[rows])
-        place += np.minimum(counts, SMALL_COUNTS - 1).astype(np.int32)
-        found = table.take(place)
-        large = np.flatnonzero(counts >= SMALL_COUNTS)
-        if len(large):
-            own = library[place[large] // SMALL_COUNTS]
-            found[large] = normalize_counts(counts[large], own, **recipe)
-        values[entries] = found
-    return values
