@@ -15,6 +15,7 @@ d move with the mean of the controls as above.
 """
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -61,15 +62,16 @@ def control_means(screen: Screen, mask: np.ndarray, n_parts: int = N_PARTS) -> l
 
 
 def corrected_pearson(
-    prediction: ScreenPrediction, truth: ScreenTruth, screen: Screen, train_shares: np.ndarray
-) -> np.ndarray:
-    """pearson_delta without the error of the mean of the controls that `truth` was measured from, `(P,)`; 0 where
-    nothing is left of a norm. `train_shares` `(P, G)` is the mix of groups among the training responses of each."""
+    predictions: Mapping[str, ScreenPrediction], truth: ScreenTruth, screen: Screen, train_shares: np.ndarray
+) -> dict[str, np.ndarray]:
+    """pearson_delta of every method without the error of the mean of the controls that `truth` was measured from,
+    `(P,)`; 0 where nothing is left of a norm. `train_shares` `(P, G)` is the mix of groups among the training responses
+    of each perturbation."""
     shares = np.stack([screen.control_shares(label) for label in truth.labels])
-    weight = np.zeros(len(truth.labels)) if prediction.control_weight is None else prediction.control_weight
     whole, *parts = control_means(screen, truth.mask)
 
-    def correlation(controls: ControlMeans) -> np.ndarray:
+    def correlation(prediction: ScreenPrediction, controls: ControlMeans) -> np.ndarray:
+        weight = np.zeros(len(truth.labels)) if prediction.control_weight is None else prediction.control_weight
         moved = controls.means - whole.means
         p = prediction.delta[:, truth.mask] - weight[:, None] * (train_shares @ moved)
         d = truth.delta[:, truth.mask] - shares @ moved
@@ -80,5 +82,8 @@ def corrected_pearson(
         norms = np.sqrt(np.maximum(left, 0) * np.maximum(right, 0))
         return np.divide(product, norms, out=np.zeros_like(product), where=norms > 1e-12)
 
-    without = np.mean([correlation(part) for part in parts], axis=0)
-    return len(parts) * correlation(whole) - (len(parts) - 1) * without
+    found = {}
+    for name, prediction in predictions.items():
+        without = np.mean([correlation(prediction, part) for part in parts], axis=0)
+        found[name] = len(parts) * correlation(prediction, whole) - (len(parts) - 1) * without
+    return found

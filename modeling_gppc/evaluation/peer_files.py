@@ -40,7 +40,7 @@ def response_anndatas(
     screen, truth = evaluation.screen, evaluation.truth
     generator, scored = np.random.default_rng(seed), np.flatnonzero(truth.mask)
     values, controls = screen.values.of_genes(scored), screen.cells_of(CONTROL)
-    # Held-out batches are brought to one level, which may take a value below 0.
+    # The peers refuse negative values, which log values of the user's own making may hold.
     base = np.maximum(values[controls], 0)
     level, largest = base.mean(axis=0, dtype=np.float64), float(screen.values.matrix.max())
     parts: list[list] = [[scipy.sparse.csr_matrix(base)], [scipy.sparse.csr_matrix(base)]]

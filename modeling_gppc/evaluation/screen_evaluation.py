@@ -113,12 +113,14 @@ def all_controls(screen: Screen, options: EvaluateOptions) -> dict[str, dict]:
     divide their controls."""
     if options.mode != "fine-tuned" or options.folders or options.hold_out or options.controls == "shared":
         return {}
-    run, found = run_all_controls(screen, options), {}
-    for name, prediction in run.predictions.items():
-        values = corrected_pearson(prediction, run.truth, run.screen, run.train_shares)
-        interval = bootstrap_perturbations(values, seed=options.seed)
-        found[name] = {"all_controls_pearson": float(values.mean()), "all_controls_pearson_ci95": interval}
-    return found
+    run = run_all_controls(screen, options)
+    return {
+        name: {
+            "all_controls_pearson": float(values.mean()),
+            "all_controls_pearson_ci95": bootstrap_perturbations(values, seed=options.seed),
+        }
+        for name, values in corrected_pearson(run.predictions, run.truth, run.screen, run.train_shares).items()
+    }
 
 
 def scores_of_nothing(screen: Screen, options: EvaluateOptions) -> dict[str, dict]:

@@ -7,7 +7,7 @@ import numpy as np
 
 from data_scripts.cells.screens import CONTROL, Screen
 from modeling_gppc.evaluation import metrics
-from modeling_gppc.evaluation.screen_scores import ScreenPrediction
+from modeling_gppc.evaluation.screen_scores import ScreenPrediction, directions
 from modeling_gppc.evaluation.screen_truth import ScreenTruth
 
 
@@ -41,12 +41,12 @@ def resampled_correlations(
 
     controls, levels = screen.cells_of(CONTROL), screen.control_levels
     drawn_levels = np.stack([means(controls[screen.group[controls] == name]) for name in levels.names])
-    units = {name: _directions(prediction.delta[:, truth.mask]) for name, prediction in predictions.items()}
+    units = {name: directions(prediction.delta[:, truth.mask]) for name, prediction in predictions.items()}
     found = {name: np.zeros((n_resamples + 1, len(truth.labels))) for name in predictions}
     for row, label in enumerate(truth.labels):
         cells = screen.cells_of(label)
         drawn = means(cells) - np.tensordot(levels.shares(screen.group[cells]), drawn_levels, axes=1)
-        drawn = _directions(np.concatenate([truth.delta[row][None, truth.mask], drawn]))
+        drawn = directions(np.concatenate([truth.delta[row][None, truth.mask], drawn]))
         for name, rows in units.items():
             found[name][:, row] = drawn @ rows[row]
     return found
@@ -55,13 +55,6 @@ def resampled_correlations(
 def _times_drawn(name: str, n_resamples: int, seed: int) -> np.ndarray:
     """How often a cell is drawn in each resample (Poisson bootstrap), from its name; int of shape `(n_resamples,)`."""
     return np.random.default_rng([seed, zlib.crc32(name.encode())]).poisson(1.0, n_resamples)
-
-
-def _directions(rows: np.ndarray) -> np.ndarray:
-    """Rows less their mean, of length one; zero where nothing varies."""
-    rows = rows - rows.mean(axis=1, keepdims=True)
-    norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    return np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 1e-12)
 
 
 def interval_of_mean(correlations: np.ndarray, rows: np.ndarray | None = None, seed: int = 0) -> list[float]:

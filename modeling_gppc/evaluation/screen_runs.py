@@ -246,11 +246,10 @@ def fine_tuned(
                 raise ValueError(f"`folds`: {fold.name} trains on {len(fold.train)} perturbations; use fewer folds.")
             fitted = fit_screen(screen, fold.train, options, features, controls)
             outputs[MODEL] = ScreenModel(*fitted, options.change).predict(context)
-            # To first order: the mean of the shrunken training responses, and its size.
-            share = (
-                float(fitted[0].screen_response.scale) * ObservedResponses.of(screen, fold.train).signal_share.mean()
-            )
-            outputs[MODEL].control_weight = np.full(len(fold.test), share)
+            if weigh:  # to first order: the mean of the shrunken training responses, and its size
+                share = ObservedResponses.of(screen, fold.train).signal_share.mean()
+                weight = float(fitted[0].screen_response.scale) * share
+                outputs[MODEL].control_weight = np.full(len(fold.test), weight)
         rows = [row[label] for label in fold.test]
         reference[rows], fold_of[rows] = context.mean_response, index
         if weigh:
@@ -283,14 +282,8 @@ def held_out(screen: Screen, folds: list[Fold], options: EvaluateOptions, featur
     column = options.hold_out.partition("=")[0]
     kind = {"batch": "batches", "cell_line": "cell_lines"}[column]
     groups, every = getattr(screen, column), screen.cells_of(CONTROL)
-    label_of_cells, perturbations, parts, references, fold_of, left_out = (
-        screen.label.astype(object),
-        {},
-        [],
-        [],
-        [],
-        [],
-    )
+    label_of_cells, perturbations = screen.label.astype(object), {}
+    parts, references, fold_of, left_out = [], [], [], []
     for fold in tqdm(folds, desc="held out", unit="group", disable=not progress):
         inside = np.sort(np.concatenate([fold.test_cells, every[groups[every] == fold.group]]))
         outside = np.sort(np.concatenate([fold.train_cells, every[groups[every] != fold.group]]))

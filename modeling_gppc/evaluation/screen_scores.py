@@ -210,10 +210,12 @@ def swapped_pearson(prediction: ScreenPrediction, truth: ScreenTruth) -> np.ndar
     n = len(truth.labels)
     if n < 2:
         return np.full(n, np.nan)
-    centred = []
-    for values in (truth.delta[:, truth.mask], prediction.delta[:, truth.mask]):
-        values = values - values.mean(axis=1, keepdims=True)
-        norms = np.linalg.norm(values, axis=1, keepdims=True)
-        centred.append(np.divide(values, norms, out=np.zeros_like(values), where=norms > 1e-12))
-    table = centred[0] @ centred[1].T
+    table = directions(truth.delta[:, truth.mask]) @ directions(prediction.delta[:, truth.mask]).T
     return (table.sum(axis=1) - np.diag(table)) / (n - 1)
+
+
+def directions(rows: np.ndarray) -> np.ndarray:
+    """Rows `(n, V)` less their mean, of length one, so that products are correlations; zero where nothing varies."""
+    rows = rows - rows.mean(axis=1, keepdims=True)
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 1e-12)

@@ -44,7 +44,7 @@ def scores_of(n_controls, seed):
     context = ScreenContext.build(screen, train, test)
     prediction = run_baselines(context, ["mean"], weigh=True)["mean"]
     shares = np.tile(np.mean([screen.control_shares(label) for label in train], axis=0), (len(test), 1))
-    corrected = corrected_pearson(prediction, truth, screen, shares)
+    corrected = corrected_pearson({"mean": prediction}, truth, screen, shares)["mean"]
     shared = pearson_delta(prediction.delta, truth.delta)
     wanted = pearson_delta(np.tile(exact[:half].mean(axis=0), (len(test), 1)), exact[half:])
     assert prediction.control_weight == pytest.approx(1)
