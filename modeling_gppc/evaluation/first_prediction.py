@@ -46,7 +46,7 @@ class FirstPrediction:
             f"{title}\n{table}\nThis is a prediction from what varies together among cells of one state, which the "
             "perturbation is taken not to change; it is no proof of cause. Sizes are cautious: a true change may be nothing, "
             "or several times as large where most of what varies with the gene is its doing. The last column is the "
-            "probability of the sign, if the gene changes at all."
+            "probability of the sign, if the gene changes at all, as learned on simulated systems; real ones are less sure."
         )
 
     def plot(self, path: str | Path, n_genes: int = 20) -> Path:
